@@ -1,0 +1,332 @@
+"""The configuration: what every key of a YAML file means, its type and its range.
+
+A file in ``configs/`` is complete: every key below appears in it, there are no defaults and no include chains, so that
+``diff`` of two files shows an experiment. ``load_config`` checks a file, applies ``--set a.b=c`` and reports every
+problem at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cmt_aqr.boxes import CODE_SIZE
+from cmt_aqr.classes import CLASSES
+from cmt_aqr.strict_yaml import ConfigError, apply_overrides, build, limits, read_yaml, to_tree
+
+Range6 = tuple[float, float, float, float, float, float]
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """The synthetic world that is written to ``data.root`` when that folder does not exist."""
+
+    train_scenes: int = limits(low=1)
+    val_scenes: int = limits(low=1)
+    samples_per_scene: int = limits(low=1)
+    image_size: tuple[int, int] = limits(low=16)  # width, height in pixels
+    sweeps_per_keyframe: int = limits(low=0)
+    lidar_columns: int = limits(low=16)
+    seed: int = limits(low=0)
+    workers: int = limits(low=0)  # processes that write; 0 = in this process
+
+
+@dataclass(frozen=True)
+class ImageAugmentationConfig:
+    """Training-time resize, crop, flip and rotation of the six images; ``lidar2img`` follows."""
+
+    resize: tuple[float, float] = limits(above=0)  # range of the scale from the camera's size
+    crop_bottom: tuple[float, float] = limits(low=0, high=1)  # range of the fraction cut off at the bottom
+    rotation_deg: tuple[float, float]
+    flip: bool
+
+
+@dataclass(frozen=True)
+class SceneAugmentationConfig:
+    """Training-time rotation, scale, shift and flips of the whole scene in the LiDAR frame."""
+
+    rotation: tuple[float, float]  # radians about +z
+    scale: tuple[float, float] = limits(above=0)
+    translation_std: Triple = limits(low=0)  # metres
+    flip: bool  # mirror x and y, each with probability 0.5
+
+
+@dataclass(frozen=True)
+class GtSamplingConfig:
+    """Paste objects of other training frames, points and image patches, until a class has this many boxes."""
+
+    per_class: dict[str, int] = limits(low=0)
+    min_points: int = limits(low=0)
+    probability: float = limits(low=0, high=1)
+    stop_before_end: int = limits(low=0)  # epochs at the end that train without it
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the data lie and what is done to a frame before it reaches the network."""
+
+    root: str
+    version: str
+    train_split: str
+    val_split: str
+    index_dir: str  # index files and the object database are kept here
+    velocity_file: str | None  # relative to root; replaces velocities found by differencing annotations
+    num_sweeps: int = limits(low=0)  # previous LiDAR sweeps added to the key frame's
+    decode: Literal["exact", "reduced"]
+    class_balanced: bool  # CBGS resampling
+    drop_lidar: float = limits(low=0, high=1)  # probability of training on a frame without points
+    drop_cameras: float = limits(low=0, high=1)  # probability of training on a frame with blank images
+    image_augmentation: ImageAugmentationConfig | None
+    scene_augmentation: SceneAugmentationConfig | None
+    gt_sampling: GtSamplingConfig | None
+    workers: int = limits(low=0)
+    synthetic: SyntheticConfig | None
+
+
+@dataclass(frozen=True)
+class LidarConfig:
+    """Voxels, sparse encoder, BEV backbone and neck."""
+
+    voxel_size: Triple = limits(above=0)  # metres
+    sparse_shape: tuple[int, int, int] = limits(low=1)  # z, y, x
+    max_points_per_voxel: int = limits(low=1)
+    max_voxels_train: int = limits(low=1)
+    max_voxels_test: int = limits(low=1)
+    out_of_range: Literal["drop", "alias"]  # voxels outside sparse_shape (docs/quirks.md, Q13)
+    base_channels: int = limits(low=1)
+    encoder_channels: tuple[tuple[int, ...], ...] = limits(low=1)
+    downsample_paddings: tuple[tuple[int, int, int], ...]  # z, y, x padding of each stage's stride-2 convolution
+    encoder_out_channels: int = limits(low=1)
+    second_channels: tuple[int, ...] = limits(low=1)
+    second_layers: tuple[int, ...] = limits(low=0)
+    second_strides: tuple[int, ...] = limits(low=1)
+    neck_channels: tuple[int, ...] = limits(low=1)
+    neck_strides: tuple[int, ...] = limits(low=1)
+
+
+@dataclass(frozen=True)
+class CameraConfig:
+    """Image size and normalisation, backbone and neck."""
+
+    input_size: tuple[int, int] = limits(low=32)  # height, width that the network sees
+    channel_order: Literal["bgr", "rgb"]
+    mean: Triple
+    std: Triple = limits(above=0)
+    backbone: Literal["resnet18", "resnet50", "vovnet99"]
+    base_channels: int = limits(low=1)  # of the ResNet's first stage; 64 is the standard network
+    neck_channels: int = limits(low=1)
+    grid_mask: float = limits(low=0, high=1)  # probability
+    activation_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class DenoisingConfig:
+    """Denoising queries: noised ground truth that the decoder must put right."""
+
+    num_dn: int = limits(low=0)  # rows kept for them in every batch; 0 switches them off
+    max_groups: int = limits(low=1)
+    noise_scale: float = limits(low=0)
+    split: float = limits(above=0, high=1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The detector."""
+
+    point_range: Range6  # metres, LiDAR frame
+    hidden_dim: int = limits(low=4)
+    num_queries: int = limits(low=1)
+    num_layers: int = limits(low=1)
+    num_heads: int = limits(low=1)
+    ffn_dim: int = limits(low=1)
+    dropout: float = limits(low=0, high=1)
+    depth_bins: int = limits(low=1)
+    head_channels: int = limits(low=1)
+    head_kernel: Literal[1, 3]  # over the query axis; the official LiDAR-only model has 3
+    cls_prior: float | None  # start of every class probability; null keeps the layer's own initialisation
+    tasks: tuple[tuple[str, ...], ...]
+    lidar: LidarConfig | None
+    camera: CameraConfig | None
+    denoising: DenoisingConfig
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the matching cost and of the loss."""
+
+    cls_weight: float = limits(low=0)
+    box_weight: float = limits(low=0)
+    dn_weight: float = limits(low=0)
+    cls_cost: float = limits(low=0)
+    box_cost: float = limits(low=0)
+    code_weights: tuple[float, ...] = limits(low=0)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop, the optimizer and its schedule."""
+
+    epochs: int = limits(low=1)
+    batch_size: int = limits(low=1)  # frames in one step, over all processes
+    precision: Literal["fp32", "bf16", "fp16"]
+    lr: float = limits(above=0)
+    weight_decay: float = limits(low=0)
+    lr_peak: float = limits(above=0)  # top of the cycle, in units of lr
+    lr_end: float = limits(above=0)  # end of the cycle, in units of lr
+    up_fraction: float = limits(above=0, high=1)  # part of the steps that climbs
+    momentum_dip: float = limits(above=0, high=1)  # momentum at the top of the cycle, in units of beta1
+    grad_clip: float = limits(above=0)
+    lr_mult: dict[str, float] = limits(low=0)  # parameter-name prefix -> factor; the longest prefix wins
+    decay_mult: dict[str, float] = limits(low=0)
+    freeze: tuple[str, ...]  # parameter-name prefixes; frozen batch-norm stays in eval mode
+    norm_eval: tuple[str, ...]  # module-name prefixes whose batch-norm keeps its statistics while its weights train
+    init_from: str | None  # weights to start from: a checkpoint, or backbone weights (docs/guide.md)
+    compile: bool
+    log_every: int = limits(low=1)  # steps
+    eval_every: int = limits(low=1)  # epochs; the last epoch is always evaluated
+    keep_checkpoints: int = limits(low=1)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Decoding and pictures."""
+
+    batch_size: int = limits(low=1)
+    max_detections: int = limits(low=1, high=500)
+    post_range: Range6  # metres; boxes whose centre lies outside are dropped
+    score_threshold: float | None = limits(low=0, high=1)
+    num_pictures: int = limits(low=0)
+    picture_score: float = limits(low=0, high=1)  # boxes below are not drawn
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    name: str
+    seed: int = limits(low=0)
+    data: DataConfig
+    model: ModelConfig
+    loss: LossConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply overrides, check everything.
+
+    Args:
+        path: a file that names every key of :class:`Config`.
+        overrides: ``a.b=c`` entries, applied in order.
+
+    Raises:
+        ConfigError: lists every unknown, missing, mistyped and out-of-range key and every contradiction between keys.
+    """
+    tree = read_yaml(path)
+    apply_overrides(tree, overrides)
+    return config_from_tree(tree, str(path))
+
+
+def config_from_tree(tree: dict[str, Any], source: str) -> Config:
+    """Check a nested dictionary, such as the one in a checkpoint, and turn it into a :class:`Config`."""
+    return build(Config, tree, source, CHECKS)
+
+
+Found = Iterator[tuple[str, str]]
+
+
+def _check_ranges(config: Config) -> Found:
+    boxes = {"model.point_range": config.model.point_range, "evaluation.post_range": config.evaluation.post_range}
+    for key, box in boxes.items():
+        for axis, name in enumerate("xyz"):
+            if box[axis] >= box[axis + 3]:
+                yield key, f"{name}_min {box[axis]:g} is not below {name}_max {box[axis + 3]:g}"
+
+
+def _check_widths(config: Config) -> Found:
+    width, heads = config.model.hidden_dim, config.model.num_heads
+    if width % heads:
+        yield "model.hidden_dim", f"{width} is not a multiple of model.num_heads {heads}"
+    if width % 4:
+        yield "model.hidden_dim", f"the sine embedding needs a multiple of 4, got {width}"
+
+
+def _check_sensors(config: Config) -> Found:
+    if config.model.lidar is None and config.model.camera is None:
+        yield "model", "lidar and camera are both null: a detector needs at least one sensor"
+    if config.model.camera is not None:
+        height, width = config.model.camera.input_size
+        if height % 32 or width % 32:
+            yield "model.camera.input_size", f"height and width must be multiples of 32, got {height} x {width}"
+
+
+def _check_lidar_lengths(config: Config) -> Found:
+    lidar = config.model.lidar
+    if lidar is None:
+        return
+    keys = ("second_channels", "second_layers", "second_strides", "neck_channels", "neck_strides")
+    if len({len(getattr(lidar, key)) for key in keys}) != 1:
+        shown = ", ".join(f"{key} {len(getattr(lidar, key))}" for key in keys)
+        yield "model.lidar", f"these lists must have the same length: {shown}"
+    halvings = len(lidar.encoder_channels) - 1
+    if len(lidar.downsample_paddings) != halvings:
+        yield (
+            "model.lidar.downsample_paddings",
+            f"expected {halvings} entries, one a stage of model.lidar.encoder_channels but the last, got "
+            f"{len(lidar.downsample_paddings)}",
+        )
+
+
+def _check_voxels(config: Config) -> Found:
+    model, lidar = config.model, config.model.lidar
+    if lidar is None:
+        return
+    for axis, name in enumerate("xyz"):
+        size, voxel = model.point_range[axis + 3] - model.point_range[axis], lidar.voxel_size[axis]
+        cells, declared = size / voxel, lidar.sparse_shape[2 - axis]
+        if abs(cells - round(cells)) > 1e-3:
+            yield (
+                "model.lidar.voxel_size",
+                f"{size:g} m along {name} is {cells:g} voxels of {voxel:g} m, not a whole number",
+            )
+        if axis < 2 and declared > round(cells):
+            yield (
+                "model.lidar.sparse_shape",
+                f"{declared} cells along {name}, but model.point_range holds {round(cells)} voxels of {voxel:g} m",
+            )
+
+
+def _check_classes(config: Config) -> Found:
+    named = [name for task in config.model.tasks for name in task]
+    if sorted(named) != sorted(CLASSES):
+        wrong = sorted(set(named) ^ set(CLASSES)) or sorted({name for name in named if named.count(name) > 1})
+        yield "model.tasks", f"must name each of the ten classes once; at fault: {', '.join(wrong)}"
+    sampling = config.data.gt_sampling
+    for name in sorted(set(sampling.per_class if sampling else ()) - set(CLASSES)):
+        yield f"data.gt_sampling.per_class.{name}", f"no such class; the classes are {', '.join(CLASSES)}"
+
+
+def _check_numbers(config: Config) -> Found:
+    if len(config.loss.code_weights) != CODE_SIZE:
+        count = len(config.loss.code_weights)
+        yield "loss.code_weights", f"expected {CODE_SIZE} values, one a component of the box code, got {count}"
+    lidar, cameras = config.data.drop_lidar, config.data.drop_cameras
+    if lidar + cameras > 1:
+        yield "data.drop_lidar", f"{lidar:g} and data.drop_cameras {cameras:g} add up to more than 1"
+    if config.training.up_fraction >= 1:
+        yield "training.up_fraction", f"must be below 1, got {config.training.up_fraction:g}"
+
+
+# Each check with the keys it reads: it runs when they are sound.
+CHECKS = (
+    (("model.point_range", "evaluation.post_range"), _check_ranges),
+    (("model.hidden_dim", "model.num_heads"), _check_widths),
+    (("model.lidar", "model.camera"), _check_sensors),
+    (("model.lidar",), _check_lidar_lengths),
+    (("model.lidar", "model.point_range"), _check_voxels),
+    (("model.tasks", "data.gt_sampling"), _check_classes),
+    (("loss.code_weights", "data.drop_lidar", "data.drop_cameras", "training.up_fraction"), _check_numbers),
+)
+
+__all__ = ["Config", "ConfigError", "config_from_tree", "load_config", "to_tree"]

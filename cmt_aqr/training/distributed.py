@@ -1,0 +1,134 @@
+"""One process or many: the only room that talks to ``torch.distributed``.
+
+Every function also works, without any set-up, in a single process.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who this process is.
+
+    Attributes:
+        rank: in [0, world_size).
+        world_size: number of processes of the run.
+        device: where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes files and talks to the user."""
+        return self.rank == 0
+
+
+@contextmanager
+def processes(device: str | None = None) -> Iterator[Processes]:
+    """Join the process group that ``torchrun`` describes in the environment, and leave it at the end.
+
+    Args:
+        device: ``cpu`` or ``cuda``; None takes CUDA when there is one. ``nccl`` joins GPUs, ``gloo`` CPUs.
+
+    Raises:
+        ValueError: CUDA was asked for and there is none, or there are fewer GPUs than processes on this host.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _choose_device(device, local_rank)
+    if world_size == 1:
+        yield Processes(0, 1, chosen)
+        return
+    device_id = chosen if chosen.type == "cuda" else None
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", device_id=device_id)
+    try:
+        yield Processes(rank, world_size, chosen)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _choose_device(device: str | None, local_rank: int) -> torch.device:
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local_rank} of this host has no GPU: {torch.cuda.device_count()} GPUs are visible; "
+            "lower --nproc_per_node"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def wrap(model: nn.Module, place: Processes) -> nn.Module:
+    """DistributedDataParallel when there are several processes, else the model itself.
+
+    Buffers are not broadcast: each process keeps its own batch-norm statistics while training, as in the original, and
+    process 0's go into the checkpoint.
+    """
+    if place.world_size == 1:
+        return model
+    ids = [place.device.index] if place.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+
+def reduce_mean(value: Tensor) -> Tensor:
+    """Mean of a tensor over the processes; the gradient does not flow through it."""
+    if not _is_joined():
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def reduce_max(value: int, device: torch.device) -> int:
+    """Largest of one whole number a process."""
+    if not _is_joined():
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def any_process(value: bool, device: torch.device) -> bool:
+    """True in all processes when it is true in one."""
+    return bool(reduce_max(int(value), device))
+
+
+def gather(items: list[Any]) -> list[Any]:
+    """Concatenate the lists of all processes, in the order of their ranks; every process gets the whole."""
+    if not _is_joined():
+        return items
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+@contextmanager
+def main_first(place: Processes) -> Iterator[None]:
+    """Process 0 runs the block, then the others: for files that the first one writes and all read."""
+    if not place.is_main:
+        dist.barrier()
+    yield
+    if place.is_main and _is_joined():
+        dist.barrier()
+
+
+def _is_joined() -> bool:
+    return dist.is_available() and dist.is_initialized()

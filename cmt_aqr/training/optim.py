@@ -1,0 +1,110 @@
+"""AdamW with factors by parameter-name prefix, the cyclic schedule, freezing."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+# PyTorch's own default for AdamW; the original sets neither.
+BETA1, BETA2 = 0.9, 0.999
+
+
+def longest_prefix(name: str, factors: Mapping[str, float], otherwise: float = 1.0) -> float:
+    """The factor of the most specific prefix of ``name``; ``otherwise`` when none fits."""
+    fitting = [prefix for prefix in factors if name.startswith(prefix)]
+    return factors[max(fitting, key=len)] if fitting else otherwise
+
+
+def check_prefixes(model: nn.Module, prefixes: Sequence[str], key: str) -> None:
+    """Refuse a prefix that no parameter begins with: a typing error there would train the wrong thing silently.
+
+    Raises:
+        ValueError: names the configuration key, the prefix and what the parameters begin with.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            first = sorted({name.split(".")[0] for name in names})
+            raise ValueError(f"{key}: no parameter name begins with {prefix!r}; they begin with {', '.join(first)}")
+
+
+def freeze(model: nn.Module, prefixes: Sequence[str]) -> None:
+    """Stop the gradient of every parameter whose name begins with one of the prefixes."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(tuple(prefixes)):
+            parameter.requires_grad_(False)
+
+
+def set_training_mode(model: nn.Module, eval_prefixes: Sequence[str]) -> None:
+    """``model.train()``, except that modules under these prefixes stay in eval mode (batch-norm keeps its statistics).
+
+    Args:
+        model: the detector, not its DistributedDataParallel wrapper.
+        eval_prefixes: module-name prefixes; an empty text means the whole model's batch-norm.
+    """
+    model.train()
+    for name, module in model.named_modules():
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if is_norm and eval_prefixes and name.startswith(tuple(eval_prefixes)):
+            module.eval()
+
+
+def make_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    lr_mult: Mapping[str, float],
+    decay_mult: Mapping[str, float],
+) -> torch.optim.AdamW:
+    """AdamW with one group for each pair of factors.
+
+    Args:
+        model: its parameters that need a gradient are optimised.
+        lr, weight_decay: base values; a group's own are these times its factors. ``lr_scale`` in each group keeps the
+            factor, for :func:`set_schedule`.
+
+    Raises:
+        ValueError: nothing is left to train.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factors = longest_prefix(name, lr_mult), longest_prefix(name, decay_mult)
+            groups.setdefault(factors, []).append(parameter)
+    if not groups:
+        raise ValueError("training.freeze: every parameter is frozen, nothing is left to train")
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": lr * scale, "lr_scale": scale, "weight_decay": weight_decay * decay}
+            for (scale, decay), parameters in groups.items()
+        ],
+        lr=lr,
+        betas=(BETA1, BETA2),
+        fused=next(iter(groups.values()))[0].is_cuda or None,
+    )
+
+
+def cyclic(step: int, total_steps: int, *, up_fraction: float, top: float, end: float) -> float:
+    """Factor of the one-cycle schedule: cosine from 1 to ``top``, then cosine from ``top`` to ``end``.
+
+    Args:
+        step: in [0, total_steps).
+        up_fraction: part of the steps that goes to the top.
+
+    *Source*: mmcv's cyclic hooks with one cycle, as the original's configs use them for rate and momentum.
+    """
+    up_steps = max(1, int(up_fraction * total_steps))
+    if step < up_steps:
+        start, stop, progress = 1.0, top, step / up_steps
+    else:
+        start, stop, progress = top, end, (step - up_steps) / max(1, total_steps - up_steps)
+    return stop + 0.5 * (start - stop) * (1 + math.cos(math.pi * progress))
+
+
+def set_schedule(optimizer: torch.optim.Optimizer, *, lr: float, momentum: float) -> None:
+    """Write a learning rate (before the group's factor) and the first beta into every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["betas"] = (momentum, group["betas"][1])
