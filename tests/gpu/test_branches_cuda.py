@@ -1,0 +1,117 @@
+"""LiDAR and image branch on CUDA against the same modules on the CPU in float64."""
+
+import copy
+
+import pytest
+import torch
+
+from cmt_aqr.models.image import CPFPN, ImageBranch, ResNet
+from cmt_aqr.models.lidar import SparseEncoder, select_algorithm
+from cmt_aqr.models.voxels import VoxelBatch, voxelize
+from tests.parity.golden import relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+SETTINGS = {"voxel_size": (0.1, 0.1, 0.2), "point_range": (-12.8, -12.8, -5.0, 12.8, 12.8, 3.0), "max_voxels": 20_000}
+# float16 rounds to 5e-4; its errors add up over the 21 convolutions.
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def ieee_arithmetic():
+    convolution, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolution, matmul
+
+
+def random_cloud(seed, count=60_000):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 5, generator=generator) * torch.tensor([6.0, 6.0, 1.0, 1.0, 1.0])
+
+
+def random_voxels():
+    clouds = [random_cloud(0), torch.zeros(0, 5), random_cloud(1, count=5_000)]
+    means, cells = zip(*(voxelize(cloud, **SETTINGS) for cloud in clouds), strict=True)
+    coords = [torch.nn.functional.pad(cell, (1, 0), value=b) for b, cell in enumerate(cells)]
+    return VoxelBatch(torch.cat(means), torch.cat(coords), len(clouds))
+
+
+def to_cuda(voxels):
+    return voxels._replace(features=voxels.features.cuda(), coords_bzyx=voxels.coords_bzyx.cuda())
+
+
+def test_voxels_are_the_same_on_both_devices():
+    cloud = random_cloud(2, count=200_000)
+    features, coords = voxelize(cloud, **SETTINGS)
+    cuda_features, cuda_coords = voxelize(cloud.cuda(), **SETTINGS)
+    assert torch.equal(cuda_coords.cpu(), coords)
+    assert relative_error(cuda_features, features) <= 1e-6
+    assert torch.equal(cuda_features, voxelize(cloud.cuda(), **SETTINGS)[0])
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_encoder(precision, is_training):
+    torch.manual_seed(0)
+    reference = SparseEncoder(in_channels=5, sparse_shape=(41, 256, 256), precision=precision).double()
+    encoder = copy.deepcopy(reference).float().cuda()
+    assert encoder.conv_input[0].algo == select_algorithm(torch.device("cuda"))
+    assert encoder.cpu().conv_input[0].algo == select_algorithm(torch.device("cpu"))
+    encoder.cuda().train(is_training)
+    voxels = random_voxels()
+    expected = reference.train(is_training)(voxels)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = encoder(to_cuda(voxels))
+    assert out.dtype == torch.float32
+    assert relative_error(out, expected) <= TOLERANCE[precision]
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (expected * weights).sum().backward()
+    (out * weights.float().cuda()).sum().backward()
+    for (name, actual), parameter in zip(encoder.named_parameters(), reference.named_parameters(), strict=True):
+        # A batch norm over a few thousand rows amplifies the rounding of the activations.
+        assert relative_error(actual.grad, parameter[1].grad) <= 100 * TOLERANCE[precision], name
+
+
+@pytest.mark.parametrize("num_voxels", [0, 1])
+def test_hardly_any_voxel(num_voxels):
+    encoder = SparseEncoder(in_channels=5, sparse_shape=(41, 256, 256)).cuda().train()
+    voxels = VoxelBatch(torch.ones(num_voxels, 5), torch.full((num_voxels, 4), 1, dtype=torch.int32), 2)
+    out = encoder(to_cuda(voxels))
+    out.sum().backward()
+    assert out.shape == (2, *encoder.output_shape)
+    assert out.isfinite().all()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+def test_voxels_outside_the_sparse_shape():
+    """ "drop" equals the CPU; "alias" follows spconv's hash, which has to stay inside its memory."""
+    voxels = random_voxels()
+    for out_of_range in ("drop", "alias"):
+        torch.manual_seed(0)
+        encoder = SparseEncoder(in_channels=5, sparse_shape=(41, 240, 240), out_of_range=out_of_range).eval()
+        with torch.no_grad():
+            expected = encoder(voxels)
+            out = encoder.cuda()(to_cuda(voxels))
+        assert relative_error(out, expected) <= TOLERANCE[torch.float32]
+
+
+def test_float64_is_refused():
+    encoder = SparseEncoder(in_channels=5, sparse_shape=(41, 256, 256)).double().cuda()
+    with pytest.raises(ValueError, match="no float64 kernels on CUDA"):
+        encoder(to_cuda(random_voxels()))
+
+
+def test_image_branch():
+    torch.manual_seed(0)
+    backbone = ResNet(depth=50, base_channels=16)
+    neck = CPFPN(in_channels=backbone.out_channels)
+    mean, std = (103.530, 116.280, 123.675), (57.375, 57.120, 58.395)
+    reference = ImageBranch(mean=mean, std=std, backbone=backbone, neck=neck).double().eval()
+    branch = copy.deepcopy(reference).float().cuda().to(memory_format=torch.channels_last)
+    pixels = torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        expected, out = reference(pixels), branch(pixels.cuda())
+    assert relative_error(out, expected) <= TOLERANCE[torch.float32]

@@ -1,0 +1,62 @@
+"""Golden tensors of the original programs: where they lie, how they are read, how an error is measured."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def golden_dir() -> Path:
+    """Folder of the golden files: `CMT_AQR_GOLDEN`, else `../shared/golden` beside the repository."""
+    return Path(os.environ.get("CMT_AQR_GOLDEN") or REPOSITORY.parent / "shared" / "golden")
+
+
+class Golden:
+    """One golden file, read lazily: `golden["out64/x"]` is a numpy array, `golden.tensor("in/x")` a torch tensor."""
+
+    def __init__(self, path: Path):
+        self._arrays = np.load(path, allow_pickle=False)
+        self.names = tuple(self._arrays.files)
+        self.meta = json.loads(str(self._arrays["meta_json"])) if "meta_json" in self.names else {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Array `name` as a torch tensor, converted to `dtype` where one is given."""
+        tensor = torch.from_numpy(np.array(self._arrays[name]))
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def state_dict(self, prefix: str = "sd/") -> dict[str, torch.Tensor]:
+        """All arrays under `prefix`, with the prefix removed from their names."""
+        return {name.removeprefix(prefix): self.tensor(name) for name in self.names if name.startswith(prefix)}
+
+
+def load_golden(name: str) -> Golden:
+    """Golden file `name` ("head_eval" or "head_eval.npz"); skips the calling test where the file is missing."""
+    folder = golden_dir()
+    if not folder.is_dir():
+        pytest.skip(f"golden folder {folder} does not exist (set CMT_AQR_GOLDEN)")
+    path = folder / f"{name.removesuffix('.npz')}.npz"
+    if not path.is_file():
+        pytest.skip(f"golden file {path} does not exist")
+    return Golden(path)
+
+
+def relative_error(actual, reference) -> float:
+    """max |actual - reference| / max |reference|, in float64; inf where shapes or finiteness differ."""
+    a, r = (torch.as_tensor(x).detach().cpu().double() for x in (actual, reference))
+    if a.shape != r.shape or not torch.equal(torch.isfinite(a), torch.isfinite(r)):
+        return float("inf")
+    if r.numel() == 0:
+        return 0.0
+    scale = r.abs().max().item()
+    return (a - r).abs().max().item() / (scale if scale > 0 else 1.0)

@@ -1,0 +1,201 @@
+"""Voxels, sparse encoder, SECOND and FPN against the original's tensors (see tests/parity/golden.py)."""
+
+import pytest
+import torch
+
+from cmt_aqr.models.lidar import LidarBranch, SparseEncoder, _import_spconv, convolved_shape
+from cmt_aqr.models.second import SECOND, SECONDFPN
+from cmt_aqr.models.voxels import VoxelBatch, voxel_grid_shape, voxelize, voxelize_batch
+from tests.parity.golden import load_golden, relative_error
+
+pytest.importorskip("spconv.pytorch")
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+PREFIXES = {"pts_middle_encoder.": "encoder.", "pts_backbone.": "backbone.", "pts_neck.": "neck."}
+
+
+def rename(name):
+    """Official name -> ours: only the three prefixes differ."""
+    for official, ours in PREFIXES.items():
+        if name.startswith(official):
+            return ours + name.removeprefix(official)
+    raise KeyError(name)
+
+
+def voxel_settings(meta):
+    vox = meta["cfg"]["vox"]
+    return {
+        "voxel_size": vox["voxel_size"],
+        "point_range": vox["point_cloud_range"],
+        "max_points": vox["max_num_points"],
+        "max_voxels": vox["max_voxels"][1],
+    }
+
+
+def build_encoder(meta, *, out_of_range="drop"):
+    mid = meta["cfg"]["mid"]
+    return SparseEncoder(
+        in_channels=mid["in_channels"],
+        sparse_shape=mid["sparse_shape"],
+        base_channels=mid["base_channels"],
+        encoder_channels=mid["encoder_channels"],
+        downsample_paddings=[paddings[-1] for paddings in mid["encoder_paddings"][:-1]],
+        out_channels=mid["output_channels"],
+        out_of_range=out_of_range,
+    )
+
+
+def build_branch(golden, *, dtype):
+    second, fpn = golden.meta["cfg"]["bb"], golden.meta["cfg"]["neck"]
+    vox = golden.meta["cfg"]["vox"]
+    branch = LidarBranch(
+        voxel_size=vox["voxel_size"],
+        point_range=vox["point_cloud_range"],
+        max_points=vox["max_num_points"],
+        max_voxels_train=vox["max_voxels"][0],
+        max_voxels_test=vox["max_voxels"][1],
+        encoder=build_encoder(golden.meta),
+        backbone=SECOND(
+            in_channels=second["in_channels"],
+            channels=second["out_channels"],
+            layers=second["layer_nums"],
+            strides=second["layer_strides"],
+        ),
+        neck=SECONDFPN(
+            in_channels=fpn["in_channels"], channels=fpn["out_channels"], upsample_strides=fpn["upsample_strides"]
+        ),
+    )
+    state = {rename(name): tensor for name, tensor in golden.state_dict().items()}
+    branch.load_state_dict(state, strict=True)
+    return branch.to(dtype).eval()
+
+
+def build_oob_encoder(golden, *, out_of_range):
+    """The encoder of backbone3d_oob, whose file holds no other weights."""
+    encoder = build_encoder(golden.meta, out_of_range=out_of_range)
+    state = {rename(name).removeprefix("encoder."): tensor for name, tensor in golden.state_dict().items()}
+    encoder.load_state_dict(state, strict=True)
+    return encoder.eval()
+
+
+def golden_clouds(golden):
+    clouds = []
+    while f"in/points{len(clouds)}" in golden:
+        clouds.append(golden.tensor(f"in/points{len(clouds)}"))
+    return clouds
+
+
+def golden_voxels(golden, dtype):
+    """Voxels of the original. float64 takes the float32 means, as the original's float64 run does."""
+    coords = golden.tensor("out/coors_bzyx")
+    return VoxelBatch(golden.tensor("out32/voxel_features", dtype), coords, len(golden_clouds(golden)))
+
+
+@pytest.mark.parametrize("name", ["backbone3d", "backbone3d_oob"])
+def test_voxels(name):
+    golden = load_golden(name)
+    voxels = voxelize_batch(golden_clouds(golden), **voxel_settings(golden.meta))
+    assert voxels.coords_bzyx.dtype == torch.int32
+    assert torch.equal(voxels.coords_bzyx, golden.tensor("out/coors_bzyx"))
+    assert voxels.batch_size == len(golden_clouds(golden))
+    for column, reference in zip(voxels.features.T, golden["out32/voxel_features"].T, strict=True):
+        assert relative_error(column, reference) <= 1e-6
+    # A voxel of one point is that point, to the bit.
+    if "out/num_points" in golden:
+        single = golden.tensor("out/num_points") == 1
+        assert torch.equal(voxels.features[single], golden.tensor("out32/voxel_features")[single])
+
+
+def test_voxels_up_to_the_cap():
+    golden = load_golden("backbone3d")
+    settings = voxel_settings(golden.meta) | {"max_voxels": int(golden["trunc/max_voxels"])}
+    features, coords = voxelize(golden.tensor("in/points0"), **settings)
+    assert len(coords) == settings["max_voxels"]
+    assert torch.equal(coords, golden.tensor("trunc/coors_zyx"))
+    assert relative_error(features, golden["trunc/voxel_mean"]) <= 1e-6
+
+
+@DTYPES
+def test_branch(dtype):
+    golden = load_golden("backbone3d")
+    branch = build_branch(golden, dtype=dtype)
+    with torch.no_grad():
+        middle = branch.encoder(golden_voxels(golden, dtype))
+        maps = branch.backbone(middle)
+        fpn = branch.neck(maps)
+    assert middle.shape[1:] == branch.encoder.output_shape
+    assert relative_error(middle, golden["out64/middle"]) <= TOLERANCE[dtype]
+    for i, x in enumerate(maps):
+        assert relative_error(x, golden[f"out64/second{i}"]) <= TOLERANCE[dtype]
+    assert relative_error(fpn, golden["out64/fpn"]) <= TOLERANCE[dtype]
+
+
+def test_branch_from_points():
+    golden = load_golden("backbone3d")
+    branch = build_branch(golden, dtype=torch.float32)
+    with torch.no_grad():
+        fpn = branch(golden_clouds(golden))
+    assert relative_error(fpn, golden["out64/fpn"]) <= TOLERANCE[torch.float32]
+
+
+@DTYPES
+def test_encoder_stages(dtype):
+    golden = load_golden("backbone3d")
+    encoder = build_branch(golden, dtype=dtype).encoder
+    voxels = golden_voxels(golden, dtype)
+    x = _import_spconv().SparseConvTensor(
+        voxels.features, voxels.coords_bzyx, list(encoder.sparse_shape), voxels.batch_size
+    )
+    stages = {"conv_input": encoder.conv_input, **encoder.encoder_layers}
+    for name, layer in stages.items():
+        with torch.no_grad():
+            x = layer(x)
+        assert list(x.spatial_shape) == golden[f"out/stage/{name}/spatial_shape"].tolist()
+        indices, order = lexicographic(x.indices, x.spatial_shape)
+        if f"out/stage/{name}/indices_sorted" in golden:
+            assert torch.equal(indices, golden.tensor(f"out/stage/{name}/indices_sorted", torch.int64))
+        else:
+            assert len(indices) == int(golden[f"out/stage/{name}/n_active"])
+        rows = golden.tensor(f"out/stage/{name}/rows")
+        assert torch.equal(indices[rows], golden.tensor(f"out/stage/{name}/row_indices", torch.int64))
+        features = x.features[order]
+        assert relative_error(features[rows], golden[f"out64/stage/{name}/row_features"]) <= TOLERANCE[dtype]
+        total = features.double().sum(dim=0)
+        assert relative_error(total, golden[f"out64/stage/{name}/channel_sum"]) <= TOLERANCE[dtype]
+
+
+def lexicographic(indices, spatial_shape):
+    """Rows (b, z, y, x) in lexicographic order, int64, and the permutation that sorts them."""
+    depth, height, width = spatial_shape
+    b, z, y, x = indices.long().T
+    order = (((b * depth + z) * height + y) * width + x).argsort()
+    return indices.long()[order], order
+
+
+@DTYPES
+def test_voxels_outside_the_sparse_shape_are_dropped(dtype):
+    golden = load_golden("backbone3d_oob")
+    voxels = golden_voxels(golden, dtype)
+    encoder = build_oob_encoder(golden, out_of_range="drop").to(dtype)
+    assert (voxels.coords_bzyx[:, 1:].amax(dim=0) >= torch.tensor(encoder.sparse_shape)).any()
+    with torch.no_grad():
+        middle = encoder(voxels)
+    assert relative_error(middle, golden["out64/middle_oob_dropped"]) <= TOLERANCE[dtype]
+
+
+def test_voxels_outside_the_sparse_shape_are_aliased():
+    golden = load_golden("backbone3d_oob")
+    encoder = build_oob_encoder(golden, out_of_range="alias")
+    with torch.no_grad():
+        middle = encoder(golden_voxels(golden, torch.float32))
+    assert relative_error(middle, golden["out32/middle_spconv_cpu"]) <= TOLERANCE[torch.float32]
+    assert relative_error(middle, golden["out64/middle_oob_dropped"]) > 1e-3
+
+
+def test_settings_of_the_golden_grid():
+    meta = load_golden("backbone3d").meta
+    vox, mid = meta["cfg"]["vox"], meta["cfg"]["mid"]
+    depth, height, width = voxel_grid_shape(voxel_size=vox["voxel_size"], point_range=vox["point_cloud_range"])
+    assert (depth + 1, height, width) == tuple(mid["sparse_shape"])
+    assert convolved_shape((5,), kernel=(3,), stride=(2,), padding=(0,)) == (2,)
