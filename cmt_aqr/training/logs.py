@@ -1,0 +1,279 @@
+"""What a run leaves behind and shows: ``log.jsonl``, TensorBoard scalars, a progress bar or plain lines.
+
+``step`` is the number of finished optimizer steps. Every line of ``log.jsonl`` is one JSON object with ``kind``
+(train, eval, ...), ``step``, ``time`` (seconds since 1970) and whatever the caller measured; a number that is not
+finite is null.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+LOG_FILE = "log.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+# Seconds between two progress lines when nobody watches a terminal.
+PLAIN_PERIOD = 30.0
+# Share of the newest value in a smoothed figure: the last 50 steps or so.
+SMOOTHING = 0.02
+
+Values = Mapping[str, Any]
+
+
+class RunLog:
+    """The log of one run; a context manager. In a process that is not the main one it does nothing at all."""
+
+    def __init__(
+        self,
+        work_dir: str | os.PathLike,
+        is_main: bool,
+        *,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        plain_period: float = PLAIN_PERIOD,
+    ):
+        """Open the log.
+
+        Args:
+            work_dir: made when absent.
+            is_main: whether this process writes.
+            resume_step: the step of the checkpoint that the run goes on from: lines of later steps are dropped, new
+                ones are appended. None is a new run: an older log is kept as ``log.1.jsonl``, ``log.2.jsonl`` ...
+            tensorboard: also write scalars below ``work_dir/tensorboard``.
+            plain_period: seconds between progress lines where stderr is no terminal.
+
+        Raises:
+            ValueError: the log cannot be written, or a line of the log to go on with is not JSON.
+        """
+        self.path = Path(work_dir) / LOG_FILE
+        self._is_main = is_main
+        self._plain_period = plain_period
+        self._writer = None
+        if not is_main:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if resume_step is None:
+                _set_aside(self.path)
+            elif self.path.exists():
+                _keep_until(self.path, resume_step)
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise ValueError(f"{self.path}: the log cannot be written: {error.strerror}") from error
+        if tensorboard:
+            # Imported here: it takes a second, and only the main process of a training run needs it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge_step = 0 if resume_step is None else resume_step + 1
+            self._writer = SummaryWriter(str(self.path.parent / TENSORBOARD_FOLDER), purge_step=purge_step)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """Write one line, and its numbers as TensorBoard scalars ``kind/name`` (``kind/name/key`` for a mapping).
+
+        Args:
+            kind: train, eval, ...
+            step: finished optimizer steps.
+            values: numbers, tensors of one element, text, None, or mappings of these.
+
+        Raises:
+            ValueError: the line cannot be written.
+        """
+        if not self._is_main:
+            return
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3)} | _plain(values)
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            if self._writer is not None:
+                for name, number in _scalars(values, kind):
+                    self._writer.add_scalar(name, number, step)
+                self._writer.flush()
+        except OSError as error:
+            raise ValueError(f"{self.path}: the log cannot be written: {error.strerror}") from error
+
+    def say(self, text: str) -> None:
+        """Print a line to stdout without tearing a progress bar."""
+        if self._is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    @contextmanager
+    def progress(self, title: str, total: int, done: int = 0) -> Iterator["Progress"]:
+        """Show how far a loop is: a bar on a terminal (stderr), else a line on stdout now and then.
+
+        Args:
+            title: what is being counted.
+            total: steps of the whole; the remaining time is that to ``total``.
+            done: steps done before.
+        """
+        progress = Progress(self, title, total, done, self._plain_period)
+        try:
+            yield progress
+        finally:
+            progress.close()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and talks."""
+        return self._is_main
+
+    def close(self) -> None:
+        """Close the files; no record may follow."""
+        if not self._is_main:
+            return
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Progress:
+    """A counter of steps with a smoothed loss and the time that remains; made by :meth:`RunLog.progress`."""
+
+    def __init__(self, log: RunLog, title: str, total: int, done: int, plain_period: float):
+        self.title = title
+        self.total = total
+        self.done = done
+        self.loss: float | None = None
+        self.seconds_per_step: float | None = None
+        self._log = log
+        self._plain_period = plain_period
+        self._last_step = self._last_line = time.monotonic()
+        self._shown = ""
+        self._bar = None
+        if log.is_main and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total, initial=done, desc=title, dynamic_ncols=True, leave=False, smoothing=SMOOTHING
+            )
+
+    def advance(self, count: int = 1, *, loss: float | Tensor | None = None, **figures: float) -> None:
+        """Count steps.
+
+        Args:
+            count: steps done since the last call.
+            loss: of these steps, also as a tensor of one element; shown smoothed, non-finite ones are left out.
+            figures: shown as they are.
+        """
+        if not self._log.is_main:
+            return
+        now = time.monotonic()
+        self.seconds_per_step = _smoothed(self.seconds_per_step, (now - self._last_step) / count)
+        self._last_step = now
+        self.done += count
+        if loss is not None and math.isfinite(loss):
+            self.loss = _smoothed(self.loss, float(loss))
+        parts = [] if self.loss is None else [f"loss {self.loss:.4g}"]
+        self._shown = "  ".join(parts + [f"{name} {value:.4g}" for name, value in figures.items()])
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._shown, refresh=False)
+            self._bar.update(count)
+        elif now - self._last_line >= self._plain_period:
+            self._last_line = now
+            self._log.say(self.line())
+
+    def line(self) -> str:
+        """The state as one line of text."""
+        share = f"{100 * self.done / self.total:.1f} %" if self.total else "-"
+        parts = [f"{self.title}  {self.done}/{self.total} ({share})"]
+        if self._shown:
+            parts.append(self._shown)
+        if self.seconds_per_step is not None:
+            rest = max(self.total - self.done, 0) * self.seconds_per_step
+            parts.append(f"{self.seconds_per_step:.3g} s/step  remaining {duration(rest)}")
+        return "  ".join(parts)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def read_log(path: str | os.PathLike) -> list[dict]:
+    """Lines of a ``log.jsonl``. A last line without its end, of a run that was killed while writing, is left out.
+
+    Raises:
+        ValueError: no such file, or a line that is no JSON object with a step.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: the log cannot be read: {error.strerror}") from error
+    lines = []
+    # What follows the last line end is empty or torn.
+    for number, text_line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            line = json.loads(text_line)
+            int(line["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: line {number} is no record of a log: {text_line[:60]!r}") from error
+        lines.append(line)
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, with days from the first on."""
+    whole = round(seconds)
+    days, rest = divmod(whole, 86400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days} d {clock}" if days else clock
+
+
+def _set_aside(path: Path) -> None:
+    """Rename the log of an earlier run to the first free number."""
+    if not path.exists():
+        return
+    number = 1
+    while (older := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(older)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines of later steps, at once for all: a neighbour file, then a rename."""
+    kept = [line for line in read_log(path) if line["step"] <= step]
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in kept), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _smoothed(mean: float | None, value: float) -> float:
+    return value if mean is None else mean + SMOOTHING * (value - mean)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as numbers, paths as text, non-finite numbers as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Tensor | np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise ValueError(f"a log takes numbers, text and mappings of them, not {value!r}")
+
+
+def _scalars(values: Values, prefix: str) -> Iterator[tuple[str, float]]:
+    """Names and numbers of nested values; text and None are left out, non-finite numbers are not."""
+    for key, value in values.items():
+        name = f"{prefix}/{key}"
+        if isinstance(value, Mapping):
+            yield from _scalars(value, name)
+        elif isinstance(value, Tensor | np.generic):
+            yield name, float(value.item())
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, float(value)
