@@ -15,6 +15,14 @@ INVERSE_SIGMOID_EPS = 1e-5
 DEPTH_EPS = 1e-6
 
 
+def constant_like(values: Sequence[float], like: Tensor) -> Tensor:
+    """A few numbers as a tensor (N,) with the dtype and device of ``like``, without waiting for the GPU.
+
+    ``like.new_tensor(values)`` gives the same tensor but stalls until the GPU has caught up.
+    """
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
 def to_metres(points: Tensor, point_range: Sequence[float]) -> Tensor:
     """Unit cube -> LiDAR frame.
 
@@ -25,15 +33,13 @@ def to_metres(points: Tensor, point_range: Sequence[float]) -> Tensor:
     Returns:
         (..., 3) metres, same dtype.
     """
-    low = points.new_tensor(point_range[:3])
-    high = points.new_tensor(point_range[3:])
+    low, high = constant_like(point_range, points).chunk(2)
     return points * (high - low) + low
 
 
 def to_unit(points: Tensor, point_range: Sequence[float]) -> Tensor:
     """LiDAR frame (..., 3) in metres -> unit cube (..., 3); the inverse of :func:`to_metres`."""
-    low = points.new_tensor(point_range[:3])
-    high = points.new_tensor(point_range[3:])
+    low, high = constant_like(point_range, points).chunk(2)
     return (points - low) / (high - low)
 
 

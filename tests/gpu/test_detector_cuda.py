@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 
+from cmt_aqr.boxes import Targets
 from cmt_aqr.evaluation.postprocess import postprocess
 from cmt_aqr.losses.criterion import Criterion, total_loss
 from cmt_aqr.models.denoising import make_denoising
@@ -45,8 +46,11 @@ def no_stalls():
 
 
 def inputs(device, dtype, counts=(3, 5)):
-    features = [x.to(device) if torch.is_tensor(x) else x for x in make_features(2, dtype=dtype)]
-    return features, [target.to(device) for target in make_targets(counts, dtype=dtype)]
+    """Drawn in float64: another dtype would draw other numbers from the same seed."""
+    bev_map, pv_maps, lidar2img, size = make_features(2)
+    features = [bev_map.to(device, dtype), pv_maps.to(device, dtype), lidar2img.to(device), size]
+    targets = [Targets(t.boxes.to(device, dtype), t.labels.to(device)) for t in make_targets(counts)]
+    return features, targets
 
 
 def denoise(targets):
@@ -67,9 +71,9 @@ def train_step(device, dtype, kernel):
 
 
 @pytest.mark.parametrize("kernel", (1, 3))
-@pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float64, 1e-10), (torch.float32, 2e-4)))
+@pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float64, 1e-10), (torch.float32, 1e-5)))
 def test_a_training_step_equals_the_cpu(dtype, tolerance, kernel):
-    # float32: one ReLU or L1 kink on the other side moves a gradient by 1e-4 of its largest entry.
+    # float32 on the CPU departs from float64 by 2e-7 here.
     terms, grads, detections = train_step("cuda", dtype, kernel)
     expected_terms, expected_grads, expected_detections = train_step("cpu", torch.float64, kernel)
     for name, value in expected_terms.items():

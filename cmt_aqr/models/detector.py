@@ -1,0 +1,215 @@
+"""The detector: branches -> tokens -> queries -> decoder -> heads.
+
+Shape letters: B batch, V views, P points, H, W rows and columns of a grid, K tokens, Q queries, C channels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cmt_aqr.attention.layout import TokenLayout
+from cmt_aqr.models.decoder import Decoder
+from cmt_aqr.models.heads import Heads
+from cmt_aqr.models.position import BevEmbedding, Cameras, RayEmbedding, bev_positions, make_cameras, pv_positions
+from cmt_aqr.models.queries import Queries, ReferencePoints, query_positions
+from cmt_aqr.predictions import DenoisingQueries, Predictions
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Keys and values of the cross-attention.
+
+    Attributes:
+        values: (B, K, C).
+        positions: (B, K, C) position embeddings; keys are values + positions.
+        layout: which token is where, BEV tokens first.
+    """
+
+    values: Tensor
+    positions: Tensor
+    layout: TokenLayout
+
+
+class SharedConv(nn.Sequential):
+    """BEV features -> C channels: 3 x 3 convolution, batch norm, ReLU.
+
+    Args:
+        in_channels: channels of the BEV map.
+        dim: C.
+    """
+
+    def __init__(self, *, in_channels: int, dim: int) -> None:
+        conv = nn.Conv2d(in_channels, dim, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        super().__init__(conv, nn.BatchNorm2d(dim), nn.ReLU())
+
+
+class Detector(nn.Module):
+    """Camera + LiDAR detector. A model with one sensor is the same detector with one part of the tokens.
+
+    Args:
+        reference_points: the learned queries.
+        bev_embedding: ground position of BEV tokens and of queries.
+        decoder: the transformer decoder.
+        head: the task heads.
+        lidar_branch: points -> BEV map, or None without LiDAR;
+            ``forward(points: list of (P_i, 5)) -> (B, C_in, H, W)``.
+        shared_conv: BEV map -> (B, C, H, W); required with a lidar_branch or BEV maps.
+        image_branch: images -> camera maps, or None without cameras;
+            ``forward(images (N, H, W, 3) uint8, *, mask) -> (N, C, h, w)``, N = B * V.
+        ray_embedding: ray position of camera tokens and of queries; required with cameras.
+    """
+
+    def __init__(
+        self,
+        *,
+        reference_points: ReferencePoints,
+        bev_embedding: BevEmbedding,
+        decoder: Decoder,
+        head: Heads,
+        lidar_branch: nn.Module | None = None,
+        shared_conv: nn.Module | None = None,
+        image_branch: nn.Module | None = None,
+        ray_embedding: RayEmbedding | None = None,
+    ) -> None:
+        super().__init__()
+        if shared_conv is None and ray_embedding is None:
+            raise ValueError("a detector needs shared_conv (LiDAR), ray_embedding (cameras), or both; got neither")
+        if lidar_branch is not None and shared_conv is None:
+            raise ValueError("a detector with a lidar_branch needs a shared_conv")
+        if image_branch is not None and ray_embedding is None:
+            raise ValueError("a detector with an image_branch needs a ray_embedding")
+        self.image_branch = image_branch
+        self.lidar_branch = lidar_branch
+        self.shared_conv = shared_conv
+        self.bev_embedding = bev_embedding
+        self.ray_embedding = ray_embedding
+        self.reference_points = reference_points
+        self.decoder = decoder
+        self.head = head
+
+    def forward(
+        self,
+        images: Tensor | None,
+        points: Sequence[Tensor] | None,
+        lidar2img: Tensor | None,
+        denoising: DenoisingQueries | None = None,
+        *,
+        image_mask: Tensor | None = None,
+    ) -> Predictions:
+        """Detect.
+
+        Args:
+            images: (B, V, H, W, 3) uint8, channels R, G, B as decoded; ignored without an image_branch.
+            points: per sample (P_i, 5) x, y, z in metres (LiDAR frame), intensity, seconds before the key frame;
+                ignored without a lidar_branch.
+            lidar2img: (B, V, 4, 4) float64, LiDAR frame -> pixels of ``images``; required with cameras.
+            denoising: extra queries in training.
+            image_mask: (H, W) bool, True = the pixel is kept: a GridMask in training; None keeps all.
+        """
+        pv_maps = self.encode_images(images, image_mask)
+        bev_map = self.encode_points(points)
+        image_size = None if pv_maps is None else tuple(images.shape[2:4])
+        return self.forward_features(bev_map, pv_maps, lidar2img, image_size, denoising)
+
+    def forward_features(
+        self,
+        bev_map: Tensor | None,
+        pv_maps: Tensor | None,
+        lidar2img: Tensor | None,
+        image_size: tuple[int, int] | None,
+        denoising: DenoisingQueries | None = None,
+    ) -> Predictions:
+        """Everything after the branches; one graph for torch.compile.
+
+        Args:
+            bev_map: (B, C_in, H, W) output of the lidar_branch, row <- y, col <- x, or None.
+            pv_maps: (B, V, C, h, w) output of the image_branch, or None.
+            lidar2img, denoising: see :meth:`forward`.
+            image_size: (height, width) in pixels of the images that ``lidar2img`` projects into; None without cameras.
+        """
+        cameras = self.make_cameras(pv_maps, lidar2img, image_size)
+        tokens = self.make_tokens(bev_map, pv_maps, cameras)
+        queries = self.make_queries(tokens.values.shape[0], cameras, denoising)
+        hidden = self.decoder(queries.positions, tokens.values, tokens.positions, attention_mask=queries.attention_mask)
+        return self.head(hidden, queries.reference_points, num_dn=queries.num_dn, is_live=queries.is_live)
+
+    def encode_images(self, images: Tensor | None, image_mask: Tensor | None = None) -> Tensor | None:
+        """Images (B, V, H, W, 3) uint8 -> camera maps (B, V, C, h, w); None without an image_branch.
+
+        H / h and W / w must be one whole number: images that the branch would have to pad are refused, because the
+        rays of the tokens need the size after padding.
+        """
+        if self.image_branch is None:
+            return None
+        if images is None or images.ndim != 5 or images.shape[-1] != 3:
+            got = "None" if images is None else tuple(images.shape)
+            raise ValueError(f"images of a detector with cameras must have shape (B, V, H, W, 3), got {got}")
+        maps = self.image_branch(images.flatten(0, 1), mask=image_mask)
+        (height, width), (rows, cols) = images.shape[2:4], maps.shape[-2:]
+        if height % rows or width % cols or height // rows != width // cols:
+            raise ValueError(
+                f"images of {height} x {width} pixels do not fit camera maps of {rows} x {cols} cells: pad them to a "
+                f"multiple of the image branch's stride"
+            )
+        return maps.unflatten(0, images.shape[:2])
+
+    def encode_points(self, points: Sequence[Tensor] | None) -> Tensor | None:
+        """Points, one (P_i, 5) per sample -> BEV map (B, C_in, H, W); None without a lidar_branch."""
+        if self.lidar_branch is None:
+            return None
+        if points is None:
+            raise ValueError("points of a detector with LiDAR must be a list of (P, 5) tensors, got None")
+        return self.lidar_branch(points)
+
+    def make_cameras(
+        self, pv_maps: Tensor | None, lidar2img: Tensor | None, image_size: tuple[int, int] | None
+    ) -> Cameras | None:
+        """Calibration in the model's dtype; None without camera maps."""
+        if pv_maps is None:
+            return None
+        if lidar2img is None or lidar2img.shape[:2] != pv_maps.shape[:2]:
+            got = "None" if lidar2img is None else tuple(lidar2img.shape)
+            expected = (*pv_maps.shape[:2], 4, 4)
+            raise ValueError(f"lidar2img must have shape {expected} to match the camera maps, got {got}")
+        return make_cameras(lidar2img, image_size, dtype=self.reference_points.weight.dtype)
+
+    def make_tokens(self, bev_map: Tensor | None, pv_maps: Tensor | None, cameras: Cameras | None) -> Tokens:
+        """Tokens of the sensors that are there, BEV first; arguments as in :meth:`forward_features`."""
+        if (bev_map is None) != (self.shared_conv is None) or (pv_maps is None) != (self.ray_embedding is None):
+            raise ValueError(
+                f"the detector is built {'without' if self.shared_conv is None else 'with'} LiDAR and "
+                f"{'without' if self.ray_embedding is None else 'with'} cameras, got "
+                f"{'no' if bev_map is None else 'a'} BEV map and {'no' if pv_maps is None else 'some'} camera maps"
+            )
+        values, positions = [], []
+        rows = cols = views = pv_rows = pv_cols = 0
+        if bev_map is not None:
+            rows, cols = bev_map.shape[-2:]
+            values.append(self.shared_conv(bev_map).flatten(2).transpose(1, 2))
+            place = bev_positions(self.bev_embedding, rows, cols, like=self.reference_points.weight)
+            positions.append(place.expand(bev_map.shape[0], -1, -1))
+        if pv_maps is not None:
+            views, (pv_rows, pv_cols) = pv_maps.shape[1], pv_maps.shape[-2:]
+            values.append(pv_maps.permute(0, 1, 3, 4, 2).flatten(1, 3))
+            positions.append(pv_positions(self.ray_embedding, pv_rows, pv_cols, cameras))
+        layout = TokenLayout(rows, cols, views, pv_rows, pv_cols)
+        return Tokens(torch.cat(values, dim=1), torch.cat(positions, dim=1), layout)
+
+    def make_queries(self, batch_size: int, cameras: Cameras | None, denoising: DenoisingQueries | None) -> Queries:
+        """Reference points and position embeddings of all queries, denoising rows first."""
+        points = self.reference_points(batch_size, denoising)
+        positions = query_positions(self.bev_embedding, self.ray_embedding, points, cameras)
+        if denoising is None:
+            return Queries(points, positions)
+        size = denoising.num_dn + self.reference_points.num_queries
+        if denoising.attention_mask.shape != (size, size):
+            raise ValueError(
+                f"the denoising attention mask must have shape {(size, size)} (num_dn + num_queries), "
+                f"got {tuple(denoising.attention_mask.shape)}"
+            )
+        matching = denoising.is_live.new_ones(self.reference_points.num_queries)
+        is_live = torch.cat((denoising.is_live, matching))
+        return Queries(points, positions, denoising.num_dn, denoising.attention_mask, is_live)

@@ -1,0 +1,102 @@
+"""Positions, queries, decoder, heads and decoding against the original: fusion, LiDAR-only, camera-only, six tasks."""
+
+import json
+
+import pytest
+import torch
+
+from cmt_aqr.evaluation.postprocess import postprocess
+from cmt_aqr.geometry import inverse_sigmoid
+from cmt_aqr.models.position import bev_positions, pv_positions
+from cmt_aqr.models.queries import ray_query_positions
+from cmt_aqr.predictions import BOX_BRANCHES, CLASS_BRANCH
+from tests.parity.golden import load_golden, relative_error
+from tests.parity.head_case import FORWARD_TOLERANCE, HeadCase, assert_close
+
+CASES = (
+    ("head_eval", ""),
+    ("head_eval_6task", ""),
+    ("transformer_vs_lidar_image", "lidar/"),
+    ("transformer_vs_lidar_image", "image/"),
+)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case[0] + ("-" + case[1][:-1] if case[1] else ""), scope="module")
+def golden_part(request):
+    name, prefix = request.param
+    golden = load_golden(name)
+    return golden, prefix, json.loads(str(golden[prefix + "meta_json"]))
+
+
+@pytest.fixture(params=(torch.float64, torch.float32), ids=("f64", "f32"), scope="module")
+def case(request, golden_part):
+    golden, prefix, meta = golden_part
+    case = HeadCase(golden, request.param, prefix=prefix, meta=meta)
+    case.detector.eval()
+    return case
+
+
+def check(case, name, actual):
+    assert_close(name, relative_error(actual, case.reference(name)), FORWARD_TOLERANCE[case.dtype])
+
+
+@torch.no_grad()
+def test_positions_of_tokens_equal_the_original(case):
+    detector = case.detector
+    if case.bev_map is not None:
+        rows, cols = case.bev_map.shape[-2:]
+        assert rows == case.meta["bev"]
+        check(case, "x_shared", detector.shared_conv(case.bev_map))
+        check(
+            case,
+            "bev_pos_embeds",
+            bev_positions(detector.bev_embedding, rows, cols, like=case.bev_map)[0],
+        )
+    if case.pv_maps is not None:
+        cameras = detector.make_cameras(case.pv_maps, case.lidar2img, case.image_size)
+        rows, cols = case.pv_maps.shape[-2:]
+        ours = pv_positions(detector.ray_embedding, rows, cols, cameras)
+        check(case, "rv_pos_embeds", ours.reshape(case.reference("rv_pos_embeds").shape))
+
+
+@torch.no_grad()
+def test_positions_of_queries_equal_the_original(case):
+    detector = case.detector
+    cameras = detector.make_cameras(case.pv_maps, case.lidar2img, case.image_size)
+    queries = detector.make_queries(case.meta["bs"], cameras, None)
+    expected = case.reference("bev_query_embeds")
+    if case.pv_maps is not None:
+        expected = expected + case.reference("rv_query_embeds")
+        points = inverse_sigmoid(queries.reference_points).sigmoid()
+        check(case, "rv_query_embeds", ray_query_positions(detector.ray_embedding, points, cameras))
+    assert_close("query positions", relative_error(queries.positions, expected), FORWARD_TOLERANCE[case.dtype])
+
+
+@torch.no_grad()
+def test_decoder_and_heads_equal_the_original(case):
+    detector = case.detector
+    cameras = detector.make_cameras(case.pv_maps, case.lidar2img, case.image_size)
+    tokens = detector.make_tokens(case.bev_map, case.pv_maps, cameras)
+    queries = detector.make_queries(case.meta["bs"], cameras, None)
+    check(case, "outs_dec", detector.decoder(queries.positions, tokens.values, tokens.positions))
+
+    predictions = case.predict()
+    for task, outputs in enumerate(predictions.tasks):
+        for name in (*BOX_BRANCHES, CLASS_BRANCH):
+            check(case, f"task{task}/{name}", outputs[name])
+
+
+@torch.no_grad()
+def test_detections_equal_the_original(case):
+    detections = postprocess(
+        case.predict(), max_detections=case.meta["max_num"], post_range=case.meta["post_center_range"]
+    )
+    # The original stores boxes as float32, with the bottom centre's z.
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5}[case.dtype]
+    for sample, found in enumerate(detections):
+        boxes = found.boxes.clone()
+        boxes[:, 2] -= boxes[:, 5] / 2
+        assert torch.equal(found.labels, case.reference(f"labels{sample}"))
+        score_error = relative_error(found.scores, case.reference(f"scores{sample}"))
+        assert_close("scores", score_error, FORWARD_TOLERANCE[case.dtype])
+        assert_close("boxes", relative_error(boxes, case.reference(f"boxes{sample}")), tolerance)

@@ -1,0 +1,169 @@
+"""The decoder against torch's own attention module, its quirks, dropout, and who can influence whom."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cmt_aqr.models.decoder import Attention, Decoder, DecoderLayer, merge_heads, split_heads
+from cmt_aqr.models.denoising import denoising_mask
+
+DIM, HEADS = 16, 4
+
+
+def make_decoder(**changes):
+    torch.manual_seed(0)
+    settings = {"dim": DIM, "num_heads": HEADS, "ffn_dim": 24, "num_layers": 3, "dropout": 0.0} | changes
+    decoder = Decoder(**settings).double()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return decoder
+
+
+def make_inputs(num_queries=7, num_tokens=11):
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((2, num_queries, DIM), (2, num_tokens, DIM), (2, num_tokens, DIM))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def torch_attention(ours):
+    module = nn.MultiheadAttention(DIM, HEADS, batch_first=True).double()
+    module.load_state_dict(ours.state_dict(), strict=True)
+    return module
+
+
+def test_heads_split_and_merge_are_inverse():
+    x = torch.randn(2, 5, DIM)
+    assert split_heads(x, HEADS).shape == (2, HEADS, 5, DIM // HEADS)
+    assert torch.equal(merge_heads(split_heads(x, HEADS)), x)
+
+
+def test_layers_equal_torchs_attention_module_with_the_shared_norm_outside_the_chain():
+    decoder = make_decoder()
+    query_positions, tokens, token_positions = make_inputs()
+    mask = torch.rand(7, 7) < 0.5
+    mask |= torch.eye(7, dtype=torch.bool)
+    actual = decoder(query_positions, tokens, token_positions, attention_mask=mask)
+
+    x = torch.zeros_like(query_positions)
+    for index, layer in enumerate(decoder.layers):
+        own, cross = torch_attention(layer.self_attention), torch_attention(layer.cross_attention)
+        placed = x + query_positions
+        x = layer.norms[0](x + own(placed, placed, x, attn_mask=~mask, need_weights=False)[0])
+        keys = tokens + token_positions
+        x = layer.norms[1](x + cross(x + query_positions, keys, tokens, need_weights=False)[0])
+        x = layer.norms[2](x + layer.ffn(x))
+        # Quirk Q7: the next layer goes on from x, not from what is returned.
+        torch.testing.assert_close(actual[index], decoder.post_norm(x), rtol=1e-12, atol=1e-12)
+
+
+def test_cross_attention_goes_through_attend_heads_first():
+    decoder = make_decoder()
+    query_positions, tokens, token_positions = make_inputs()
+    shapes = []
+
+    def attend(q, k, v):
+        shapes.append((tuple(q.shape), tuple(k.shape), tuple(v.shape)))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    actual = decoder(query_positions, tokens, token_positions, attend=attend)
+    head = DIM // HEADS
+    assert shapes == [((2, HEADS, 7, head), (2, HEADS, 11, head), (2, HEADS, 11, head))] * 3
+    assert torch.equal(actual, decoder(query_positions, tokens, token_positions))
+
+
+def test_the_order_of_the_tokens_does_not_matter():
+    decoder = make_decoder()
+    query_positions, tokens, token_positions = make_inputs()
+    order = torch.randperm(11)
+    shuffled = decoder(query_positions, tokens[:, order], token_positions[:, order])
+    torch.testing.assert_close(shuffled, decoder(query_positions, tokens, token_positions), rtol=1e-12, atol=1e-12)
+
+
+def test_attention_dropout_acts_in_self_attention_only_and_only_in_training(monkeypatch):
+    # Quirk Q15.
+    probabilities = []
+    exact = F.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, dropout_p=0.0):
+        probabilities.append(dropout_p)
+        return exact(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    decoder = make_decoder(dropout=0.3, num_layers=1)
+    inputs = make_inputs()
+    decoder.train()(*inputs, attend=spy)
+    decoder.eval()(*inputs, attend=spy)
+    assert probabilities == [0.3, 0.0, 0.0, 0.0]
+
+
+def test_residual_dropout_acts_on_both_attentions():
+    layer = DecoderLayer(dim=DIM, num_heads=HEADS, ffn_dim=24, dropout=1.0).double().train()
+    query_positions, tokens, token_positions = make_inputs()
+    x = torch.randn_like(query_positions)
+    # Everything dropped: both attentions contribute nothing.
+    actual = layer(x, query_positions, tokens + token_positions, tokens, None, F.scaled_dot_product_attention)
+    x = layer.norms[1](layer.norms[0](x))
+    torch.testing.assert_close(actual, layer.norms[2](x + layer.ffn(x)))
+
+
+def test_recomputed_layers_give_the_same_gradients():
+    gradients = []
+    for checkpoint_layers in (False, True):
+        decoder = make_decoder(checkpoint_layers=checkpoint_layers)
+        decoder(*make_inputs()).square().sum().backward()
+        gradients.append([p.grad for p in decoder.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_no_gradient_flows_between_denoising_groups_or_from_them_to_matching_queries():
+    decoder = make_decoder()
+    groups, slots, num_dn, num_queries = 2, 3, 8, 4
+    mask = denoising_mask(groups, slots, num_dn=num_dn, num_queries=num_queries)
+    query_positions, tokens, token_positions = make_inputs(num_dn + num_queries)
+    query_positions.requires_grad_()
+    output = decoder(query_positions, tokens, token_positions, attention_mask=mask)[-1]
+    parts = {"dead": range(2), "group 0": range(2, 5), "group 1": range(5, 8), "matching": range(8, 12)}
+    influences = {
+        "dead": set(),
+        "group 0": {"group 0", "matching"},
+        "group 1": {"group 1", "matching"},
+        "matching": {"matching"},
+    }
+    for receiver, rows in parts.items():
+        if receiver == "dead":
+            continue
+        weight = torch.randn(2, len(rows), DIM, dtype=torch.float64)
+        (grad,) = torch.autograd.grad((output[:, list(rows)] * weight).sum(), query_positions, retain_graph=True)
+        seen = {name for name, sources in parts.items() if grad[:, list(sources)].abs().max() > 0}
+        assert seen == influences[receiver]
+
+
+def test_dead_rows_see_only_themselves_and_stay_finite():
+    decoder = make_decoder()
+    mask = denoising_mask(0, 0, num_dn=3, num_queries=4)
+    query_positions, tokens, token_positions = make_inputs(7)
+    output = decoder(query_positions, tokens, token_positions, attention_mask=mask)
+    assert output.isfinite().all()
+    alone = decoder(query_positions[:, :1], tokens, token_positions)
+    torch.testing.assert_close(output[:, :, :1], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_initialisation_is_xavier_with_zero_biases():
+    layer = DecoderLayer(dim=256, num_heads=8, ffn_dim=1024, dropout=0.1)
+    for name, parameter in layer.named_parameters():
+        if name.startswith("norms"):
+            continue
+        if parameter.ndim == 1:
+            assert not parameter.any(), name
+        else:
+            limit = (6 / sum(parameter.shape)) ** 0.5
+            assert 0.98 * limit < parameter.abs().max() <= limit, name
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="got dim 10 and 4 heads"):
+        Attention(dim=10, num_heads=4)

@@ -1,0 +1,46 @@
+"""The drawing program on the real frame, and its sentences."""
+
+import cv2
+import pytest
+
+from cmt_aqr.evaluation.submission import detections_to_submission, write_submission
+from cmt_aqr.tools.visualize import main
+from tests.unit.evaluation import frame
+
+pytestmark = [pytest.mark.data, frame.needs_frame]
+
+
+def run(out, *arguments):
+    data = ["--dataroot", str(frame.ROOT), "--version", frame.VERSION, "--split", frame.SPLIT]
+    return main([*data, "--out", str(out), *arguments])
+
+
+@pytest.fixture(scope="module")
+def submission(tmp_path_factory):
+    results = detections_to_submission([frame.token()], [frame.perfect_detections()], *frame.poses())
+    return str(write_submission(tmp_path_factory.mktemp("s") / "r.json", results, use_camera=True, use_lidar=True))
+
+
+@pytest.mark.parametrize("sensors", ["both", "camera", "lidar"])
+def test_frame_with_ground_truth_and_detections(tmp_path, capsys, submission, sensors):
+    assert run(tmp_path, "--submission", submission, "--sensors", sensors, "--format", "png") == 0
+    path = tmp_path / f"00000_{frame.token()[:16]}.png"
+    assert capsys.readouterr().out.strip() == str(path)
+    assert cv2.imread(str(path)).shape[1] == (920 if sensors == "lidar" else 2664)
+
+
+def test_sentences(tmp_path, capsys, submission):
+    other = write_submission(tmp_path / "other.json", {"other": []}, use_camera=True, use_lidar=True)
+    broken = write_submission(tmp_path / "broken.json", {frame.token(): [{}]}, use_camera=True, use_lidar=True)
+    for arguments, sentence in (
+        (["--tokens", "nothing"], "has no sample 'nothing'"),
+        (["--submission", str(other)], f"other.json: no results for sample {frame.token()}"),
+        (["--submission", str(broken)], f"broken.json: sample {frame.token()}: a result row cannot be read"),
+        (["--submission", str(tmp_path / "none.json")], "none.json: the submission cannot be read"),
+        (["--version", "v1.0-none"], "has no version 'v1.0-none'"),
+    ):
+        assert run(tmp_path / "out", *arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("visualize: ")
+        assert sentence in error
+        assert error.count("\n") == 1
