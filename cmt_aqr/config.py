@@ -58,7 +58,7 @@ class GtSamplingConfig:
 
     per_class: dict[str, int] = limits(low=0)
     min_points: int = limits(low=0)
-    probability: float = limits(low=0, high=1)
+    mix: float = limits(low=0, high=1)  # share of a pasted patch in its pixels
     stop_before_end: int = limits(low=0)  # epochs at the end that train without it
 
 
@@ -72,8 +72,7 @@ class DataConfig:
     val_split: str
     index_dir: str  # index files and the object database are kept here
     velocity_file: str | None  # relative to root; replaces velocities found by differencing annotations
-    num_sweeps: int = limits(low=0)  # previous LiDAR sweeps added to the key frame's
-    decode: Literal["exact", "reduced"]
+    num_sweeps: int = limits(low=0, high=10)  # previous LiDAR sweeps added to the key frame's
     class_balanced: bool  # CBGS resampling
     drop_lidar: float = limits(low=0, high=1)  # probability of training on a frame without points
     drop_cameras: float = limits(low=0, high=1)  # probability of training on a frame with blank images
@@ -115,7 +114,6 @@ class CameraConfig:
     std: Triple = limits(above=0)
     backbone: Literal["resnet18", "resnet50", "vovnet99"]
     base_channels: int = limits(low=1)  # of the ResNet's first stage; 64 is the standard network
-    neck_channels: int = limits(low=1)
     grid_mask: float = limits(low=0, high=1)  # probability
     activation_checkpointing: bool
 
@@ -145,6 +143,7 @@ class ModelConfig:
     head_channels: int = limits(low=1)
     head_kernel: Literal[1, 3]  # over the query axis; the official LiDAR-only model has 3
     cls_prior: float | None  # start of every class probability; null keeps the layer's own initialisation
+    start: Literal["official", "local"]  # local: attention begins near each query (models/local_start.py)
     tasks: tuple[tuple[str, ...], ...]
     lidar: LidarConfig | None
     camera: CameraConfig | None

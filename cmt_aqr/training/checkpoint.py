@@ -79,6 +79,12 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def read_config(path: str | Path) -> dict[str, Any] | None:
+    """The configuration tree inside a checkpoint of this project; None for weights without one."""
+    path = Path(path)
+    return None if path.suffix == ".safetensors" else _read(path).get("config")
+
+
 def load_into(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
     """Strict loading with an error that a person can read.
 

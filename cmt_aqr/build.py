@@ -1,0 +1,217 @@
+"""From a configuration to the things it describes: one constructor call each, nothing hidden."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cmt_aqr.classes import CAMERAS
+from cmt_aqr.config import CameraConfig, Config, DataConfig, LidarConfig, ModelConfig
+from cmt_aqr.data.dataset import FrameDataset, TrainingAugmentation
+from cmt_aqr.data.gt_database import open_gt_database
+from cmt_aqr.data.gt_sampling import GtSampler
+from cmt_aqr.data.image_transforms import ImageAugmentation
+from cmt_aqr.data.index import FrameIndex
+from cmt_aqr.data.nuscenes import load_index
+from cmt_aqr.data.scene_transforms import ModalityDropout, SceneAugmentation
+from cmt_aqr.losses.criterion import Criterion
+from cmt_aqr.models.decoder import Decoder
+from cmt_aqr.models.detector import Detector, SharedConv
+from cmt_aqr.models.heads import Heads
+from cmt_aqr.models.image import CPFPN, ImageBranch, ResNet
+from cmt_aqr.models.lidar import LidarBranch, SparseEncoder
+from cmt_aqr.models.local_start import start_local
+from cmt_aqr.models.position import BevEmbedding, RayEmbedding
+from cmt_aqr.models.queries import ReferencePoints
+from cmt_aqr.models.second import SECOND, SECONDFPN
+from cmt_aqr.models.vovnet import VoVNet
+from cmt_aqr.predictions import task_classes
+
+POINT_FEATURES = 5
+RESNET_DEPTHS = {"resnet18": 18, "resnet50": 50}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_detector(config: ModelConfig) -> Detector:
+    """The detector with fresh weights, on the current default device."""
+    classes = task_classes(config.tasks)
+    lidar = None if config.lidar is None else build_lidar_branch(config.lidar, config.point_range)
+    camera = None if config.camera is None else build_image_branch(config.camera, config.hidden_dim)
+    detector = Detector(
+        image_branch=camera,
+        lidar_branch=lidar,
+        shared_conv=None if lidar is None else SharedConv(in_channels=lidar.neck.out_channels, dim=config.hidden_dim),
+        reference_points=ReferencePoints(num_queries=config.num_queries),
+        bev_embedding=BevEmbedding(dim=config.hidden_dim),
+        ray_embedding=None
+        if camera is None
+        else RayEmbedding(dim=config.hidden_dim, num_depths=config.depth_bins, point_range=config.point_range),
+        decoder=Decoder(
+            dim=config.hidden_dim,
+            num_heads=config.num_heads,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.num_layers,
+            dropout=config.dropout,
+        ),
+        head=Heads(
+            classes=classes,
+            num_layers=config.num_layers,
+            dim=config.hidden_dim,
+            point_range=config.point_range,
+            hidden=config.head_channels,
+            kernel=config.head_kernel,
+            cls_prior=config.cls_prior,
+        ),
+    )
+    if config.start == "local":
+        start_local(detector)
+    return detector
+
+
+def build_lidar_branch(config: LidarConfig, point_range: tuple[float, ...]) -> LidarBranch:
+    """Points -> BEV map."""
+    encoder = SparseEncoder(
+        in_channels=POINT_FEATURES,
+        sparse_shape=config.sparse_shape,
+        base_channels=config.base_channels,
+        encoder_channels=config.encoder_channels,
+        downsample_paddings=config.downsample_paddings,
+        out_channels=config.encoder_out_channels,
+        out_of_range=config.out_of_range,
+    )
+    return LidarBranch(
+        voxel_size=config.voxel_size,
+        point_range=point_range,
+        max_points=config.max_points_per_voxel,
+        max_voxels_train=config.max_voxels_train,
+        max_voxels_test=config.max_voxels_test,
+        encoder=encoder,
+        backbone=SECOND(
+            in_channels=encoder.output_shape[0],
+            channels=config.second_channels,
+            layers=config.second_layers,
+            strides=config.second_strides,
+        ),
+        neck=SECONDFPN(
+            in_channels=config.second_channels, channels=config.neck_channels, upsample_strides=config.neck_strides
+        ),
+    )
+
+
+def build_image_branch(config: CameraConfig, channels: int) -> ImageBranch:
+    """Images -> camera maps of this many channels."""
+    if config.backbone in RESNET_DEPTHS:
+        backbone = ResNet(
+            depth=RESNET_DEPTHS[config.backbone],
+            base_channels=config.base_channels,
+            use_checkpoint=config.activation_checkpointing,
+        )
+    else:
+        backbone = VoVNet(use_checkpoint=config.activation_checkpointing)
+    return ImageBranch(
+        mean=config.mean,
+        std=config.std,
+        channel_order=config.channel_order,
+        backbone=backbone,
+        neck=CPFPN(in_channels=backbone.out_channels, channels=channels),
+    )
+
+
+def build_criterion(config: Config, *, reduce_mean: Callable[[Tensor], Tensor] | None, num_processes: int) -> Criterion:
+    """The training loss; see :class:`Criterion` for the two arguments."""
+    return Criterion(
+        classes=task_classes(config.model.tasks),
+        code_weights=config.loss.code_weights,
+        cls_weight=config.loss.cls_weight,
+        box_weight=config.loss.box_weight,
+        dn_weight=config.loss.dn_weight,
+        cls_cost=config.loss.cls_cost,
+        box_cost=config.loss.box_cost,
+        dn_split=config.model.denoising.split,
+        reduce_mean=reduce_mean,
+        num_processes=num_processes,
+    )
+
+
+def open_split(config: DataConfig, split: str) -> FrameIndex:
+    """The index file of a split, built when it is missing or stale."""
+    root = Path(config.root)
+    return load_index(
+        dataroot=root,
+        version=config.version,
+        split=split,
+        cache_dir=config.index_dir,
+        cameras=CAMERAS,
+        velocity_file=None if config.velocity_file is None else root / config.velocity_file,
+    )
+
+
+def evaluation_dataset(config: Config, index: FrameIndex) -> FrameDataset:
+    """Frames as they are, in order, with all boxes."""
+    return FrameDataset(index, **_sensors(config))
+
+
+def training_dataset(config: Config, index: FrameIndex) -> FrameDataset:
+    """Augmented frames with the boxes that a sensor saw."""
+    data = config.data
+    sampler = None
+    if data.gt_sampling is not None:
+        database = open_gt_database(
+            index,
+            cache_dir=data.index_dir,
+            num_clouds=1 + data.num_sweeps,
+            close_radius=0.0,
+            with_patches=config.model.camera is not None,
+            min_points=data.gt_sampling.min_points,
+            num_workers=data.workers,
+        )
+        sampler = GtSampler(database, counts=data.gt_sampling.per_class, mix=data.gt_sampling.mix)
+    augmentation = TrainingAugmentation(
+        seed=config.seed,
+        point_range=config.model.point_range,
+        image=_image_augmentation(data),
+        scene=_scene_augmentation(data),
+        dropout=ModalityDropout(image_probability=data.drop_cameras, point_probability=data.drop_lidar)
+        if data.drop_cameras or data.drop_lidar
+        else None,
+        gt_sampler=sampler,
+        gt_sampling_epochs=0 if sampler is None else config.training.epochs - data.gt_sampling.stop_before_end,
+    )
+    return FrameDataset(index, valid_only=True, augmentation=augmentation, **_sensors(config))
+
+
+def _sensors(config: Config) -> dict:
+    return {
+        "final_size": None if config.model.camera is None else config.model.camera.input_size,
+        "num_clouds": None if config.model.lidar is None else 1 + config.data.num_sweeps,
+    }
+
+
+def _image_augmentation(config: DataConfig) -> ImageAugmentation | None:
+    image = config.image_augmentation
+    if image is None:
+        return None
+    return ImageAugmentation(
+        resize_range=image.resize, bottom_crop_range=image.crop_bottom, rotate_range=image.rotation_deg, flip=image.flip
+    )
+
+
+def _scene_augmentation(config: DataConfig) -> SceneAugmentation | None:
+    scene = config.scene_augmentation
+    if scene is None:
+        return None
+    flip = 0.5 if scene.flip else 0.0
+    return SceneAugmentation(
+        rotation_range=scene.rotation,
+        scale_range=scene.scale,
+        translation_std=scene.translation_std,
+        flip_y_probability=flip,
+        flip_x_probability=flip,
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(math.prod(parameter.shape) for parameter in model.parameters())

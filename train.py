@@ -1,0 +1,379 @@
+"""Train a detector, evaluate it, draw what it sees.
+
+    python train.py configs/synthetic_tiny.yaml
+    python train.py configs/cmt_r50_800x320.yaml --set data.root=/data/nuscenes training.batch_size=8
+    torchrun --nproc_per_node=8 train.py configs/cmt_r50_800x320.yaml --work-dir runs/r50
+    python train.py configs/cmt_r50_800x320.yaml --work-dir runs/r50 --resume
+
+Results go to the work dir (runs/<name of the configuration>): config.yaml, log.jsonl, tensorboard/, latest.pt,
+epoch_*.pt and, for every evaluation, eval/epoch_N/ with submission.json, metrics.json and pictures/.
+docs/architecture.md explains the parts.
+"""
+
+import argparse
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cmt_aqr.build import PRECISIONS, build_criterion, build_detector, count_parameters, open_split, training_dataset
+from cmt_aqr.config import Config, load_config, to_tree
+from cmt_aqr.data.loader import Loader, make_loader
+from cmt_aqr.data.sample import Batch
+from cmt_aqr.data.sampling import TrainingSampler
+from cmt_aqr.errors import USER_ERRORS, report_user_error
+from cmt_aqr.evaluation.nuscenes_eval import format_table
+from cmt_aqr.losses.criterion import Criterion, total_loss
+from cmt_aqr.models.denoising import make_denoising
+from cmt_aqr.models.grid_mask import draw_grid_mask, grid_mask
+from cmt_aqr.predictions import DenoisingQueries
+from cmt_aqr.strict_yaml import differences, to_yaml
+from cmt_aqr.training.checkpoint import CheckpointError, load_checkpoint, load_into, load_weights, save_checkpoint
+from cmt_aqr.training.distributed import Processes, any_process, main_first, processes, reduce_max, reduce_mean, wrap
+from cmt_aqr.training.logs import RunLog
+from cmt_aqr.training.optim import (
+    BETA1,
+    check_prefixes,
+    cyclic,
+    freeze,
+    make_optimizer,
+    set_schedule,
+    set_training_mode,
+)
+from cmt_aqr.training.seeding import denoising_noise, seed_process, seed_step
+from test import evaluate_split, prepare_data
+
+LATEST = "latest.pt"
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on: a loss that is not finite."""
+
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
+    arguments = parse_arguments()
+    try:
+        config = load_config(arguments.config, arguments.set)
+        with processes(arguments.device) as place:
+            return train(config, place, arguments)
+    except (*USER_ERRORS, TrainingStopped) as error:
+        return report_user_error(error)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("config", help="YAML file, such as configs/synthetic_tiny.yaml")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys, e.g. training.epochs=3"
+    )
+    parser.add_argument("--work-dir", type=Path, help="where results go (default: runs/<name>)")
+    parser.add_argument("--resume", action="store_true", help="go on from the work dir's latest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="start anew in a work dir that holds another run")
+    parser.add_argument("--seed", type=int, help="replaces the configuration's seed")
+    parser.add_argument("--deterministic", action="store_true", help="repeat a run bit for bit; slower")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
+    parser.add_argument("--max-steps", type=int, help="stop (resumable) after this many steps in all; for trials")
+    arguments = parser.parse_args()
+    if arguments.seed is not None:
+        arguments.set.append(f"seed={arguments.seed}")
+    return arguments
+
+
+def train(config: Config, place: Processes, arguments: argparse.Namespace) -> int:
+    """Prepare everything, then run the epochs that are left; returns the exit status."""
+    work_dir = arguments.work_dir or Path("runs") / config.name
+    checkpoint = find_checkpoint(work_dir, config, resume=arguments.resume, overwrite=arguments.overwrite)
+    seed_process(config.seed, deterministic=arguments.deterministic)
+    with main_first(place):
+        prepare_data(config, talk=place.is_main)
+        loader = make_training_loader(config, place)
+
+    model = build_detector(config.model).to(place.device)
+    if config.training.init_from is not None and checkpoint is None:
+        initialise(model, config.training.init_from)
+    freeze(model, config.training.freeze)
+    criterion = build_criterion(config, reduce_mean=reduce_mean, num_processes=place.world_size)
+    optimizer = build_optimizer(model, config)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=config.training.precision == "fp16")
+    parallel = wrap(model, place)
+
+    steps_per_epoch = len(loader)
+    total_steps = steps_per_epoch * config.training.epochs
+    step = 0
+    if checkpoint is not None:
+        step = restore(checkpoint, model, optimizer, scaler)
+    with RunLog(work_dir, place.is_main, resume_step=step or None) as log, stop_signals() as stop:
+        describe(config, place, model, loader, step, work_dir, log)
+        while step < total_steps:
+            epoch, first = divmod(step, steps_per_epoch)
+            loader.set_epoch(epoch, first)
+            with log.progress(f"epoch {epoch + 1}/{config.training.epochs}", total_steps, step) as progress:
+                clock = time.perf_counter()
+                for batch in loader:
+                    data_time = time.perf_counter() - clock
+                    set_rates(optimizer, config, step, total_steps)
+                    terms, grad_norm = train_step(
+                        parallel, criterion, optimizer, scaler, batch, config, place, step, names=model
+                    )
+                    step += 1
+                    step_time = time.perf_counter() - clock
+                    if step % config.training.log_every == 0 or step == total_steps:
+                        record(log, optimizer, terms, grad_norm, step, steps_per_epoch, data_time, step_time)
+                    progress.advance(loss=terms["loss"], lr=optimizer.param_groups[0]["lr"])
+                    is_interrupted = any_process(stop.is_set or step == arguments.max_steps, place.device)
+                    if is_interrupted:
+                        break
+                    clock = time.perf_counter()
+            if place.is_main:
+                save(work_dir, config, model, optimizer, scaler, step, steps_per_epoch)
+            if is_interrupted:
+                log.say(f"stopped after step {step}; go on with --resume --work-dir {work_dir}")
+                return 0 if step == arguments.max_steps else 130
+            done = step // steps_per_epoch
+            if done % config.training.eval_every == 0 or step == total_steps:
+                metrics = evaluate_split(
+                    model, config, config.data.val_split, place, work_dir / "eval" / f"epoch_{done}", log
+                )
+                if metrics is not None:
+                    log.record("eval", step, epoch=done, **metrics.scalars())
+                    log.say(format_table(metrics))
+        log.say(f"finished: weights {work_dir / LATEST}, log {log.path}")
+    return 0
+
+
+def find_checkpoint(work_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> dict | None:
+    """The checkpoint to go on from, or None for a new run; refuses to mix two runs in one folder."""
+    latest = work_dir / LATEST
+    if not latest.exists():
+        return None
+    if overwrite and not resume:
+        return None
+    state = load_checkpoint(latest)
+    if not resume:
+        raise CheckpointError(
+            f"{latest}: this work dir holds a run at step {state['step']}; --resume goes on with it, --overwrite "
+            "starts anew, --work-dir names another folder"
+        )
+    changed = differences(state["config"]["model"], to_tree(config.model))
+    if changed:
+        raise CheckpointError(f"{latest}: the run has another model: {'; '.join(changed[:3])} (checkpoint against now)")
+    return state
+
+
+def make_training_loader(config: Config, place: Processes) -> Loader:
+    """Batches of this process."""
+    if config.training.batch_size % place.world_size:
+        raise CheckpointError(
+            f"training.batch_size {config.training.batch_size} cannot be shared by {place.world_size} processes"
+        )
+    index = open_split(config.data, config.data.train_split)
+    sampler = TrainingSampler(
+        frame_labels=index.frame_labels,
+        class_balanced=config.data.class_balanced,
+        seed=config.seed,
+        rank=place.rank,
+        world_size=place.world_size,
+    )
+    return make_loader(
+        training_dataset(config, index),
+        sampler=sampler,
+        batch_size=config.training.batch_size // place.world_size,
+        num_workers=config.data.workers,
+        drop_last=len(sampler) * place.world_size >= config.training.batch_size,
+    )
+
+
+def initialise(model: nn.Module, path: str) -> None:
+    """Start from a checkpoint of this project, or from backbone weights (torchvision's names)."""
+    weights = load_weights(path)
+    own = model.state_dict()
+    prefix = next((p for p in ("", "image_branch.backbone.") if any(p + name in own for name in weights)), None)
+    if prefix is None:
+        raise CheckpointError(f"training.init_from {path}: no tensor in it has a name of this model")
+    fitting = {prefix + name: value for name, value in weights.items() if prefix + name in own}
+    load_into(model, {**own, **fitting}, path)
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW with the configuration's factors, after checking that every prefix means something."""
+    training = config.training
+    for key in ("lr_mult", "decay_mult", "freeze"):
+        check_prefixes(model, list(getattr(training, key)), f"training.{key}")
+    return make_optimizer(
+        model,
+        lr=training.lr,
+        weight_decay=training.weight_decay,
+        lr_mult=training.lr_mult,
+        decay_mult=training.decay_mult,
+    )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, config: Config, step: int, total_steps: int) -> None:
+    """Learning rate and momentum of this step, from the step alone."""
+    training = config.training
+    rate = cyclic(step, total_steps, up_fraction=training.up_fraction, top=training.lr_peak, end=training.lr_end)
+    momentum = cyclic(step, total_steps, up_fraction=training.up_fraction, top=training.momentum_dip, end=1.0)
+    set_schedule(optimizer, lr=training.lr * rate, momentum=BETA1 * momentum)
+
+
+def train_step(
+    parallel: nn.Module,
+    criterion: Criterion,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batch: Batch,
+    config: Config,
+    place: Processes,
+    step: int,
+    *,
+    names: nn.Module,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimizer step; returns the loss terms, with their sum as ``loss``, and the norm of the gradient."""
+    set_training_mode(names, (*config.training.freeze, *config.training.norm_eval))
+    shared_rng = seed_step(config.seed, step, place.rank)
+    batch = batch.to(place.device, non_blocking=True)
+    precision = PRECISIONS[config.training.precision]
+    with torch.autocast(place.device.type, dtype=precision, enabled=precision != torch.float32):
+        denoising = noise_targets(batch, config, place, step)
+        mask = draw_image_mask(batch, config, shared_rng)
+        predictions = parallel(batch.images, batch.points, batch.lidar2img, denoising, image_mask=mask)
+    terms = criterion(predictions, batch.targets, denoising)
+    loss = total_loss(terms)
+    if not math.isfinite(loss.item()):
+        shown = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+        raise TrainingStopped(f"step {step}: the loss is {loss.item()}; samples {', '.join(batch.tokens)}; {shown}")
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(parallel.parameters(), config.training.grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}, grad_norm
+
+
+def noise_targets(batch: Batch, config: Config, place: Processes, step: int) -> DenoisingQueries | None:
+    """Denoising queries of this process's part of the batch."""
+    settings = config.model.denoising
+    if settings.num_dn == 0:
+        return None
+    size = len(batch)
+    return make_denoising(
+        batch.targets,
+        num_queries=config.model.num_queries,
+        num_dn=settings.num_dn,
+        point_range=config.model.point_range,
+        max_groups=settings.max_groups,
+        noise_scale=settings.noise_scale,
+        split=settings.split,
+        max_boxes=reduce_max(max(len(targets.labels) for targets in batch.targets), place.device),
+        noise=denoising_noise(
+            config.seed, step, range(place.rank, size * place.world_size, place.world_size), settings.num_dn
+        ),
+    )
+
+
+def draw_image_mask(batch: Batch, config: Config, rng) -> Tensor | None:
+    """GridMask of this step, the same for every image and process."""
+    if batch.images is None or config.model.camera.grid_mask == 0:
+        return None
+    height, width = batch.images.shape[2:4]
+    draw = draw_grid_mask(rng, height=height, probability=config.model.camera.grid_mask)
+    return None if draw is None else grid_mask(draw, height=height, width=width, device=batch.images.device)
+
+
+def record(log, optimizer, terms, grad_norm, step, steps_per_epoch, data_time, step_time) -> None:
+    """One line of the log; the terms are means over the processes."""
+    names = list(terms)
+    values = reduce_mean(torch.stack([terms[name].double() for name in names])).tolist()
+    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    log.record(
+        "train",
+        step,
+        epoch=step / steps_per_epoch,
+        lr=optimizer.param_groups[0]["lr"],
+        grad_norm=grad_norm,
+        data_time=data_time,
+        step_time=step_time,
+        memory_gib=memory,
+        **dict(zip(names, values, strict=True)),
+    )
+
+
+def describe(config: Config, place: Processes, model: nn.Module, loader: Loader, step: int, work_dir, log) -> None:
+    """Say what is about to happen, and keep the resolved configuration."""
+    if place.is_main:
+        (work_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    log.say(
+        f"{config.name}: {count_parameters(model) / 1e6:.1f} M parameters, {place.world_size} x {place.device.type}, "
+        f"{config.training.precision}, {config.training.epochs} epochs of {len(loader)} steps, results in {work_dir}"
+    )
+    if step:
+        log.say(f"resuming after step {step}")
+
+
+def save(work_dir: Path, config: Config, model, optimizer, scaler, step: int, steps_per_epoch: int) -> None:
+    """Write latest.pt and, at the end of an epoch, epoch_N.pt; remove epochs beyond the number to keep."""
+    state = {
+        "config": to_tree(config),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "step": step,
+    }
+    save_checkpoint(work_dir / LATEST, state)
+    if step % steps_per_epoch:
+        return
+    save_checkpoint(
+        work_dir / f"epoch_{step // steps_per_epoch}.pt", {"config": state["config"], "model": state["model"]}
+    )
+    kept = sorted(work_dir.glob("epoch_*.pt"), key=lambda path: int(path.stem.removeprefix("epoch_")))
+    for path in kept[: -config.training.keep_checkpoints]:
+        path.unlink()
+
+
+def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+    """Load a checkpoint into everything that it holds; returns the number of finished steps."""
+    load_into(model, state["model"], LATEST)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+class StopFlag:
+    """Set by the first SIGINT or SIGTERM; the loop then ends the step, saves and leaves."""
+
+    is_set = False
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopFlag]:
+    """Turn the first SIGINT or SIGTERM into a flag; the second one kills as usual."""
+    flag = StopFlag()
+    previous = {}
+
+    def handle(number, frame):
+        flag.is_set = True
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
