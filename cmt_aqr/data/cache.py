@@ -1,0 +1,68 @@
+"""Cache files that several processes may want at once: one lock, atomic replacement, fingerprints of the inputs."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from cmt_aqr.data.sample import DataError
+
+_HASH_BLOCK = 1 << 22
+
+
+@contextmanager
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Hold `path`.lock while the block runs; other processes on the machine wait. The lock dies with its holder."""
+    lock = path.with_name(path.name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise DataError(f"cache folder {path.parent} cannot be written: {error.strerror}") from None
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to `path` and rename it (file or folder) onto `path` when the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def fingerprint(files: Mapping[str, Path], previous: Mapping[str, Sequence] | None = None) -> dict[str, list]:
+    """Size, modification time (ns) and SHA-256 of every file.
+
+    Args:
+        files: name -> path; all must exist.
+        previous: an earlier fingerprint; a file whose size and time are unchanged keeps its hash without being read.
+
+    Returns:
+        name -> [size, mtime_ns, hex digest].
+    """
+    result = {}
+    for name, path in files.items():
+        stat = path.stat()
+        known = (previous or {}).get(name)
+        if known and list(known[:2]) == [stat.st_size, stat.st_mtime_ns]:
+            result[name] = list(known)
+        else:
+            result[name] = [stat.st_size, stat.st_mtime_ns, _sha256(path)]
+    return result
+
+
+def same_content(a: Mapping[str, Sequence], b: Mapping[str, Sequence]) -> bool:
+    """Whether two fingerprints name the same files with the same content (time stamps may differ)."""
+    return a.keys() == b.keys() and all(a[name][2] == b[name][2] for name in a)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

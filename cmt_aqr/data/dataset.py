@@ -1,0 +1,183 @@
+"""Frames of an index -> Samples: read the sensors that are used, augment, hand over."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cmt_aqr.data.files import image_size_of, load_points, read_views
+from cmt_aqr.data.gt_sampling import GtSampler
+from cmt_aqr.data.image_transforms import (
+    ImageAugmentation,
+    ImageDraw,
+    draw_image_augmentation,
+    fixed_image_draw,
+    image_matrix,
+    transform_image,
+)
+from cmt_aqr.data.index import Frame, FrameIndex
+from cmt_aqr.data.sample import Sample
+from cmt_aqr.data.sampling import SampleKey
+from cmt_aqr.data.scene_transforms import (
+    ModalityDropout,
+    SceneAugmentation,
+    draw_dropout,
+    draw_scene_augmentation,
+    filter_points,
+    filter_targets,
+    shuffle_points,
+    transform_scene,
+)
+
+
+@dataclass(frozen=True)
+class TrainingAugmentation:
+    """Everything random that training does to a sample; None switches a step off.
+
+    Attributes:
+        seed: of all draws; a sample's draws are a function of (seed, epoch, frame, position in the epoch) alone.
+        point_range: x_min y_min z_min x_max y_max z_max in metres; points and box centres outside it are removed.
+        image: resize, crop and flip of the views.
+        scene: rotation, scale, translation and flips of the scene.
+        dropout: blanking of a whole sensor.
+        gt_sampler: objects pasted from other frames.
+        gt_sampling_epochs: paste only in epochs below this number; the last epochs train on real scenes.
+    """
+
+    seed: int
+    point_range: Sequence[float]
+    image: ImageAugmentation | None = None
+    scene: SceneAugmentation | None = None
+    dropout: ModalityDropout | None = None
+    gt_sampler: GtSampler | None = None
+    gt_sampling_epochs: int = 0
+
+
+class FrameDataset(Dataset[Sample]):
+    """Samples of one split. Sensors that are not used are not read.
+
+    Indexing takes a `SampleKey` or a bare frame index (epoch 0).
+    """
+
+    def __init__(
+        self,
+        index: FrameIndex,
+        *,
+        final_size: tuple[int, int] | None,
+        num_clouds: int | None,
+        close_radius: float = 0.0,
+        valid_only: bool = False,
+        augmentation: TrainingAugmentation | None = None,
+    ):
+        """Set up.
+
+        Args:
+            index: frames of the split.
+            final_size: (height, width) of the network's images; None: cameras are not used.
+            num_clouds: LiDAR clouds per sample, the key frame and previous sweeps, most recent first; None: no LiDAR.
+                The original's configs load the key frame and ten sweeps, that is 11, with `close_radius` 0. It draws
+                sweeps at random only where a frame lists more than it loads, which its index never does.
+            close_radius: metres, see `files.read_sweeps`.
+            valid_only: leave out boxes without any LiDAR or radar point (training).
+            augmentation: random augmentation; None: evaluation.
+
+        Raises:
+            ValueError: neither sensor used, more clouds than the index knows, or sensor dropout with only one sensor.
+        """
+        if final_size is None and num_clouds is None:
+            raise ValueError("FrameDataset: final_size and num_clouds are both None, expected at least one sensor")
+        most = index.max_sweeps + 1
+        if num_clouds is not None and not 1 <= num_clouds <= most:
+            raise ValueError(f"FrameDataset: num_clouds is {num_clouds}, expected 1 (the key frame) to {most}")
+        if augmentation is not None and augmentation.dropout is not None and None in (final_size, num_clouds):
+            raise ValueError("FrameDataset: sensor dropout needs both sensors, but one is not used")
+        self.index = index
+        self._final_size = final_size
+        self._num_clouds = num_clouds
+        self._close_radius = close_radius
+        self._valid_only = valid_only
+        self._augmentation = augmentation
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: SampleKey | int) -> Sample:
+        key = key if isinstance(key, SampleKey) else SampleKey(key)
+        frame = self.index.frame(key.index)
+        if self._augmentation is None:
+            return self._evaluation_sample(frame)
+        return self._training_sample(frame, key, self._augmentation)
+
+    def _evaluation_sample(self, frame: Frame) -> Sample:
+        sample = self._bare_sample(frame)
+        if self._num_clouds is not None:
+            sample = replace(sample, points=self._points(frame))
+        if self._final_size is not None:
+            draw = fixed_image_draw(image_size=image_size_of(frame), final_size=self._final_size)
+            sample = finish_images(sample, read_views(frame, self.index.dataroot), draw)
+        return sample
+
+    def _training_sample(self, frame: Frame, key: SampleKey, augmentation: TrainingAugmentation) -> Sample:
+        # One stream a step: switching a step off does not change what the others draw.
+        seeds = np.random.SeedSequence((augmentation.seed, key.epoch, key.index, key.position)).spawn(4)
+        paste_rng, dropout_rng, scene_rng, image_rng = (np.random.default_rng(seed) for seed in seeds)
+        sample = self._bare_sample(frame)
+        drop_images, drop_points = (False, False)
+        if augmentation.dropout is not None:
+            drop_images, drop_points = draw_dropout(dropout_rng, augmentation.dropout)
+        if self._num_clouds is not None:
+            sample = replace(sample, points=self._points(frame))
+        views = None
+        if self._final_size is not None and not drop_images:
+            views = read_views(frame, self.index.dataroot)
+        if augmentation.gt_sampler is not None and key.epoch < augmentation.gt_sampling_epochs:
+            sample = augmentation.gt_sampler.paste(sample, views, paste_rng)
+        if drop_points:
+            sample = replace(sample, points=torch.zeros_like(sample.points))
+        if augmentation.scene is not None:
+            sample = transform_scene(sample, draw_scene_augmentation(scene_rng, augmentation.scene))
+        sample = replace(sample, targets=filter_targets(sample.targets, augmentation.point_range))
+        if sample.points is not None:
+            points = filter_points(sample.points, augmentation.point_range)
+            sample = replace(sample, points=shuffle_points(points, scene_rng))
+        if self._final_size is not None:
+            sample = finish_images(sample, views, self._image_draw(frame, image_rng, augmentation.image))
+        return sample
+
+    def _image_draw(self, frame: Frame, rng: np.random.Generator, image: ImageAugmentation | None) -> ImageDraw:
+        size = image_size_of(frame)
+        if image is None:
+            return fixed_image_draw(image_size=size, final_size=self._final_size)
+        return draw_image_augmentation(rng, image_size=size, final_size=self._final_size, augmentation=image)
+
+    def _bare_sample(self, frame: Frame) -> Sample:
+        """The frame without sensor data; `lidar2img` in pixels on disk."""
+        lidar2ego = torch.tensor(frame.lidar2ego, dtype=torch.float64)
+        ego2global = torch.tensor(frame.ego2global, dtype=torch.float64)
+        return Sample(
+            token=frame.token,
+            timestamp=frame.timestamp * 1e-6,
+            images=None,
+            points=None,
+            lidar2img=torch.stack([camera.lidar2img() for camera in frame.cameras]),
+            targets=frame.targets(valid_only=self._valid_only),
+            lidar2global=ego2global @ lidar2ego,
+            lidar2ego=lidar2ego,
+            ego2global=ego2global,
+            augmentation=torch.eye(4, dtype=torch.float64),
+        )
+
+    def _points(self, frame: Frame) -> Tensor:
+        return load_points(frame, self.index.dataroot, num_clouds=self._num_clouds, close_radius=self._close_radius)
+
+
+def finish_images(sample: Sample, views: Sequence[np.ndarray] | None, draw: ImageDraw) -> Sample:
+    """Bring the views to the network's size; `lidar2img` follows. `views` None (sensor dropped) gives black images."""
+    left, top, right, bottom = draw.crop
+    images = np.zeros((len(sample.lidar2img), bottom - top, right - left, 3), dtype=np.uint8)
+    for out, view in zip(images, views or (), strict=False):
+        transform_image(view, draw, out)
+    return replace(sample, images=torch.from_numpy(images), lidar2img=image_matrix(draw) @ sample.lidar2img)

@@ -1,0 +1,234 @@
+"""The index: everything a split's samples need from the nuScenes tables, in one file that opens in a moment.
+
+File: gzip of JSON lines. Line 0 is a header (format, settings, fingerprint of the tables, per-frame classes), then
+one line a frame. Frames stay JSON text until they are asked for: a full training split is a few hundred megabytes of
+text that forked workers share, not gigabytes of Python objects that each of them copies.
+
+The fingerprint holds size, time stamp and SHA-256 of every table read. Equal sizes and time stamps are believed; where
+a time stamp differs the table is hashed; where the hash differs the index is rebuilt.
+"""
+
+import gzip
+import hashlib
+import json
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cmt_aqr.boxes import BOX_SIZE, Targets
+from cmt_aqr.data.cache import atomic_path, exclusive_lock, fingerprint, same_content
+
+logger = logging.getLogger(__name__)
+
+# Raise whenever the meaning or layout of the file changes; older files are then rebuilt.
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """A previous LiDAR sweep: file relative to the data root, time lag (s, > 0), sweep2key (4, 4) nested list."""
+
+    file: str
+    time_lag: float
+    sweep2key: list[list[float]]
+
+
+@dataclass(frozen=True)
+class CameraRecord:
+    """One view: file relative to the data root (None: the frame has no such image), pixels, calibration.
+
+    Attributes:
+        channel: nuScenes channel, such as CAM_FRONT.
+        file: JPEG or None.
+        height: of the image on disk.
+        width: of the image on disk.
+        intrinsic: (3, 3) nested list, pixels.
+        lidar2cam: (4, 4) nested list; includes the ego motion between the LiDAR's and the camera's time stamp.
+    """
+
+    channel: str
+    file: str | None
+    height: int
+    width: int
+    intrinsic: list[list[float]]
+    lidar2cam: list[list[float]]
+
+    def lidar2img(self) -> Tensor:
+        """(4, 4) float64, LiDAR frame -> pixels on disk, [u*d, v*d, d, 1]."""
+        full = torch.eye(4, dtype=torch.float64)
+        full[:3, :3] = torch.tensor(self.intrinsic, dtype=torch.float64)
+        return full @ torch.tensor(self.lidar2cam, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One key frame as the index stores it; lengths in metres, boxes in the LiDAR frame of the key frame.
+
+    Attributes:
+        token: sample token.
+        scene: scene name.
+        timestamp: microseconds.
+        lidar_file: key frame's LiDAR file, relative to the data root.
+        lidar2ego: (4, 4) nested list.
+        ego2global: (4, 4) nested list, at the LiDAR's time stamp.
+        sweeps: previous sweeps, most recent first; empty at the start of a scene.
+        cameras: one record a view, in the index's order.
+        boxes: G rows of 9; velocities are None where unknown.
+        labels: G class labels.
+        num_lidar_points: G counts from the tables (key frame only).
+        num_radar_points: G counts.
+        annotations: G annotation tokens.
+    """
+
+    token: str
+    scene: str
+    timestamp: int
+    lidar_file: str
+    lidar2ego: list[list[float]]
+    ego2global: list[list[float]]
+    sweeps: list[SweepRecord]
+    cameras: list[CameraRecord]
+    boxes: list[list[float | None]]
+    labels: list[int]
+    num_lidar_points: list[int]
+    num_radar_points: list[int]
+    annotations: list[str]
+
+    def valid(self) -> Tensor:
+        """(G,) bool: the box holds at least one LiDAR or radar point; *Source*: mmdet3d `valid_flag`."""
+        lidar = torch.tensor(self.num_lidar_points, dtype=torch.int64)
+        return lidar + torch.tensor(self.num_radar_points, dtype=torch.int64) > 0
+
+    def targets(self, *, valid_only: bool) -> Targets:
+        """Ground truth, unknown velocities as NaN; `valid_only` leaves out boxes without LiDAR and radar points."""
+        rows = [[float("nan") if value is None else value for value in box] for box in self.boxes]
+        boxes = torch.tensor(rows, dtype=torch.float32).view(-1, BOX_SIZE)
+        labels = torch.tensor(self.labels, dtype=torch.int64)
+        if valid_only:
+            keep = self.valid()
+            boxes, labels = boxes[keep], labels[keep]
+        return Targets(boxes, labels)
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "Frame":
+        """Inverse of :meth:`to_json`."""
+        row = json.loads(text)
+        row["sweeps"] = [SweepRecord(**sweep) for sweep in row["sweeps"]]
+        row["cameras"] = [CameraRecord(**camera) for camera in row["cameras"]]
+        return Frame(**row)
+
+    def to_json(self) -> str:
+        """One line of JSON; floats survive exactly."""
+        return json.dumps(asdict(self), separators=(",", ":"), allow_nan=False)
+
+
+class FrameIndex:
+    """All frames of one split, in the order of the tables.
+
+    Attributes:
+        dataroot: folder that the file names are relative to.
+        version: nuScenes version, such as v1.0-trainval.
+        split: split name.
+        cameras: channels, in the order of the views.
+        max_sweeps: previous sweeps that a frame can have at most.
+        tokens: sample tokens.
+        frame_labels: for every frame the set of labels among its valid boxes, sorted (for class balancing).
+        path: the index file.
+        content_hash: digest of the settings and of the tables' content.
+    """
+
+    def __init__(self, *, dataroot: Path, header: Mapping, lines: Sequence[bytes], path: Path):
+        self.dataroot = dataroot
+        self.version: str = header["settings"]["version"]
+        self.split: str = header["settings"]["split"]
+        self.cameras: tuple[str, ...] = tuple(header["settings"]["cameras"])
+        self.max_sweeps: int = header["settings"]["max_sweeps"]
+        self.tokens: list[str] = header["tokens"]
+        self.frame_labels: list[list[int]] = header["frame_labels"]
+        self.path = path
+        contents = [header["settings"], {name: mark[2] for name, mark in sorted(header["tables"].items())}]
+        self.content_hash = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+        self._lines = lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def frame(self, index: int) -> Frame:
+        """Frame `index` in [0, len)."""
+        return Frame.from_json(self._lines[index])
+
+
+def open_index(
+    path: Path,
+    *,
+    dataroot: Path,
+    settings: Mapping,
+    tables: Mapping[str, Path],
+    build: Callable[[], Iterable[Frame]],
+) -> FrameIndex:
+    """Read an index file, building it first where it is missing, stale, of another format or damaged.
+
+    Safe to call from several processes: one builds, the others wait for it. The file is replaced atomically.
+
+    Args:
+        path: index file.
+        dataroot: folder that the frames' file names are relative to.
+        settings: JSON values that the frames depend on; at least version, split, cameras and max_sweeps.
+        tables: name -> file of every table that the frames depend on.
+        build: makes the frames.
+
+    Raises:
+        DataError: from `build`, or when it yields no frame.
+    """
+    index, _ = _read_if_fresh(path, dataroot, settings, tables)
+    if index is not None:
+        return index
+    with exclusive_lock(path):
+        index, reason = _read_if_fresh(path, dataroot, settings, tables)
+        if index is not None:
+            return index
+        logger.info("building index %s (%s)", path, reason)
+        marks = fingerprint(tables)
+        frames = list(build())
+        header = {
+            "format": FORMAT_VERSION,
+            "settings": settings,
+            "tables": marks,
+            "tokens": [frame.token for frame in frames],
+            "frame_labels": [sorted(set(frame.targets(valid_only=True).labels.tolist())) for frame in frames],
+        }
+        lines = [frame.to_json().encode() for frame in frames]
+        with atomic_path(path) as temporary, gzip.open(temporary, "wb", compresslevel=4) as file:
+            file.write(json.dumps(header, separators=(",", ":")).encode() + b"\n")
+            file.writelines(line + b"\n" for line in lines)
+        logger.info("index %s: %d frames, %.1f MB", path, len(lines), path.stat().st_size / 1e6)
+    return FrameIndex(dataroot=dataroot, header=header, lines=lines, path=path)
+
+
+def _read_if_fresh(
+    path: Path, dataroot: Path, settings: Mapping, tables: Mapping[str, Path]
+) -> tuple[FrameIndex | None, str]:
+    """The index, or None and why it cannot be used."""
+    if not path.exists():
+        return None, "none yet"
+    try:
+        with gzip.open(path, "rb") as file:
+            header = json.loads(file.readline())
+            if header["format"] != FORMAT_VERSION:
+                return None, f"its format is {header['format']}, expected {FORMAT_VERSION}"
+            if header["settings"] != settings:
+                return None, "its settings differ"
+            if not same_content(header["tables"], marks := fingerprint(tables, previous=header["tables"])):
+                changed = [name for name in marks if marks[name][2] != header["tables"].get(name, (0, 0, ""))[2]]
+                return None, f"tables changed: {', '.join(changed) or 'one is gone'}"
+            lines = [line.rstrip() for line in file]
+        if len(lines) != len(header["tokens"]):
+            return None, f"it holds {len(lines)} frames, its header says {len(header['tokens'])}"
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+        return None, f"it is damaged: {error}"
+    return FrameIndex(dataroot=dataroot, header=header, lines=lines, path=path), ""

@@ -1,0 +1,100 @@
+"""Batches from a dataset, in worker processes or in this one, with user errors intact."""
+
+from collections.abc import Iterator
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cmt_aqr.data.sample import Batch, DataError, Sample, collate
+from cmt_aqr.data.sampling import EvaluationSampler, SampleKey, TrainingSampler
+
+
+class _ErrorsAsValues(Dataset):
+    """Hands a `DataError` over as a value: the DataLoader would bury its sentence in a worker's traceback."""
+
+    def __init__(self, dataset: Dataset[Sample]):
+        self._dataset = dataset
+
+    def __getitem__(self, key: SampleKey) -> Sample | DataError:
+        try:
+            return self._dataset[key]
+        except DataError as error:
+            return DataError(str(error))
+
+
+def _collate(samples: list[Sample | DataError]) -> Batch | DataError:
+    error = next((sample for sample in samples if isinstance(sample, DataError)), None)
+    return collate(samples) if error is None else error
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+
+class Loader:
+    """Iterates over batches of one epoch; made by :func:`make_loader`."""
+
+    def __init__(self, loader: DataLoader, sampler: TrainingSampler | EvaluationSampler):
+        self._loader = loader
+        self._sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the training epoch of the next iteration: order, augmentation draws and schedules follow it.
+
+        Args:
+            epoch: counts from 0.
+            first_batch: batches of the epoch that a resumed run has behind it; they are not loaded.
+        """
+        self._sampler.set_epoch(epoch, first_batch * self._loader.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for item in self._loader:
+            if isinstance(item, DataError):
+                # A new object: `raise item` would tie this frame, and with it the workers, into a reference cycle.
+                raise DataError(str(item))
+            yield item
+
+
+def make_loader(
+    dataset: Dataset[Sample],
+    *,
+    sampler: TrainingSampler | EvaluationSampler,
+    batch_size: int,
+    num_workers: int,
+    drop_last: bool = False,
+    pin_memory: bool | None = None,
+    prefetch_factor: int = 2,
+) -> Loader:
+    """Make a loader.
+
+    Args:
+        dataset: yields Samples, takes `SampleKey`s.
+        sampler: order of the keys, of this rank only.
+        batch_size: samples a batch, on this rank.
+        num_workers: worker processes, which live until the loader goes; 0 loads in this process.
+        drop_last: leave out a last, smaller batch (training).
+        pin_memory: page-locked batches; None: where CUDA is available.
+        prefetch_factor: batches a worker prepares ahead.
+
+    Returns:
+        The loader. Batches are the same for every `num_workers`. A `DataError` in a worker is raised here with the same
+        sentence.
+    """
+    loader = DataLoader(
+        _ErrorsAsValues(dataset),
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        drop_last=drop_last,
+        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        worker_init_fn=_start_worker,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=prefetch_factor if num_workers > 0 else None,
+    )
+    return Loader(loader, sampler)

@@ -1,0 +1,240 @@
+import json
+import logging
+import math
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+
+from cmt_aqr.boxes import points_in_boxes
+from cmt_aqr.classes import CAMERAS, CLASSES
+from cmt_aqr.data.files import load_points, read_points
+from cmt_aqr.data.index import Frame
+from cmt_aqr.data.nuscenes import MAX_SWEEPS, load_index, rotation_matrix
+from cmt_aqr.data.sample import DataError
+from tests.unit.data.conftest import index_of
+from tests.unit.data.world import (
+    CAR_VELOCITY,
+    KEY_INTERVAL,
+    SWEEP_INTERVAL,
+    VERSION,
+    car_position,
+    to_lidar,
+    write_world,
+)
+
+
+def test_boxes_and_projections_of_a_real_frame(real_frame, tmp_path):
+    infos = json.loads((real_frame / "infos.json").read_text())
+    index = load_index(
+        dataroot=real_frame,
+        version="v1.0-mini",
+        split="one_frame",
+        cache_dir=tmp_path,
+        velocity_file=real_frame / "velocities.json",
+    )
+    (frame,) = (index.frame(i) for i in range(len(index)))
+    assert frame.token == infos["sample_token"] and frame.timestamp == infos["timestamp_us"]
+    truth = {o["annotation_token"]: o for o in infos["objects"] if o["class_name"] is not None}
+    assert sorted(frame.annotations) == sorted(truth)
+    rows = [truth[token] for token in frame.annotations]
+    expected = [o["center_lidar"] + o["size_lwh"] + [o["yaw_lidar"]] for o in rows]
+    velocities = [o["velocity_lidar_xy"] or [math.nan, math.nan] for o in rows]
+    boxes = np.array(frame.boxes, dtype=float)
+    np.testing.assert_allclose(boxes[:, :7], expected, atol=1e-6)
+    np.testing.assert_allclose(boxes[:, 7:], velocities, atol=1e-6)
+    assert [CLASSES[label] for label in frame.labels] == [o["class_name"] for o in rows]
+    assert frame.valid().tolist() == [o["valid"] for o in rows]
+    assert len(frame.targets(valid_only=True).labels) == sum(o["valid"] for o in rows)
+    assert [camera.channel for camera in frame.cameras] == list(CAMERAS)
+    centres = torch.tensor([o["center_lidar"] + [1.0] for o in rows], dtype=torch.float64)
+    for camera in frame.cameras:
+        stored = torch.tensor(infos["cameras"][camera.channel]["lidar2img"], dtype=torch.float64)
+        ours, theirs = centres @ camera.lidar2img().T, centres @ stored.T
+        ahead = theirs[:, 2] > 1
+        difference = ours[ahead, :2] / ours[ahead, 2:3] - theirs[ahead, :2] / theirs[ahead, 2:3]
+        # The source keeps its matrices as float32 (see its README): 2e-8 of up to 1e4 px per component.
+        assert ahead.any() and difference.abs().max() < 2e-3
+
+
+def test_points_in_boxes_of_a_real_frame(real_frame, tmp_path):
+    index = load_index(dataroot=real_frame, version="v1.0-mini", split="mini_train", cache_dir=tmp_path)
+    frame = index.frame(0)
+    points = read_points(real_frame / frame.lidar_file)
+    inside = points_in_boxes(points, frame.targets(valid_only=False).boxes).sum(dim=0)
+    counts = torch.tensor(frame.num_lidar_points)
+    # The tables count in boxes that are upright on the map, ours lean with the LiDAR: a few border points differ.
+    # (Swapping length and width, or a bottom centre, is off by hundreds.)
+    assert (inside - counts).abs().sum() <= 0.05 * counts.sum()
+    assert torch.equal(
+        torch.isnan(frame.targets(valid_only=False).boxes[:, 7]), torch.ones(len(counts), dtype=torch.bool)
+    )
+
+
+def test_boxes_and_velocities_follow_the_motion(index):
+    for k in range(len(index)):
+        frame = index.frame(k)
+        assert frame.labels == [CLASSES.index("car"), CLASSES.index("pedestrian")]  # the trolley is no class
+        time = k * KEY_INTERVAL
+        car = np.array(frame.boxes[0])
+        np.testing.assert_allclose(car[:3], to_lidar(car_position(time), time), atol=1e-6)
+        np.testing.assert_allclose(car[3:6], [4.0, 2.0, 1.6])
+        step = to_lidar(car_position(time + 1e-3), time) - to_lidar(car_position(time), time)
+        np.testing.assert_allclose(car[7:], 1e3 * step[:2], atol=1e-5)
+        assert np.hypot(*car[7:]) == pytest.approx(np.hypot(*CAR_VELOCITY), rel=1e-3)
+        # It drives along its heading; the yaw of a leaning frame is off by less than a milliradian.
+        assert math.cos(car[6] - math.atan2(car[8], car[7])) > 1 - 1e-5
+        assert frame.boxes[1][7:] == pytest.approx([0, 0], abs=1e-6)
+        assert frame.targets(valid_only=True).labels.tolist() == [CLASSES.index("car")]  # nobody saw the pedestrian
+    assert index.frame_labels == [[CLASSES.index("car")]] * 3
+
+
+def test_sweeps_are_the_most_recent_and_align_static_points(world, index):
+    assert [len(index.frame(k).sweeps) for k in range(3)] == [0, 10, MAX_SWEEPS]
+    frame = index.frame(2)
+    lags = [sweep.time_lag for sweep in frame.sweeps]
+    np.testing.assert_allclose(lags, SWEEP_INTERVAL * np.arange(1, 11), atol=1e-9)
+    points = load_points(frame, world.root, num_clouds=4, close_radius=1.0)
+    per_sweep = len(world.wall) + 30
+    assert len(points) == 4 * per_sweep + 1  # the own-vehicle point stays in the key frame only
+    assert torch.equal(points[: per_sweep + 1, 4], torch.zeros(per_sweep + 1))
+    wall = torch.from_numpy(to_lidar(world.wall, 2 * KEY_INTERVAL)).float()
+    for k in range(4):
+        start = k * per_sweep + (k > 0)
+        torch.testing.assert_close(points[start : start + len(wall), :3], wall, atol=2e-5, rtol=0)
+        assert points[start, 4].item() == pytest.approx(k * SWEEP_INTERVAL)
+        assert points[start, 3].item() == 7
+    moved = points[per_sweep + 1 + len(wall), :2] - points[len(wall), :2]
+    assert moved.norm().item() == pytest.approx(np.hypot(*CAR_VELOCITY) * SWEEP_INTERVAL, rel=1e-2)
+    assert len(load_points(frame, world.root, num_clouds=4, close_radius=0)) == 4 * (per_sweep + 1)
+    assert len(load_points(index.frame(0), world.root, num_clouds=10, close_radius=1.0)) == per_sweep + 1
+
+
+def test_json_round_trip(index):
+    frame = index.frame(1)
+    assert Frame.from_json(frame.to_json()) == frame
+
+
+def test_velocity_file_overrides(world, tmp_path):
+    path = tmp_path / "velocities.json"
+    tokens = ["scene-a-sample-1-car", "scene-a-sample-2-car"]
+    path.write_text(
+        json.dumps({tokens[0]: {"velocity_global_xy": [0.0, 2.0]}, tokens[1]: {"velocity_global_xy": None}})
+    )
+    index = index_of(world, tmp_path / "cache", velocity_file=path)
+    plain = index_of(world, tmp_path / "cache")
+    assert np.hypot(*index.frame(1).boxes[0][7:]) == pytest.approx(2, rel=1e-3)
+    assert index.frame(2).boxes[0][7:] == [None, None]
+    assert index.frame(0).boxes == plain.frame(0).boxes
+    assert torch.isnan(index.frame(2).targets(valid_only=False).boxes[0, 7:]).all()
+    path.write_text(json.dumps({tokens[0]: [1, 2]}))
+    with pytest.raises(DataError, match=r"velocities.json has an entry of another form"):
+        index_of(world, tmp_path / "cache", velocity_file=path)
+
+
+def test_index_is_reused_until_a_table_changes(world, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="cmt_aqr.data.index")
+    cache = tmp_path / "cache"
+    first = index_of(world, cache)
+    assert "none yet" in caplog.text
+    written = first.path.stat().st_mtime_ns
+    world.table("sample").touch()  # another time stamp, same content
+    caplog.clear()
+    assert index_of(world, cache).content_hash == first.content_hash
+    assert first.path.stat().st_mtime_ns == written and not caplog.text
+    world.edit("sample_annotation", lambda rows: rows[0].update(num_lidar_pts=0))
+    second = index_of(world, cache)
+    assert "tables changed: sample_annotation" in caplog.text
+    assert second.content_hash != first.content_hash and second.frame_labels[0] == []
+    second.path.write_bytes(second.path.read_bytes()[:-40])
+    caplog.clear()
+    assert len(index_of(world, cache)) == 3
+    assert "damaged" in caplog.text
+    assert sorted(path.name for path in cache.iterdir()) == [second.path.name, f"{second.path.name}.lock"]
+
+
+def _open_and_count(world, cache, results):
+    results.put(len(index_of(world, cache)))
+
+
+def test_several_processes_may_build_at_once(world, tmp_path):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [context.Process(target=_open_and_count, args=(world, tmp_path / "c", results)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    assert [results.get(timeout=60) for _ in workers] == [3, 3, 3]
+    for worker in workers:
+        worker.join()
+
+
+def test_scenes_of_a_split_only(tmp_path):
+    splits = {"one": ["scene-b"], "gone": ["scene-x"]}
+    world = write_world(tmp_path / "w", scenes={"scene-a": 2, "scene-b": 1}, splits=splits)
+    index = index_of(world, tmp_path / "cache", split="one")
+    assert index.tokens == ["scene-b-sample-0"]
+    assert index.frame(0).boxes[0][7:] == [None, None]  # one key frame: no velocity
+    for split in ("gone", "train", "all"):
+        with pytest.raises(DataError, match=rf"split '{split}' .*splits with frames there: one$"):
+            index_of(world, tmp_path / "cache", split=split)
+
+
+def _set(field, value):
+    return lambda rows: rows[-1].update({field: value})
+
+
+# A table, a change of its last row, and words the one sentence must contain.
+BROKEN = [
+    ("calibrated_sensor", _set("rotation", [0, 0, 0, 0]), ("calibration-LIDAR_TOP", "[0, 0, 0, 0]", "length 1")),
+    ("calibrated_sensor", _set("translation", [0, math.nan, 0]), ("calibration-LIDAR_TOP", "nan", "finite")),
+    ("calibrated_sensor", lambda rows: rows[0].update(camera_intrinsic=[[1, 0, 0]] * 3), ("singular", "determinant 0")),
+    ("calibrated_sensor", lambda rows: rows[0].update(camera_intrinsic=[]), ("calibration-CAM_FRONT", "3 x 3")),
+    ("ego_pose", _set("translation", [math.inf, 0, 0]), ("ego_pose.json", "inf", "finite")),
+    ("sample_annotation", lambda rows: rows[0].update(size=[1, -2, 3]), ("sample-0-car", "[1, -2, 3]", "> 0")),
+    ("sample_annotation", lambda rows: rows[0].update(size=[1, math.nan, 3]), ("sample-0-car", "nan", "> 0")),
+    ("sample_annotation", lambda rows: rows[0].update(translation=[1, math.nan, 3]), ("sample-0-car", "nan", "finite")),
+    ("sample_data", _set("ego_pose_token", "lost"), ("'lost'", "no table holds")),
+    ("sample_annotation", _set("instance_token", "lost"), ("'lost'", "no other table holds")),
+    ("sample_data", lambda rows: rows[0].update(width=0), ("sample_data.json", "0 x 36", "> 0")),
+    ("sample_data", lambda rows: rows.remove(next(r for r in rows if "LIDAR" in r["filename"])), ("LIDAR_TOP",)),
+    ("map", lambda rows: rows[0].update(filename="maps/none.png"), ("maps/none.png", "does not exist")),
+    ("sensor", lambda rows: rows[0].update(channel="CAM_X"), ("sensor.json", "'CAM_FRONT'", "CAM_X")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("table", "change", "words"), BROKEN)
+def test_broken_tables_are_one_sentence(world, tmp_path, table, change, words):
+    world.edit(table, change)
+    with pytest.raises(DataError) as error:
+        index_of(world, tmp_path / "cache")
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message and not list((tmp_path / "cache").glob("index*.gz"))
+
+
+def test_missing_pieces_are_named(world, tmp_path):
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        index_of(world, tmp_path / "cache", dataroot=tmp_path / "nowhere")
+    with pytest.raises(DataError, match=f"no version 'v9'; it has {VERSION}"):
+        index_of(world, tmp_path / "cache", version="v9")
+    with pytest.raises(DataError, match=r"velocity_file nothing\.json does not exist"):
+        index_of(world, tmp_path / "cache", velocity_file="nothing.json")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cache folder .* cannot be written"):
+        index_of(world, tmp_path / "file" / "cache")
+    text = world.table("visibility").read_text()
+    world.table("visibility").unlink()
+    with pytest.raises(DataError, match=r"visibility\.json is missing"):
+        index_of(world, tmp_path / "cache")
+    world.table("visibility").write_text(text)
+    world.table("ego_pose").write_text("[{")
+    with pytest.raises(DataError, match=r"ego_pose\.json is not valid JSON"):
+        index_of(world, tmp_path / "cache")
+
+
+def test_rotation_matrix_against_scipy():
+    from scipy.spatial.transform import Rotation
+
+    q = np.random.default_rng(0).normal(size=4)
+    np.testing.assert_allclose(rotation_matrix(q), Rotation.from_quat(q[[1, 2, 3, 0]]).as_matrix(), atol=1e-15)
