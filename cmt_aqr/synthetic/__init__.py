@@ -1,0 +1,6 @@
+"""The embedded synthetic world: a nuScenes-format dataset out of a seed, for tests and runs without a download."""
+
+from cmt_aqr.synthetic.conditions import Conditions, parse_conditions
+from cmt_aqr.synthetic.writer import GENERATOR_VERSION, generate_world
+
+__all__ = ["GENERATOR_VERSION", "Conditions", "generate_world", "parse_conditions"]

@@ -1,0 +1,239 @@
+"""Writing a whole world: all scenes, by several processes if wanted, then the tables, then the final name."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import cv2
+from tqdm import tqdm
+
+from cmt_aqr.classes import CLASSES
+from cmt_aqr.synthetic.calibration import CAMERA_CHANNELS, LIDAR_CHANNEL, yaw_quaternion
+from cmt_aqr.synthetic.models import CATEGORIES
+from cmt_aqr.synthetic.recording import Block, Sighting, World, record_block, release, scene_name
+from cmt_aqr.synthetic.tables import (
+    LOG_NAME,
+    MAP_FILE,
+    TABLES,
+    VERSION,
+    blank_map,
+    fixed_tables,
+    token,
+    visibility_level,
+    write_table,
+)
+
+GENERATOR_VERSION = 1
+"""Raised whenever the same parameters would give other bytes."""
+
+MANIFEST = "synthetic.json"
+_BLOCK = 10
+"""Samples that one process records at a time."""
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+def generate_world(out: str | Path, *, scenes: int, val_scenes: int, seed: int, samples_per_scene: int = 20,
+                   image_size: tuple[int, int] = (1600, 900), sweeps_per_keyframe: int = 9, lidar_columns: int = 1084,
+                   workers: int = 0, progress: bool = True) -> None:
+    """Write a synthetic dataset in nuScenes' format that nuscenes-devkit loads and evaluates.
+
+    out: folder to make; version "v1.0-synthetic", splits "synthetic_train" (scenes scenes) and "synthetic_val"
+    (val_scenes more). seed: the same arguments give the same bytes, whatever the number of workers. image_size: width,
+    height (px). sweeps_per_keyframe: LiDAR turns between two key frames (9 is nuScenes' 20 Hz). lidar_columns: firings
+    per turn (1084 in nuScenes). workers: processes; 0 records in this one. progress: report on standard error.
+
+    Nothing happens when out already holds a world of the same arguments. Raises ValueError when an argument is out of
+    range and FileExistsError when out holds anything else. Several workers are started by "spawn": a script that calls
+    this needs the usual ``if __name__ == "__main__":``.
+    """
+    out = Path(out)
+    world = World(scenes, val_scenes, seed, samples_per_scene, tuple(image_size), sweeps_per_keyframe, lidar_columns)
+    check_arguments(world, workers)
+    if _is_there_already(out, world):
+        _say(progress, f"{out} is there already, with the same parameters")
+        return
+    started = time.perf_counter()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        partial.chmod(0o755)
+        blocks = _record(world, partial, workers, progress)
+        counts = _write_tables(world, partial, blocks)
+        (partial / MANIFEST).write_text(json.dumps({**_parameters(world), "counts": counts}, indent=1) + "\n")
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    seconds = time.perf_counter() - started
+    _say(progress, f"{out}: {scenes} + {val_scenes} scenes, {counts['sample']} samples, {counts['sample_annotation']} "
+                   f"boxes in {seconds:.1f} s ({counts['sample'] / seconds:.1f} samples/s)")
+
+
+def check_arguments(world: World, workers: int) -> None:
+    """Raise ValueError, one sentence, when an argument is out of range."""
+    if len(world.image_size) != 2:
+        raise ValueError(f"image_size must be (width, height), got {world.image_size!r}")
+    limits = {
+        "scenes": (world.scenes, 0, 99_999), "val_scenes": (world.val_scenes, 0, 99_999),
+        "seed": (world.seed, 0, 2**32 - 1), "samples_per_scene": (world.samples_per_scene, 1, 200),
+        "image width": (world.image_size[0], 16, 4096), "image height": (world.image_size[1], 16, 4096),
+        "sweeps_per_keyframe": (world.sweeps_per_keyframe, 0, 19), "lidar_columns": (world.lidar_columns, 16, 4096),
+        "workers": (workers, 0, 1024),
+    }
+    for name, (value, low, high) in limits.items():
+        if not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    if world.scenes + world.val_scenes == 0:
+        raise ValueError("scenes and val_scenes are both 0: there is nothing to write")
+
+
+def _parameters(world: World) -> dict:
+    return {
+        "generator": "cmt_aqr.synthetic", "generator_version": GENERATOR_VERSION, "version": VERSION,
+        "scenes": world.scenes, "val_scenes": world.val_scenes, "seed": world.seed,
+        "samples_per_scene": world.samples_per_scene, "image_size": list(world.image_size),
+        "sweeps_per_keyframe": world.sweeps_per_keyframe, "lidar_columns": world.lidar_columns,
+    }
+
+
+def _is_there_already(out: Path, world: World) -> bool:
+    """Whether out is this very world; an empty folder or none is not, and anything else is an error."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        found = json.loads((out / MANIFEST).read_text())
+        found.pop("counts")
+    except (OSError, ValueError, KeyError, AttributeError):
+        raise FileExistsError(f"{out} exists and is not a synthetic world: choose another folder") from None
+    wanted = _parameters(world)
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise FileExistsError(
+                f"{out} holds another synthetic world ({key} is {found.get(key)!r} there, {value!r} here): "
+                "choose another folder or delete it")
+    return True
+
+
+def _record(world: World, root: Path, workers: int, progress: bool) -> list[Block]:
+    """Record all samples; the blocks come back in the order of scenes and samples, whoever made them."""
+    for folder in [VERSION, "maps", f"sweeps/{LIDAR_CHANNEL}",
+                   *(f"samples/{channel}" for channel in (LIDAR_CHANNEL, *CAMERA_CHANNELS))]:
+        (root / folder).mkdir(parents=True)
+    indices = [index for split in world.scene_indices().values() for index in split]
+    jobs = [(index, first, min(first + _BLOCK, world.samples_per_scene))
+            for index in indices for first in range(0, world.samples_per_scene, _BLOCK)]
+    tick = _ticker(len(indices) * world.samples_per_scene, progress)
+    try:
+        if workers == 0:
+            return [record_block(world, *job, root, lambda: tick(1)) for job in jobs]
+        blocks = {}
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            futures = {pool.submit(record_block, world, *job, root): job for job in jobs}
+            try:
+                for future in as_completed(futures):
+                    blocks[futures[future]] = future.result()
+                    tick(futures[future][2] - futures[future][1])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [blocks[job] for job in jobs]
+    finally:
+        tick(0)
+        release()
+
+
+def _ticker(total: int, progress: bool) -> Callable[[int], None]:
+    """A function to be told of each finished sample; 0 means the end. Draws a bar, or prints lines now and then."""
+    if not progress:
+        return lambda count: None
+    if sys.stderr.isatty():
+        bar = tqdm(total=total, unit="sample", file=sys.stderr)
+        return lambda count: bar.update(count) if count else bar.close()
+    state = {"done": 0, "said": time.monotonic()}
+
+    def tick(count: int) -> None:
+        state["done"] += count
+        if count and time.monotonic() - state["said"] > _SECONDS_BETWEEN_LINES:
+            state["said"] = time.monotonic()
+            _say(True, f"synthetic world: {state['done']} of {total} samples")
+    return tick
+
+
+def _say(progress: bool, line: str) -> None:
+    if progress:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _write_tables(world: World, root: Path, blocks: list[Block]) -> dict[str, int]:
+    """Write all tables, the splits and the blank map; returns the number of rows of each table."""
+    tables = {name: [] for name in TABLES} | fixed_tables(world.image_size)
+    by_scene: dict[int, list[Block]] = {}
+    for block in blocks:
+        by_scene.setdefault(block.scene, []).append(block)
+    for index, own in by_scene.items():
+        for block in own:
+            tables["sample"] += block.samples
+            tables["sample_data"] += block.sample_data
+            tables["ego_pose"] += block.ego_pose
+        tables["scene"].append(_scene_row(world, index, own[0].description))
+        instances, annotations = _annotation_rows(world, index, [s for block in own for s in block.sightings])
+        tables["instance"] += instances
+        tables["sample_annotation"] += annotations
+    for name in TABLES:
+        write_table(root / VERSION / f"{name}.json", tables[name])
+    splits = {split: [scene_name(index) for index in indices] for split, indices in world.scene_indices().items()}
+    (root / VERSION / "splits.json").write_text(json.dumps(splits, indent=1) + "\n")
+    cv2.imwrite(str(root / MAP_FILE), blank_map())
+    return {name: len(tables[name]) for name in TABLES}
+
+
+def _scene_row(world: World, index: int, description: str) -> dict:
+    count = world.samples_per_scene
+    return {"token": world.token("scene", index), "log_token": token("log", LOG_NAME), "nbr_samples": count,
+            "first_sample_token": world.token("sample", index, 0),
+            "last_sample_token": world.token("sample", index, count - 1),
+            "name": scene_name(index), "description": description}
+
+
+def _annotation_rows(world: World, index: int, sightings: list[Sighting]) -> tuple[list[dict], list[dict]]:
+    """Rows of instance and sample_annotation of one scene: sightings of an actor in order of time make a chain."""
+    chains: dict[int, list[Sighting]] = {}
+    for sighting in sightings:
+        chains.setdefault(sighting.actor, []).append(sighting)
+    instances, annotations = [], []
+    for actor, chain in sorted(chains.items()):
+        chain = seen_part(chain)
+        if not chain:
+            continue
+        tokens = [world.token("annotation", index, actor, sighting.sample) for sighting in chain]
+        instances.append({
+            "token": world.token("instance", index, actor), "nbr_annotations": len(chain),
+            "category_token": token("category", CATEGORIES[CLASSES[chain[0].label]]),
+            "first_annotation_token": tokens[0], "last_annotation_token": tokens[-1]})
+        for sighting, prev, own, after in zip(chain, ["", *tokens], tokens, [*tokens[1:], ""], strict=False):
+            annotations.append((sighting.sample, {
+                "token": own, "sample_token": world.token("sample", index, sighting.sample),
+                "instance_token": instances[-1]["token"], "visibility_token": visibility_level(sighting.visible),
+                "attribute_tokens": [token("attribute", sighting.attribute)] if sighting.attribute else [],
+                "translation": list(sighting.position), "size": list(sighting.size),
+                "rotation": yaw_quaternion(sighting.yaw), "prev": prev, "next": after,
+                "num_lidar_pts": sighting.num_lidar_pts, "num_radar_pts": 0}))
+    annotations.sort(key=lambda pair: pair[0])  # by sample; stable, so by actor within one
+    return instances, [row for _, row in annotations]
+
+
+def seen_part(chain: list[Sighting]) -> list[Sighting]:
+    """A chain from its first to its last sighting by any sensor, with one more at each end for the velocity there.
+
+    In between it stays annotated while hidden, as in nuScenes. What nothing ever sees is not annotated at all.
+    """
+    seen = [place for place, sighting in enumerate(chain) if sighting.num_lidar_pts > 0 or sighting.visible > 0]
+    return chain[max(seen[0] - 1, 0):seen[-1] + 2] if seen else []
