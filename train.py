@@ -32,6 +32,7 @@ from cmt_aqr.evaluation.nuscenes_eval import format_table
 from cmt_aqr.losses.criterion import Criterion, total_loss
 from cmt_aqr.models.denoising import make_denoising
 from cmt_aqr.models.grid_mask import draw_grid_mask, grid_mask
+from cmt_aqr.models.local_start import start_reference_points
 from cmt_aqr.predictions import DenoisingQueries
 from cmt_aqr.strict_yaml import differences, to_yaml
 from cmt_aqr.training.checkpoint import CheckpointError, load_checkpoint, load_into, load_weights, save_checkpoint
@@ -99,6 +100,8 @@ def train(config: Config, place: Processes, arguments: argparse.Namespace) -> in
         loader = make_training_loader(config, place)
 
     model = build_detector(config.model).to(place.device)
+    if config.model.start == "local" and checkpoint is None:
+        start_reference_points(model, training_centres(config), config.model.point_range)
     if config.training.init_from is not None and checkpoint is None:
         initialise(model, config.training.init_from)
     freeze(model, config.training.freeze)
@@ -191,6 +194,12 @@ def make_training_loader(config: Config, place: Processes) -> Loader:
         num_workers=config.data.workers,
         drop_last=len(sampler) * place.world_size >= config.training.batch_size,
     )
+
+
+def training_centres(config: Config) -> Tensor:
+    """Centres (N, 3) of all boxes of the training split that a sensor saw, metres, LiDAR frame."""
+    index = open_split(config.data, config.data.train_split)
+    return torch.cat([index.frame(i).targets(valid_only=True).boxes[:, :3] for i in range(len(index))])
 
 
 def initialise(model: nn.Module, path: str) -> None:

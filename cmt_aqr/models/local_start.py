@@ -12,22 +12,27 @@ Shape letters: C channels, M heads, D = C / M, N samples of a fit.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from cmt_aqr.geometry import to_unit
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.models.position import BevEmbedding, RayEmbedding, ray_depths, sine_embedding
 
 # Size of an embedding's components. Large against the content it is added to (about 1), so that content does not blur
 # the attention, and so that one optimizer step changes it little.
-AMPLITUDE = 10.0
+AMPLITUDE = 30.0
 # Score of a query with a token at the same place; far away it is about 0.
 PEAK_SCORE = 20.0
 # Period of the slowest wave in units of the point range: above 1, so that opposite borders do not look alike.
 PERIOD = 1.25
 # Width of the Gaussian weights of the harmonics, in units of their number.
 SPECTRUM_WIDTH = 1 / 1.5
+# k-means of the reference points.
+KMEANS_ROUNDS = 10
+MAX_CENTRES = 20_000
 _SAMPLES = 513
 # Ridge of the two least-squares fits; keeps the weights small where the functions are nearly dependent.
 _RIDGE_POSITION = 1e-3
@@ -59,8 +64,8 @@ def start_local(detector: Detector) -> None:
     if detector.ray_embedding is not None:
         start_ray_embedding(detector.ray_embedding, ray_heads, head_dim)
     for layer in detector.decoder.layers:
-        for attention in (layer.cross_attention, layer.self_attention):
-            tie_projections(attention, head_dim)
+        tie_projections(layer.self_attention, head_dim)
+        tie_projections(layer.cross_attention, head_dim)
     detector.reference_points.weight.copy_(reference_grid(detector.reference_points.num_queries))
 
 
@@ -71,7 +76,7 @@ def fourier_features(x: Tensor, num_features: int, *, period: float) -> Tensor:
     """
     harmonics = torch.arange(1, num_features // 2 + 1, dtype=x.dtype, device=x.device)
     weights = torch.exp(-0.5 * (harmonics / (SPECTRUM_WIDTH * len(harmonics))) ** 2)
-    weights = (weights / weights.sum()).sqrt()
+    weights = weights / weights.norm()
     phase = 2 * math.pi / period * x[:, None] * harmonics
     return torch.cat((weights * phase.cos(), weights * phase.sin()), dim=1)
 
@@ -157,6 +162,31 @@ def reference_grid(num_queries: int) -> Tensor:
     chosen = torch.linspace(0, side * side - 1, num_queries).round().long()
     row, col = chosen // side, chosen % side
     return torch.stack(((col + 0.5) / side, (row + 0.5) / side, torch.full_like(chosen, 0.5, dtype=torch.float)), dim=1)
+
+
+@torch.no_grad()
+def start_reference_points(detector: Detector, centres: Tensor, point_range: Sequence[float]) -> None:
+    """Put the reference points where the objects of the training frames are, by k-means.
+
+    Args:
+        detector: a fresh one; its points stay as they are when there are fewer centres than queries.
+        centres: (N, 3) box centres of the training split, metres, LiDAR frame.
+        point_range: x_min, y_min, z_min, x_max, y_max, z_max in metres.
+    """
+    points = detector.reference_points.weight
+    unit = to_unit(centres.double(), point_range)
+    unit = unit[((unit >= 0) & (unit <= 1)).all(dim=1)]
+    if len(unit) < len(points):
+        return
+    order = torch.randperm(len(unit), generator=torch.Generator().manual_seed(0))[:MAX_CENTRES]
+    unit = unit[order]
+    means = unit[: len(points)].clone()
+    for _ in range(KMEANS_ROUNDS):
+        nearest = torch.cdist(unit, means).argmin(dim=1)
+        sums = torch.zeros_like(means).index_add_(0, nearest, unit)
+        counts = torch.bincount(nearest, minlength=len(means))[:, None]
+        means = torch.where(counts > 0, sums / counts.clamp(min=1), means)
+    points.copy_(means)
 
 
 def _with_one(columns: Tensor) -> Tensor:

@@ -12,9 +12,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         generate_world(
-            options.out, scenes=options.scenes, val_scenes=options.val_scenes, seed=options.seed,
-            samples_per_scene=options.samples_per_scene, image_size=options.image_size,
-            sweeps_per_keyframe=options.sweeps, lidar_columns=options.lidar_columns, workers=options.workers)
+            options.out,
+            scenes=options.scenes,
+            val_scenes=options.val_scenes,
+            seed=options.seed,
+            samples_per_scene=options.samples_per_scene,
+            image_size=options.image_size,
+            sweeps_per_keyframe=options.sweeps,
+            lidar_columns=options.lidar_columns,
+            workers=options.workers,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -32,22 +39,35 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m cmt_aqr.synthetic", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python -m cmt_aqr.synthetic",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Write a synthetic dataset in nuScenes' format (version v1.0-synthetic, splits synthetic_train and "
-                    "synthetic_val) that nuscenes-devkit loads and evaluates. The same options give the same bytes, "
-                    "whatever the number of workers.")
+        "synthetic_val) that nuscenes-devkit loads and evaluates. The same options give the same bytes, "
+        "whatever the number of workers.",
+    )
     parser.add_argument("out", metavar="OUT", help="folder to make")
     parser.add_argument("--scenes", type=int, default=8, metavar="N", help="training scenes")
     parser.add_argument("--val-scenes", type=int, default=2, metavar="M", help="validation scenes")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of everything random")
     parser.add_argument("--image-size", type=_image_size, default="1600x900", metavar="WxH", help="pixels of an image")
     parser.add_argument("--samples-per-scene", type=int, default=20, metavar="K", help="key frames, 0.5 s apart")
-    parser.add_argument("--sweeps", type=int, default=9, metavar="K",
-                        help="LiDAR sweeps between two key frames; 9 is nuScenes' 20 Hz")
-    parser.add_argument("--lidar-columns", type=int, default=1084, metavar="C",
-                        help="firings per LiDAR turn; nuScenes has 1084, fewer are faster and give a thinner cloud")
-    parser.add_argument("--workers", type=int, default=min(16, len(os.sched_getaffinity(0))), metavar="W",
-                        help="processes; 0 is this one alone")
+    parser.add_argument(
+        "--sweeps", type=int, default=9, metavar="K", help="LiDAR sweeps between two key frames; 9 is nuScenes' 20 Hz"
+    )
+    parser.add_argument(
+        "--lidar-columns",
+        type=int,
+        default=1084,
+        metavar="C",
+        help="firings per LiDAR turn; nuScenes has 1084, fewer are faster and give a thinner cloud",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(16, len(os.sched_getaffinity(0))),
+        metavar="W",
+        help="processes; 0 is this one alone",
+    )
     return parser
 
 

@@ -83,8 +83,9 @@ def headlight_gain(light: Light, forward: np.ndarray, left: np.ndarray) -> np.nd
 class Ground:
     """A top-view picture of the street, projected into cameras by a homography. Four channels, the last one zero."""
 
-    def __init__(self, road: Road, stretch: tuple[float, float], crossings: tuple[float, ...],
-                 rng: np.random.Generator):
+    def __init__(
+        self, road: Road, stretch: tuple[float, float], crossings: tuple[float, ...], rng: np.random.Generator
+    ):
         s = np.arange(stretch[0] - GROUND_REACH, stretch[1] + GROUND_REACH, 1.0)
         x, y, _ = road.place(s, np.zeros_like(s))
         self._low = np.array([x.min(), y.min()]) - 30.0
@@ -131,8 +132,8 @@ class Ground:
         height, width = self.image.shape[:2]
         for row in range(0, height, 256):
             for column in range(0, width, 256):
-                block = self.image[row:row + 256, column:column + 256]
-                cv2.subtract(block, grain[:block.shape[0], :block.shape[1]], dst=block)
+                block = self.image[row : row + 256, column : column + 256]
+                cv2.subtract(block, grain[: block.shape[0], : block.shape[1]], dst=block)
 
 
 @dataclass(frozen=True)
@@ -169,16 +170,16 @@ class Backdrop:
         self._size, self._top = image_size, rays.top
         is_sky = rays.up > -_HORIZON
         self._last_sky = int(image_size[1] - np.argmax(is_sky.any(axis=1)[::-1])) if is_sky.any() else 0
-        up = rays.up[:self._last_sky]
+        up = rays.up[: self._last_sky]
         blend = (np.clip(up / np.float32(0.35), 0.0, 1.0) ** np.float32(0.6))[..., None]
         self._sky = np.zeros((*up.shape, 4), dtype=np.uint8)
         horizon, zenith = (np.array(colour, dtype=np.float32) for colour in (light.horizon, light.zenith))
         self._sky[..., :3] = horizon + (zenith - horizon) * blend
-        self._sky_mask = is_sky[:self._last_sky].astype(np.uint8)
+        self._sky_mask = is_sky[: self._last_sky].astype(np.uint8)
         clear = np.exp(-rays.reach / np.float32(light.visibility))
         far_rows = np.flatnonzero((clear < _CLEAR_ENOUGH).any(axis=1))
         self._hazy = self._top + (int(far_rows[-1]) + 1 if len(far_rows) else 0)
-        self._clear = clear[:self._hazy - self._top]
+        self._clear = clear[: self._hazy - self._top]
         self._haze = np.empty((*self._clear.shape, 4), dtype=np.uint8)
         self._haze[:] = (*np.rint(light.horizon).astype(int), 0)
         if light.headlight > 0:
@@ -192,17 +193,23 @@ class Backdrop:
         """Image (H, W, 4) uint8, last channel 0. ground: texture; to_texels (3, 3): pixels to its texels."""
         width, height = self._size
         image = np.empty((height, width, 4), dtype=np.uint8)
-        image[:self._top] = self._sky[:self._top]
-        below = image[self._top:]
+        image[: self._top] = self._sky[: self._top]
+        below = image[self._top :]
         shifted = to_texels @ np.array([[1, 0, 0], [0, 1, self._top], [0, 0, 1.0]])
-        cv2.warpPerspective(ground, shifted, (width, height - self._top), dst=below,
-                            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_CONSTANT,
-                            borderValue=(*_GRASS, 0))
+        cv2.warpPerspective(
+            ground,
+            shifted,
+            (width, height - self._top),
+            dst=below,
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_CONSTANT,
+            borderValue=(*_GRASS, 0),
+        )
         if self._gain is None:
             cv2.convertScaleAbs(below, dst=below, alpha=self._flat_gain)
         else:
             cv2.multiply(below, self._gain, dst=below, dtype=cv2.CV_8U)
-        hazy = image[self._top:self._hazy]
+        hazy = image[self._top : self._hazy]
         if len(hazy):
             cv2.blendLinear(hazy, self._haze, self._clear, 1.0 - self._clear, dst=hazy)
         horizon = slice(self._top, self._last_sky)
@@ -214,8 +221,9 @@ class Backdrop:
 class Spoiler:
     """What rain, dirt, glare and the sensor's own noise do to one camera's finished images."""
 
-    def __init__(self, channel: str, image_size: tuple[int, int], conditions: Conditions, light: Light,
-                 rng: np.random.Generator):
+    def __init__(
+        self, channel: str, image_size: tuple[int, int], conditions: Conditions, light: Light, rng: np.random.Generator
+    ):
         scale = image_size[0] / FULL_IMAGE_SIZE[0]
         self._size = image_size
         self._grain_up, self._grain_down = _grain(image_size, light.noise)
@@ -227,7 +235,7 @@ class Spoiler:
         """The spoiled copy of an image (H, W, 3) uint8."""
         width, height = self._size
         column, row = rng.integers(0, _GRAIN_SHIFT, 2)
-        window = np.s_[row:row + height, column:column + width]
+        window = np.s_[row : row + height, column : column + width]
         if self._streaks is not None:
             image = cv2.addWeighted(image, 0.85, np.roll(self._streaks, int(rng.integers(height)), axis=0), 1.0, 12.0)
         if self._dirt is not None:
@@ -253,8 +261,13 @@ def _rain_streaks(image_size: tuple[int, int], scale: float, rng: np.random.Gene
     for _ in range(350):
         x, y, length = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(15, 60) * scale
         level = int(rng.integers(15, 50))
-        cv2.line(streaks, (int(x), int(y)), (int(x + 0.15 * length), int(y + length)), (level, level, level),
-                 max(1, round(2 * scale)))
+        cv2.line(
+            streaks,
+            (int(x), int(y)),
+            (int(x + 0.15 * length), int(y + length)),
+            (level, level, level),
+            max(1, round(2 * scale)),
+        )
     return streaks
 
 

@@ -33,18 +33,54 @@ class CameraMount:
 
 
 CAMERAS = (
-    CameraMount("CAM_FRONT", (1.7008, 0.0159, 1.5110), (0.499802, -0.503032, 0.499780, -0.497371),
-                1266.417, (816.267, 491.507), -0.0355),
-    CameraMount("CAM_FRONT_RIGHT", (1.5508, -0.4934, 1.4957), (0.206035, -0.202694, 0.682451, -0.671361),
-                1260.847, (807.968, 495.334), -0.0276),
-    CameraMount("CAM_FRONT_LEFT", (1.5239, 0.4946, 1.5093), (0.675726, -0.673627, 0.212140, -0.211228),
-                1272.598, (826.615, 479.752), -0.0431),
-    CameraMount("CAM_BACK", (0.0283, 0.0035, 1.5791), (0.503787, -0.497402, -0.494185, 0.504550),
-                809.221, (829.220, 481.778), -0.0104),
-    CameraMount("CAM_BACK_LEFT", (1.0357, 0.4848, 1.5910), (0.692419, -0.703162, -0.116483, 0.112033),
-                1256.741, (792.113, 492.776), -0.0005),
-    CameraMount("CAM_BACK_RIGHT", (1.0149, -0.4806, 1.5624), (0.122810, -0.132401, -0.700431, 0.690496),
-                1259.514, (807.253, 501.196), -0.0201),
+    CameraMount(
+        "CAM_FRONT",
+        (1.7008, 0.0159, 1.5110),
+        (0.499802, -0.503032, 0.499780, -0.497371),
+        1266.417,
+        (816.267, 491.507),
+        -0.0355,
+    ),
+    CameraMount(
+        "CAM_FRONT_RIGHT",
+        (1.5508, -0.4934, 1.4957),
+        (0.206035, -0.202694, 0.682451, -0.671361),
+        1260.847,
+        (807.968, 495.334),
+        -0.0276,
+    ),
+    CameraMount(
+        "CAM_FRONT_LEFT",
+        (1.5239, 0.4946, 1.5093),
+        (0.675726, -0.673627, 0.212140, -0.211228),
+        1272.598,
+        (826.615, 479.752),
+        -0.0431,
+    ),
+    CameraMount(
+        "CAM_BACK",
+        (0.0283, 0.0035, 1.5791),
+        (0.503787, -0.497402, -0.494185, 0.504550),
+        809.221,
+        (829.220, 481.778),
+        -0.0104,
+    ),
+    CameraMount(
+        "CAM_BACK_LEFT",
+        (1.0357, 0.4848, 1.5910),
+        (0.692419, -0.703162, -0.116483, 0.112033),
+        1256.741,
+        (792.113, 492.776),
+        -0.0005,
+    ),
+    CameraMount(
+        "CAM_BACK_RIGHT",
+        (1.0149, -0.4806, 1.5624),
+        (0.122810, -0.132401, -0.700431, 0.690496),
+        1259.514,
+        (807.253, 501.196),
+        -0.0201,
+    ),
 )
 """The six cameras in the order that is part of the project's numerics."""
 
@@ -60,11 +96,13 @@ def unit_quaternion(rotation: tuple[float, float, float, float]) -> np.ndarray:
 def rotation_matrix(rotation: tuple[float, float, float, float]) -> np.ndarray:
     """Rotation matrix (3, 3) of a quaternion (w, x, y, z)."""
     w, x, y, z = unit_quaternion(rotation)
-    return np.array([
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ])
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    )
 
 
 def yaw_quaternion(yaw: float) -> list[float]:
@@ -76,8 +114,10 @@ def intrinsic_matrix(camera: CameraMount, image_size: tuple[int, int]) -> np.nda
     """Pinhole matrix (3, 3) in pixels of an image of image_size (width, height)."""
     scale_x = image_size[0] / FULL_IMAGE_SIZE[0]
     scale_y = image_size[1] / FULL_IMAGE_SIZE[1]
-    return np.array([
-        [camera.focal * scale_x, 0.0, camera.centre[0] * scale_x],
-        [0.0, camera.focal * scale_y, camera.centre[1] * scale_y],
-        [0.0, 0.0, 1.0],
-    ])
+    return np.array(
+        [
+            [camera.focal * scale_x, 0.0, camera.centre[0] * scale_x],
+            [0.0, camera.focal * scale_y, camera.centre[1] * scale_y],
+            [0.0, 0.0, 1.0],
+        ]
+    )

@@ -48,8 +48,9 @@ class View:
 class Camera:
     """One camera in the light of one scene."""
 
-    def __init__(self, mount: CameraMount, image_size: tuple[int, int], scene: Scene, ground: Ground,
-                 rng: np.random.Generator):
+    def __init__(
+        self, mount: CameraMount, image_size: tuple[int, int], scene: Scene, ground: Ground, rng: np.random.Generator
+    ):
         self.mount = mount
         self._size = image_size
         self._intrinsic = intrinsic_matrix(mount, image_size)
@@ -92,8 +93,9 @@ class Camera:
         turn = np.array([[np.cos(yaw), -np.sin(yaw), 0], [np.sin(yaw), np.cos(yaw), 0], [0, 0, 1]])
         return turn @ self._to_ego, turn @ np.array(self.mount.translation) + np.array([x, y, 0.0])
 
-    def _in_view(self, poses: np.ndarray, position: np.ndarray, to_global: np.ndarray, actors: np.ndarray
-                 ) -> np.ndarray:
+    def _in_view(
+        self, poses: np.ndarray, position: np.ndarray, to_global: np.ndarray, actors: np.ndarray
+    ) -> np.ndarray:
         """Which actors (bool) may be in the image, by their distance and direction on the ground."""
         radius = self._scene.radius[actors]
         offset = poses[:, :2] - position[:2]
@@ -121,8 +123,14 @@ class Camera:
         signs = np.array([[1, 1], [1, -1], [-1, -1], [-1, 1]])
         cos, sin = np.cos(poses[:, 2])[:, None], np.sin(poses[:, 2])[:, None]
         along, across = signs[:, 0] * half[:, :1], signs[:, 1] * half[:, 1:]
-        points = np.stack([poses[:, :1] + along * cos - across * sin, poses[:, 1:2] + along * sin + across * cos,
-                           np.full_like(along, _SHADOW_HEIGHT)], -1)
+        points = np.stack(
+            [
+                poses[:, :1] + along * cos - across * sin,
+                poses[:, 1:2] + along * sin + across * cos,
+                np.full_like(along, _SHADOW_HEIGHT),
+            ],
+            -1,
+        )
         pixels = self._project(points, to_global, position)
         (u, v, depth), (width, height) = np.moveaxis(pixels, -1, 0), self._size
         seen = (depth.min(1) > NEAR) & (u.max(1) > 0) & (u.min(1) < width) & (v.min(1) < height)
@@ -182,8 +190,15 @@ class Camera:
         colours = self._scene.colours[quads.index] * level[:, None]
         return (colours.clip(0, 255) * fade + np.array(light.horizon) * (1 - fade)).clip(0, 255)
 
-    def _paint(self, canvas: np.ndarray, quads: "_Quads", colours: np.ndarray, marks: np.ndarray,
-               to_global: np.ndarray, position: np.ndarray) -> np.ndarray:
+    def _paint(
+        self,
+        canvas: np.ndarray,
+        quads: "_Quads",
+        colours: np.ndarray,
+        marks: np.ndarray,
+        to_global: np.ndarray,
+        position: np.ndarray,
+    ) -> np.ndarray:
         """Fill quads in order, writing marks (q,) into the fourth channel.
 
         Returns (256,): grid pixels that bore each mark right after the last quad of its group was painted.
@@ -206,8 +221,11 @@ class Camera:
             if is_last[index]:
                 mark = int(marks[index])
                 if mark:
-                    part = slice(None) if quads.is_cut[starts[group]:index + 1].any() else (
-                        slice(low[group, 1], high[group, 1]), slice(low[group, 0], high[group, 0]))
+                    part = (
+                        slice(None)
+                        if quads.is_cut[starts[group] : index + 1].any()
+                        else (slice(low[group, 1], high[group, 1]), slice(low[group, 0], high[group, 0]))
+                    )
                     covered[mark] = np.count_nonzero(grid[part] == mark)
                 group += 1
         return covered
@@ -286,4 +304,5 @@ class CameraRig:
         ground = Ground(scene.road, (0.0, travelled), scene.crossings, np.random.default_rng([seed, scene.index, 2]))
         self.cameras = tuple(
             Camera(mount, image_size, scene, ground, np.random.default_rng([seed, scene.index, 3, view]))
-            for view, mount in enumerate(CAMERAS))
+            for view, mount in enumerate(CAMERAS)
+        )

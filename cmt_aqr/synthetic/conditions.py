@@ -38,8 +38,10 @@ class Conditions:
     def describe(self) -> str:
         """The scene description: machine-readable "key=value" words separated by "; "."""
         blind = NONE if self.lidar_blind is None else f"{self.lidar_blind[0]}+{self.lidar_blind[1]}deg"
-        return (f"synthetic; light={self.light}; weather={self.weather}; camera_glare={self.camera_glare}; "
-                f"camera_dirt={self.camera_dirt}; lidar_blind={blind}")
+        return (
+            f"synthetic; light={self.light}; weather={self.weather}; camera_glare={self.camera_glare}; "
+            f"camera_dirt={self.camera_dirt}; lidar_blind={blind}"
+        )
 
 
 def parse_conditions(description: str) -> Conditions:

@@ -38,10 +38,24 @@ STILL = 0
 
 _WORKS_LENGTH = 16.5
 _HITCH = 1.1
-_PARKING_DECKS = (("car", "empty", "works", "car", "truck", "bus"),
-                  ("empty", "car", "works", "motorcycles", "car", "trailer"))
-_LANE_DECK = ("car", "car", "car", "car", "truck", "bus", "car", "motorcycle", "articulated", "motorcycle", "car",
-              "construction_vehicle")
+_PARKING_DECKS = (
+    ("car", "empty", "works", "car", "truck", "bus"),
+    ("empty", "car", "works", "motorcycles", "car", "trailer"),
+)
+_LANE_DECK = (
+    "car",
+    "car",
+    "car",
+    "car",
+    "truck",
+    "bus",
+    "car",
+    "motorcycle",
+    "articulated",
+    "motorcycle",
+    "car",
+    "construction_vehicle",
+)
 _VERGE_DECK = ("pole", "bicycle", "bollard", "empty", "pillar", "sign", "empty", "bollard")
 _GREEN_DECK = ("tree", "hedge", "empty", "bin", "tree", "wall", "empty", "hedge", "pillar", "empty")
 
@@ -157,8 +171,14 @@ def _fill_parking(layout: Layout, side: float) -> None:
                 lateral = side * (PARKING + rng.uniform(-0.2, 0.2))
                 layout.add("motorcycle", s + (0.9 + 1.4 * k) * metre, lateral, turn=turn, mode="parked")
         elif size:
-            layout.add(kind, s + length / 2, side * (PARKING + rng.uniform(-0.04, 0.04)), size=size,
-                       turn=_facing(side) + rng.uniform(-0.01, 0.01), mode="parked")
+            layout.add(
+                kind,
+                s + length / 2,
+                side * (PARKING + rng.uniform(-0.04, 0.04)),
+                size=size,
+                turn=_facing(side) + rng.uniform(-0.01, 0.01),
+                mode="parked",
+            )
         s += length
 
 
@@ -172,15 +192,25 @@ def _add_works(layout: Layout, side: float, start: float, metre: float) -> None:
     for at in (0.6, _WORKS_LENGTH - 0.6):
         add("barrier", at, PARKING + 0.2, rng.choice([0.0, np.pi]) + rng.uniform(-0.06, 0.06))
     for at in (2.7, 5.7):
-        add("barrier", at, PARKING - 0.8 + rng.uniform(-0.05, 0.05),
-            rng.choice([-1, 1]) * np.pi / 2 + rng.uniform(-0.04, 0.04))
+        add(
+            "barrier",
+            at,
+            PARKING - 0.8 + rng.uniform(-0.05, 0.05),
+            rng.choice([-1, 1]) * np.pi / 2 + rng.uniform(-0.04, 0.04),
+        )
     for at in (1.8, 5.4, 8.4, 11.2, 14.0):
         add("traffic_cone", at + rng.uniform(-0.3, 0.3), CONE_LINE, rng.uniform(-np.pi, np.pi))
     add("traffic_cone", 7.4, PARKING + 1.0, rng.uniform(-np.pi, np.pi))
     add("construction_vehicle", 11.8, PARKING + 0.15, rng.choice([0.0, np.pi]), mode="parked")
     if rng.random() < 0.7:
-        add("pedestrian", rng.uniform(2.5, 6.0), PARKING + rng.uniform(0.3, 1.0), rng.uniform(-np.pi, np.pi),
-            mode="stand", worker=True)
+        add(
+            "pedestrian",
+            rng.uniform(2.5, 6.0),
+            PARKING + rng.uniform(0.3, 1.0),
+            rng.uniform(-np.pi, np.pi),
+            mode="stand",
+            worker=True,
+        )
 
 
 def _fill_verge(layout: Layout, side: float) -> None:
@@ -190,8 +220,9 @@ def _fill_verge(layout: Layout, side: float) -> None:
         kind = next(deck)
         if not layout.is_crossing(s - 1.5, s + 1.5):
             if kind == "bicycle":
-                layout.add("bicycle", s, side * VERGE, turn=rng.choice([0.0, np.pi]) + rng.uniform(-0.05, 0.05),
-                           mode="parked")
+                layout.add(
+                    "bicycle", s, side * VERGE, turn=rng.choice([0.0, np.pi]) + rng.uniform(-0.05, 0.05), mode="parked"
+                )
             elif kind != "empty":
                 layout.add_clutter(clutter(kind, rng), s, side * VERGE, _facing(-side) if kind == "pole" else 0.0)
         s += rng.uniform(2.6, 5.0)
@@ -251,8 +282,17 @@ def _fill_lane(layout: Layout, lateral: float, profile: int) -> None:
         head = s + length if direction > 0 else s
         offset = lateral + rng.uniform(-0.1, 0.1)
         for name, size in zip(train, sizes, strict=True):
-            layout.add(name, head - direction * size[1] / 2, offset, size=size, turn=_facing(lateral), profile=profile,
-                       gain=gain, has_rider=has_rider, mode="lane")
+            layout.add(
+                name,
+                head - direction * size[1] / 2,
+                offset,
+                size=size,
+                turn=_facing(lateral),
+                profile=profile,
+                gain=gain,
+                has_rider=has_rider,
+                mode="lane",
+            )
             head -= direction * (size[1] + _HITCH)
         s += length + 2.5 * DRIFT + rng.exponential(9.0)
 
@@ -264,8 +304,16 @@ def _fill_bike_lane(layout: Layout, lateral: float, profile: int) -> None:
     while s < end:
         s += 3.0 + 2 * DRIFT + rng.exponential(24.0)
         gain = direction * (1.0 + rng.uniform(-1, 1) * DRIFT / max(layout.travel[profile], 2 * DRIFT))
-        layout.add("bicycle", s, lateral + rng.uniform(-0.06, 0.06), turn=_facing(lateral), profile=profile, gain=gain,
-                   has_rider=True, mode="lane")
+        layout.add(
+            "bicycle",
+            s,
+            lateral + rng.uniform(-0.06, 0.06),
+            turn=_facing(lateral),
+            profile=profile,
+            gain=gain,
+            has_rider=True,
+            mode="lane",
+        )
 
 
 def _fill_walkway(layout: Layout, lateral: float, profile: int) -> None:
@@ -274,5 +322,6 @@ def _fill_walkway(layout: Layout, lateral: float, profile: int) -> None:
     s, end = _reach(layout, profile, direction)
     while s < end:
         s += 1.6 + rng.exponential(34.0)
-        layout.add("pedestrian", s, lateral, turn=0.0 if direction > 0 else np.pi, profile=profile, gain=direction,
-                   mode="walk")
+        layout.add(
+            "pedestrian", s, lateral, turn=0.0 if direction > 0 else np.pi, profile=profile, gain=direction, mode="walk"
+        )

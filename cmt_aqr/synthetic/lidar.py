@@ -180,8 +180,14 @@ class Lidar:
         ratio = distance / (reach * np.sqrt(np.asarray(reflectivity) / 0.4).clip(0.5, 1.5))
         return np.floor((1.0 - self._weather.lost) / (1.0 + ratio**6) * 65535).astype(np.uint16)
 
-    def _measure(self, distance: np.ndarray, owner: np.ndarray, parts: np.ndarray, reflectivity: np.ndarray,
-                 rng: np.random.Generator) -> Scan:
+    def _measure(
+        self,
+        distance: np.ndarray,
+        owner: np.ndarray,
+        parts: np.ndarray,
+        reflectivity: np.ndarray,
+        rng: np.random.Generator,
+    ) -> Scan:
         """Turn ideal distances into returns: losses, noise, ghosts in the air, intensity."""
         draws = np.frombuffer(rng.bytes(4 * len(distance)), dtype=np.uint16).reshape(2, -1)
         # One row per part, and last the ground's, which index -1 (FROM_GROUND) picks.

@@ -65,8 +65,14 @@ def draw_size(name: str, rng: np.random.Generator, *, has_rider: bool = False) -
     return width, length, height
 
 
-def draw_shape(name: str, size: tuple[float, float, float], rng: np.random.Generator, *, has_rider: bool = False,
-               worker: bool = False) -> Shape:
+def draw_shape(
+    name: str,
+    size: tuple[float, float, float],
+    rng: np.random.Generator,
+    *,
+    has_rider: bool = False,
+    worker: bool = False,
+) -> Shape:
     """The shape of one object of a detection class with a random paint. worker: a pedestrian in a safety vest."""
     paint = _pick(name, rng) if name in _PAINTS else _WHITE
     second = _pick("legs" if name == "pedestrian" else "pedestrian", rng)
@@ -94,8 +100,11 @@ def _pick(palette: str, rng: np.random.Generator) -> Colour:
 
 
 def _wheels(*centres: float, radius: float = 0.09, top: float = 0.35) -> list:
-    return [(side, (0.5 + sign * centre - radius, 0.5 + sign * centre + radius), (0.0, top), _TYRE, False)
-            for centre in centres for side, sign in (("right", 1), ("left", -1))]
+    return [
+        (side, (0.5 + sign * centre - radius, 0.5 + sign * centre + radius), (0.0, top), _TYRE, False)
+        for centre in centres
+        for side, sign in (("right", 1), ("left", -1))
+    ]
 
 
 def _lamps(low: float, high: float) -> list:
@@ -105,62 +114,143 @@ def _lamps(low: float, high: float) -> list:
 
 def _car(builder: ShapeBuilder) -> None:
     plate = [("back", (0.36, 0.64), (0.3, 0.48), _WHITE, False), ("front", (0.25, 0.75), (0.25, 0.5), _BLACK, False)]
-    builder.box((-0.5, 0.5), (-0.5, 0.5), (0.08, 0.56), PAINT, reflectivity=0.45,
-                decals=[*_wheels(0.32, -0.32, top=0.5), *_lamps(0.55, 0.8), *plate])
-    builder.box((-0.44, 0.2), (-0.44, 0.44), (0.56, 1.0), PAINT, reflectivity=0.3,
-                decals=[(side, (0.06, 0.94), (0.12, 0.85), _GLASS, False) for side in SIDES])
+    builder.box(
+        (-0.5, 0.5),
+        (-0.5, 0.5),
+        (0.08, 0.56),
+        PAINT,
+        reflectivity=0.45,
+        decals=[*_wheels(0.32, -0.32, top=0.5), *_lamps(0.55, 0.8), *plate],
+    )
+    builder.box(
+        (-0.44, 0.2),
+        (-0.44, 0.44),
+        (0.56, 1.0),
+        PAINT,
+        reflectivity=0.3,
+        decals=[(side, (0.06, 0.94), (0.12, 0.85), _GLASS, False) for side in SIDES],
+    )
 
 
 def _truck(builder: ShapeBuilder) -> None:
     wheels = _wheels(0.0, radius=0.16, top=0.9)
-    builder.long_box((-0.5, 0.2), (-0.5, 0.5), (0.24, 1.0), (215, 215, 220), sections=2, reflectivity=0.55,
-                     decals=[(side, (0.0, 1.0), (0.08, 0.22), PAINT, False) for side in ("left", "right")],
-                     end_decals=[("back", (0.1, 0.9), (0.1, 0.9), (170, 170, 175), False),
-                                 ("back", (0.49, 0.51), (0.1, 0.9), _BLACK, False)],
-                     below=[(0, (-0.48, -0.15), (-0.4, 0.4), (0.02, 0.24), _BLACK, [*wheels, *_lamps(0.5, 0.8)]),
-                            (1, (-0.15, 0.24), (-0.4, 0.4), (0.02, 0.24), _BLACK, wheels)])
-    builder.box((0.25, 0.5), (-0.47, 0.47), (0.06, 0.8), PAINT, reflectivity=0.45, new_group=True,
-                decals=[("front", (0.06, 0.94), (0.5, 0.9), _GLASS, False), *_lamps(0.1, 0.22),
-                        *[(side, (0.25, 0.75), (0.5, 0.88), _GLASS, False) for side in ("left", "right")],
-                        *_wheels(0.0, radius=0.28, top=0.3)])
+    builder.long_box(
+        (-0.5, 0.2),
+        (-0.5, 0.5),
+        (0.24, 1.0),
+        (215, 215, 220),
+        sections=2,
+        reflectivity=0.55,
+        decals=[(side, (0.0, 1.0), (0.08, 0.22), PAINT, False) for side in ("left", "right")],
+        end_decals=[
+            ("back", (0.1, 0.9), (0.1, 0.9), (170, 170, 175), False),
+            ("back", (0.49, 0.51), (0.1, 0.9), _BLACK, False),
+        ],
+        below=[
+            (0, (-0.48, -0.15), (-0.4, 0.4), (0.02, 0.24), _BLACK, [*wheels, *_lamps(0.5, 0.8)]),
+            (1, (-0.15, 0.24), (-0.4, 0.4), (0.02, 0.24), _BLACK, wheels),
+        ],
+    )
+    builder.box(
+        (0.25, 0.5),
+        (-0.47, 0.47),
+        (0.06, 0.8),
+        PAINT,
+        reflectivity=0.45,
+        new_group=True,
+        decals=[
+            ("front", (0.06, 0.94), (0.5, 0.9), _GLASS, False),
+            *_lamps(0.1, 0.22),
+            *[(side, (0.25, 0.75), (0.5, 0.88), _GLASS, False) for side in ("left", "right")],
+            *_wheels(0.0, radius=0.28, top=0.3),
+        ],
+    )
 
 
 def _bus(builder: ShapeBuilder) -> None:
-    builder.long_box((-0.5, 0.5), (-0.5, 0.5), (0.06, 1.0), PAINT, sections=4, reflectivity=0.45,
-                     decals=[*[(side, (0.03, 0.97), (0.42, 0.8), _GLASS, False) for side in ("left", "right")],
-                             *[(side, (0.0, 1.0), (0.2, 0.26), _WHITE, False) for side in ("left", "right")],
-                             *_wheels(0.0, radius=0.16, top=0.2)],
-                     end_decals=[("front", (0.04, 0.96), (0.3, 0.8), _GLASS, False),
-                                 ("front", (0.2, 0.8), (0.85, 0.96), _YELLOW, True),
-                                 ("back", (0.1, 0.9), (0.5, 0.85), _GLASS, False), *_lamps(0.08, 0.16)])
+    builder.long_box(
+        (-0.5, 0.5),
+        (-0.5, 0.5),
+        (0.06, 1.0),
+        PAINT,
+        sections=4,
+        reflectivity=0.45,
+        decals=[
+            *[(side, (0.03, 0.97), (0.42, 0.8), _GLASS, False) for side in ("left", "right")],
+            *[(side, (0.0, 1.0), (0.2, 0.26), _WHITE, False) for side in ("left", "right")],
+            *_wheels(0.0, radius=0.16, top=0.2),
+        ],
+        end_decals=[
+            ("front", (0.04, 0.96), (0.3, 0.8), _GLASS, False),
+            ("front", (0.2, 0.8), (0.85, 0.96), _YELLOW, True),
+            ("back", (0.1, 0.9), (0.5, 0.85), _GLASS, False),
+            *_lamps(0.08, 0.16),
+        ],
+    )
 
 
 def _trailer(builder: ShapeBuilder) -> None:
-    builder.long_box((-0.5, 0.5), (-0.5, 0.5), (0.28, 1.0), PAINT, sections=4, reflectivity=0.6,
-                     decals=[(side, u, (0.0, 1.0), (95, 90, 90), False) for side in ("left", "right")
-                             for u in ((0.0, 0.06), (0.48, 0.54))],
-                     end_decals=[("back", (0.0, 1.0), (0.0, 0.08), _RED, False), *_lamps(0.02, 0.08),
-                                 ("back", (0.48, 0.52), (0.1, 0.95), _BLACK, False)],
-                     below=[(0, (-0.45, -0.25), (-0.42, 0.42), (0.0, 0.26), _TYRE, []),
-                            (3, (0.27, 0.31), (-0.38, 0.38), (0.0, 0.28), _STEEL, [])])
+    builder.long_box(
+        (-0.5, 0.5),
+        (-0.5, 0.5),
+        (0.28, 1.0),
+        PAINT,
+        sections=4,
+        reflectivity=0.6,
+        decals=[
+            (side, u, (0.0, 1.0), (95, 90, 90), False)
+            for side in ("left", "right")
+            for u in ((0.0, 0.06), (0.48, 0.54))
+        ],
+        end_decals=[
+            ("back", (0.0, 1.0), (0.0, 0.08), _RED, False),
+            *_lamps(0.02, 0.08),
+            ("back", (0.48, 0.52), (0.1, 0.95), _BLACK, False),
+        ],
+        below=[
+            (0, (-0.45, -0.25), (-0.42, 0.42), (0.0, 0.26), _TYRE, []),
+            (3, (0.27, 0.31), (-0.38, 0.38), (0.0, 0.28), _STEEL, []),
+        ],
+    )
 
 
 def _construction_vehicle(builder: ShapeBuilder) -> None:
-    builder.box((-0.42, 0.18), (-0.5, 0.5), (0.0, 0.24), _TYRE, reflectivity=0.2,
-                decals=[(side, (0.08, 0.92), (0.25, 0.75), (75, 75, 80), False) for side in ("left", "right")])
-    builder.box((-0.5, 0.16), (-0.46, 0.46), (0.28, 0.58), _YELLOW, reflectivity=0.5,
-                decals=[("back", (0.0, 1.0), (0.0, 0.3), _BLACK, False),
-                        *[(side, (0.2, 0.5), (0.2, 0.8), _BLACK, False) for side in ("left", "right")]])
-    builder.box((-0.16, 0.16), (0.02, 0.46), (0.58, 0.9), _YELLOW, reflectivity=0.35,
-                decals=[(side, (0.1, 0.9), (0.2, 0.9), _GLASS, False) for side in SIDES])
+    builder.box(
+        (-0.42, 0.18),
+        (-0.5, 0.5),
+        (0.0, 0.24),
+        _TYRE,
+        reflectivity=0.2,
+        decals=[(side, (0.08, 0.92), (0.25, 0.75), (75, 75, 80), False) for side in ("left", "right")],
+    )
+    builder.box(
+        (-0.5, 0.16),
+        (-0.46, 0.46),
+        (0.28, 0.58),
+        _YELLOW,
+        reflectivity=0.5,
+        decals=[
+            ("back", (0.0, 1.0), (0.0, 0.3), _BLACK, False),
+            *[(side, (0.2, 0.5), (0.2, 0.8), _BLACK, False) for side in ("left", "right")],
+        ],
+    )
+    builder.box(
+        (-0.16, 0.16),
+        (0.02, 0.46),
+        (0.58, 0.9),
+        _YELLOW,
+        reflectivity=0.35,
+        decals=[(side, (0.1, 0.9), (0.2, 0.9), _GLASS, False) for side in SIDES],
+    )
     builder.box((0.05, 0.36), (-0.24, -0.06), (0.6, 1.0), _YELLOW, reflectivity=0.5, new_group=True)
     builder.box((0.36, 0.44), (-0.22, -0.08), (0.25, 0.95), (35, 160, 215), reflectivity=0.5, new_group=True)
     builder.box((0.34, 0.5), (-0.4, 0.1), (0.0, 0.25), (60, 60, 65), reflectivity=0.4)
 
 
 def _barrier(builder: ShapeBuilder) -> None:
-    stripes = [(side, (u, u + 0.125), (0.0, 1.0), _RED, False)
-               for side in ("front", "back") for u in (0.0, 0.25, 0.5, 0.75)]
+    stripes = [
+        (side, (u, u + 0.125), (0.0, 1.0), _RED, False) for side in ("front", "back") for u in (0.0, 0.25, 0.5, 0.75)
+    ]
     builder.box((-0.5, 0.5), (-0.5, 0.5), (0.0, 0.3), (190, 190, 190), reflectivity=0.5)
     builder.box((-0.28, 0.28), (-0.5, 0.5), (0.3, 1.0), PAINT, reflectivity=0.6, decals=stripes)
 
@@ -176,15 +266,22 @@ def _pedestrian(builder: ShapeBuilder, worker: bool) -> None:
     vest = [(side, (0.0, 1.0), (0.4, 0.55), (150, 255, 255), True) for side in SIDES] if worker else []
     builder.box((-0.3, 0.3), (-0.32, 0.32), (0.0, 0.48), SECOND_PAINT, reflectivity=0.3)
     builder.box((-0.32, 0.32), (-0.5, 0.5), (0.48, 0.86), PAINT, reflectivity=0.35, decals=vest)
-    builder.box((-0.2, 0.2), (-0.2, 0.2), (0.86, 1.0), _SKIN if not worker else _YELLOW, reflectivity=0.35,
-                decals=[("back", (0.0, 1.0), (0.3, 1.0), (30, 40, 60), False)])
+    builder.box(
+        (-0.2, 0.2),
+        (-0.2, 0.2),
+        (0.86, 1.0),
+        _SKIN if not worker else _YELLOW,
+        reflectivity=0.35,
+        decals=[("back", (0.0, 1.0), (0.3, 1.0), (30, 40, 60), False)],
+    )
 
 
 def _motorcycle(builder: ShapeBuilder, has_rider: bool) -> None:
     top = 0.72 if has_rider else 1.0
     builder.box((-0.5, 0.5), (-0.2, 0.2), (0.0, 0.38 * top), _TYRE, reflectivity=0.2)
-    builder.box((-0.42, 0.36), (-0.32, 0.32), (0.38 * top, 0.72 * top), PAINT, reflectivity=0.45,
-                decals=_lamps(0.4, 0.9))
+    builder.box(
+        (-0.42, 0.36), (-0.32, 0.32), (0.38 * top, 0.72 * top), PAINT, reflectivity=0.45, decals=_lamps(0.4, 0.9)
+    )
     builder.box((0.2, 0.32), (-0.5, 0.5), (0.8 * top, top), _STEEL, reflectivity=0.5)
     if has_rider:
         builder.box((-0.24, 0.08), (-0.42, 0.42), (0.52, 0.87), SECOND_PAINT, reflectivity=0.35)
@@ -193,10 +290,22 @@ def _motorcycle(builder: ShapeBuilder, has_rider: bool) -> None:
 
 def _bicycle(builder: ShapeBuilder, has_rider: bool) -> None:
     top = 0.68 if has_rider else 1.0
-    builder.box((-0.5, -0.14), (-0.12, 0.12), (0.0, 0.6 * top), _TYRE, reflectivity=0.25,
-                decals=[(side, (0.2, 0.8), (0.2, 0.8), _STEEL, False) for side in ("left", "right")])
-    builder.box((0.14, 0.5), (-0.12, 0.12), (0.0, 0.6 * top), _TYRE, reflectivity=0.25,
-                decals=[(side, (0.2, 0.8), (0.2, 0.8), _STEEL, False) for side in ("left", "right")])
+    builder.box(
+        (-0.5, -0.14),
+        (-0.12, 0.12),
+        (0.0, 0.6 * top),
+        _TYRE,
+        reflectivity=0.25,
+        decals=[(side, (0.2, 0.8), (0.2, 0.8), _STEEL, False) for side in ("left", "right")],
+    )
+    builder.box(
+        (0.14, 0.5),
+        (-0.12, 0.12),
+        (0.0, 0.6 * top),
+        _TYRE,
+        reflectivity=0.25,
+        decals=[(side, (0.2, 0.8), (0.2, 0.8), _STEEL, False) for side in ("left", "right")],
+    )
     builder.box((-0.25, 0.25), (-0.1, 0.1), (0.35 * top, 0.75 * top), PAINT, reflectivity=0.4)
     builder.box((0.2, 0.3), (-0.5, 0.5), (0.82 * top, top), PAINT, reflectivity=0.4)
     if has_rider:
@@ -205,8 +314,13 @@ def _bicycle(builder: ShapeBuilder, has_rider: bool) -> None:
 
 
 _MAKERS = {
-    "car": _car, "truck": _truck, "bus": _bus, "trailer": _trailer, "construction_vehicle": _construction_vehicle,
-    "barrier": _barrier, "traffic_cone": _traffic_cone,
+    "car": _car,
+    "truck": _truck,
+    "bus": _bus,
+    "trailer": _trailer,
+    "construction_vehicle": _construction_vehicle,
+    "barrier": _barrier,
+    "traffic_cone": _traffic_cone,
 }
 assert {*_MAKERS, "pedestrian", "motorcycle", "bicycle"} == set(CLASSES) == set(CATEGORIES)
 
@@ -227,8 +341,11 @@ def building(rng: np.random.Generator, length: float, depth: float) -> Shape:
 
 @cache
 def _building_model(floors: int, lit: tuple[bool, ...]) -> Model:
-    windows = [("right", (0.07 + 0.3 * k, 0.31 + 0.3 * k), ((i + 0.35) / floors, (i + 0.75) / floors), _WINDOW, lit[i])
-               for i in range(floors) for k in range(3)]
+    windows = [
+        ("right", (0.07 + 0.3 * k, 0.31 + 0.3 * k), ((i + 0.35) / floors, (i + 0.75) / floors), _WINDOW, lit[i])
+        for i in range(floors)
+        for k in range(3)
+    ]
     builder = ShapeBuilder()
     builder.box((-0.5, 0.5), (-0.5, 0.5), (0.0, 1.0), PAINT, faces=("front", "back", "right"), decals=windows)
     return builder.build()
@@ -250,16 +367,28 @@ def _clutter_model(kind: str) -> Model:
     builder = ShapeBuilder()
     if kind == "pole":
         builder.box((-0.08, 0.08), (-0.08, 0.08), (0.0, 5.5), (95, 100, 95), reflectivity=0.5, faces=SIDES)
-        builder.box((-0.15, 0.15), (-1.2, 0.1), (5.5, 5.65), (95, 100, 95), faces=(*SIDES, "bottom"),
-                    decals=[("bottom", (0.1, 0.9), (0.1, 0.9), (190, 240, 255), True)], solid=False)
+        builder.box(
+            (-0.15, 0.15),
+            (-1.2, 0.1),
+            (5.5, 5.65),
+            (95, 100, 95),
+            faces=(*SIDES, "bottom"),
+            decals=[("bottom", (0.1, 0.9), (0.1, 0.9), (190, 240, 255), True)],
+            solid=False,
+        )
     elif kind == "sign":
         builder.box((-0.05, 0.05), (-0.05, 0.05), (0.0, 2.1), _STEEL, reflectivity=0.5, faces=SIDES)
         builder.box((-0.05, 0.05), (-0.35, 0.35), (2.1, 2.8), PAINT, reflectivity=0.95, faces=SIDES)
     elif kind == "bollard":  # as large as a cone, but grey
         builder.box((-0.14, 0.14), (-0.14, 0.14), (0.0, 0.95), (110, 110, 110))
     elif kind == "pillar":  # as large as a person, but one smooth block
-        builder.box((-0.25, 0.25), (-0.3, 0.3), (0.0, 1.8), (100, 140, 90),
-                    decals=[(side, (0.1, 0.9), (0.35, 0.9), (200, 215, 225), False) for side in SIDES])
+        builder.box(
+            (-0.25, 0.25),
+            (-0.3, 0.3),
+            (0.0, 1.8),
+            (100, 140, 90),
+            decals=[(side, (0.1, 0.9), (0.35, 0.9), (200, 215, 225), False) for side in SIDES],
+        )
     elif kind == "bin":
         builder.box((-0.8, 0.8), (-0.5, 0.5), (0.0, 1.3), (60, 95, 40), reflectivity=0.35)
     elif kind == "hedge":
@@ -268,8 +397,9 @@ def _clutter_model(kind: str) -> Model:
         builder.box((-2.0, 2.0), (-0.1, 0.1), (0.0, 1.9), (120, 130, 165), reflectivity=0.45)
     elif kind == "tree":
         builder.box((-0.15, 0.15), (-0.15, 0.15), (0.0, 2.6), (50, 70, 95), reflectivity=0.3, faces=SIDES)
-        builder.box((-1.1, 1.1), (-1.1, 1.1), (2.6, 4.2), SECOND_PAINT, reflectivity=0.25,
-                    faces=(*SIDES, "top", "bottom"))
+        builder.box(
+            (-1.1, 1.1), (-1.1, 1.1), (2.6, 4.2), SECOND_PAINT, reflectivity=0.25, faces=(*SIDES, "top", "bottom")
+        )
         builder.box((-0.7, 0.7), (-0.7, 0.7), (4.2, 5.6), SECOND_PAINT, reflectivity=0.25, faces=SIDES)
     else:
         raise ValueError(f"unknown kind of clutter {kind!r}, expected one of {CLUTTER_KINDS}")

@@ -41,13 +41,16 @@ class World:
 
     def scene_indices(self) -> dict[str, list[int]]:
         """Scene indices of the two splits."""
-        return {"synthetic_train": list(range(self.scenes)),
-                "synthetic_val": [VALIDATION_OFFSET + k for k in range(self.val_scenes)]}
+        return {
+            "synthetic_train": list(range(self.scenes)),
+            "synthetic_val": [VALIDATION_OFFSET + k for k in range(self.val_scenes)],
+        }
 
     def token(self, *words: object) -> str:
         """A token of this world; a world with more scenes keeps those of the scenes it shares with a smaller one."""
-        return token(self.seed, self.samples_per_scene, *self.image_size, self.sweeps_per_keyframe, self.lidar_columns,
-                     *words)
+        return token(
+            self.seed, self.samples_per_scene, *self.image_size, self.sweeps_per_keyframe, self.lidar_columns, *words
+        )
 
 
 def scene_name(index: int) -> str:
@@ -106,10 +109,15 @@ class _Recorder:
         scan = self._record_sweeps(sample, actors)
         visible = self._record_images(sample, actors)
         self._annotate(sample, time, actors, scan, visible)
-        self.samples.append({
-            "token": self._sample_token(sample), "timestamp": int(self._key_stamp(sample)),
-            "prev": self._sample_token(sample - 1), "next": self._sample_token(sample + 1),
-            "scene_token": self.world.token("scene", self.index)})
+        self.samples.append(
+            {
+                "token": self._sample_token(sample),
+                "timestamp": int(self._key_stamp(sample)),
+                "prev": self._sample_token(sample - 1),
+                "next": self._sample_token(sample + 1),
+                "scene_token": self.world.token("scene", self.index),
+            }
+        )
 
     def _lidar_stamps(self) -> np.ndarray:
         turn = self.world.sweeps_per_keyframe + 1
@@ -124,7 +132,7 @@ class _Recorder:
         rng = np.random.default_rng([self.world.seed, self.index, 5])
         jitter = rng.integers(-_CAMERA_JITTER_US, _CAMERA_JITTER_US + 1, (self.world.samples_per_scene, len(CAMERAS)))
         delay = np.array([round(camera.delay_s * 1e6) for camera in CAMERAS])
-        keys = self._stamps[::self.world.sweeps_per_keyframe + 1]
+        keys = self._stamps[:: self.world.sweeps_per_keyframe + 1]
         return keys[:, None] + delay + jitter
 
     def _start_stamp(self) -> int:
@@ -152,8 +160,15 @@ class _Recorder:
             sensor = lidar_pose(ego)
             rng = np.random.default_rng([self.world.seed, self.index, 6, number])
             scan = self._lidar.scan(parts_in_sensor_frame(parts, poses[slot], sensor), reflectivity, rng)
-            path = self._add_data(LIDAR_CHANNEL, number, len(self._stamps), sample, int(self._stamps[number]), ego,
-                                  is_key=number % turn == 0)
+            path = self._add_data(
+                LIDAR_CHANNEL,
+                number,
+                len(self._stamps),
+                sample,
+                int(self._stamps[number]),
+                ego,
+                is_key=number % turn == 0,
+            )
             scan.points.tofile(path)
         return scan
 
@@ -171,9 +186,19 @@ class _Recorder:
             path.write_bytes(data)
         return (visible / np.maximum(drawn, 1)).clip(0.0, 1.0)
 
-    def _add_data(self, channel: str, number: int, count: int, sample: int, stamp: int,
-                  ego: tuple[float, float, float], *, is_key: bool = True) -> Path:
+    def _add_data(
+        self,
+        channel: str,
+        number: int,
+        count: int,
+        sample: int,
+        stamp: int,
+        ego: tuple[float, float, float],
+        *,
+        is_key: bool = True,
+    ) -> Path:
         """Add the sample_data and ego_pose rows of data item number of count of a channel; returns its file's path."""
+
         def name(at: int) -> str:
             return self.world.token("sample_data", self.index, channel, at) if 0 <= at < count else ""
 
@@ -182,13 +207,30 @@ class _Recorder:
         file = f"{folder}/{channel}/{scene_name(self.index)}__{channel}__{stamp}.{ending}"
         width, height = (0, 0) if is_lidar else self.world.image_size
         x, y, yaw = ego
-        self.sample_data.append({
-            "token": name(number), "sample_token": self._sample_token(sample), "ego_pose_token": name(number),
-            "calibrated_sensor_token": calibration_token(channel, self.world.image_size), "timestamp": stamp,
-            "fileformat": "pcd" if is_lidar else "jpg", "is_key_frame": is_key, "height": height, "width": width,
-            "filename": file, "prev": name(number - 1), "next": name(number + 1)})
-        self.ego_pose.append({"token": name(number), "timestamp": stamp, "rotation": yaw_quaternion(yaw),
-                              "translation": [round(x, 6), round(y, 6), 0.0]})
+        self.sample_data.append(
+            {
+                "token": name(number),
+                "sample_token": self._sample_token(sample),
+                "ego_pose_token": name(number),
+                "calibrated_sensor_token": calibration_token(channel, self.world.image_size),
+                "timestamp": stamp,
+                "fileformat": "pcd" if is_lidar else "jpg",
+                "is_key_frame": is_key,
+                "height": height,
+                "width": width,
+                "filename": file,
+                "prev": name(number - 1),
+                "next": name(number + 1),
+            }
+        )
+        self.ego_pose.append(
+            {
+                "token": name(number),
+                "timestamp": stamp,
+                "rotation": yaw_quaternion(yaw),
+                "translation": [round(x, 6), round(y, 6), 0.0],
+            }
+        )
         return self.root / file
 
     def _annotate(self, sample: int, time: float, actors: np.ndarray, scan: Scan, visible: np.ndarray) -> None:
@@ -204,9 +246,19 @@ class _Recorder:
         for actor, pose, speed in zip(labelled[near], poses[near], speeds[near], strict=True):
             position = (round(float(pose[0]), 5), round(float(pose[1]), 5), round(scene.centre_height(actor), 5))
             size = tuple(scene.size[actor].tolist())
-            self.sightings.append(Sighting(
-                int(actor), sample, int(scene.label[actor]), size, position, float(pose[2]),
-                scene.attribute(actor, speed), int(hits[actor]), float(visible[actor])))
+            self.sightings.append(
+                Sighting(
+                    int(actor),
+                    sample,
+                    int(scene.label[actor]),
+                    size,
+                    position,
+                    float(pose[2]),
+                    scene.attribute(actor, speed),
+                    int(hits[actor]),
+                    float(visible[actor]),
+                )
+            )
 
 
 def lidar_pose(ego: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -224,8 +276,7 @@ def parts_of(scene: Scene, actors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return chosen, slot[scene.part_actor[chosen]]
 
 
-def _ghosts_in_boxes(scan: Scan, size: np.ndarray, poses: np.ndarray, sensor: tuple[float, float, float]
-                     ) -> np.ndarray:
+def _ghosts_in_boxes(scan: Scan, size: np.ndarray, poses: np.ndarray, sensor: tuple[float, float, float]) -> np.ndarray:
     """How many points from rain or fog happen to lie inside each box (n,); all others are known by what they hit."""
     ghosts = scan.points[scan.part == FROM_AIR, :3].astype(np.float64)
     cos, sin = np.cos(sensor[2]), np.sin(sensor[2])
@@ -264,5 +315,11 @@ def record_block(world: World, index: int, first: int, end: int, root: Path, tic
                 tick()
     finally:
         cv2.setNumThreads(threads)
-    return Block(index, recorder.scene.conditions.describe(), recorder.samples, recorder.sample_data, recorder.ego_pose,
-                 recorder.sightings)
+    return Block(
+        index,
+        recorder.scene.conditions.describe(),
+        recorder.samples,
+        recorder.sample_data,
+        recorder.ego_pose,
+        recorder.sightings,
+    )

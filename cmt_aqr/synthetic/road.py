@@ -97,8 +97,9 @@ class SpeedProfile:
         return table[index] * (1 - weight) + table[index + 1] * weight
 
 
-def draw_profile(rng: np.random.Generator, duration: float, speed: tuple[float, float], stop_share: float
-                 ) -> SpeedProfile:
+def draw_profile(
+    rng: np.random.Generator, duration: float, speed: tuple[float, float], stop_share: float
+) -> SpeedProfile:
     """A random speed profile: a mean in the range speed (m/s) with slow waves; with probability stop_share traffic
     brakes to a halt somewhere in the scene and may start again."""
     time = _table_times(duration)
@@ -113,8 +114,9 @@ def draw_profile(rng: np.random.Generator, duration: float, speed: tuple[float, 
 
 def side_by_side(profiles: list[SpeedProfile]) -> SpeedProfile:
     """K profiles as one with K columns."""
-    return SpeedProfile(np.stack([profile.speed for profile in profiles], -1),
-                        np.stack([profile.distance for profile in profiles], -1))
+    return SpeedProfile(
+        np.stack([profile.speed for profile in profiles], -1), np.stack([profile.distance for profile in profiles], -1)
+    )
 
 
 def still_profile(duration: float) -> SpeedProfile:

@@ -160,8 +160,11 @@ def build_scene(seed: int, index: int, samples: int, conditions: Conditions | No
     road = draw_road(rng, start - longest, end + longest, tuple(rng.uniform(200.0, 1800.0, 2)))
     crossings = (float(rng.uniform(15.0, 40.0)), float(rng.uniform(-40.0, -15.0)), float(rng.uniform(60.0, 90.0)))
     layout = Layout(start, end, travel, tuple(sorted(crossings)), road, rng)
-    fill_street(layout, {lane: 1 + k for k, lane in enumerate(lanes)},
-                {walkway: 1 + len(lanes) + k for k, walkway in enumerate(walkways)})
+    fill_street(
+        layout,
+        {lane: 1 + k for k, lane in enumerate(lanes)},
+        {walkway: 1 + len(lanes) + k for k, walkway in enumerate(walkways)},
+    )
     scene = _pack(index, conditions, road, profiles, layout)
     _add_crossing_people(layout, scene, duration)
     return _pack(index, conditions, road, profiles, layout)
@@ -194,16 +197,35 @@ def _pack(index: int, conditions: Conditions, road: Road, profiles: SpeedProfile
     first_group = np.searchsorted(group_actor, np.arange(len(actors)))
     paint = joined("paint")[0]
     return Scene(
-        index=index, conditions=conditions, road=road, profiles=profiles, crossings=layout.crossings, radius=radius,
+        index=index,
+        conditions=conditions,
+        road=road,
+        profiles=profiles,
+        crossings=layout.crossings,
+        radius=radius,
         label=np.array([NO_LABEL if actor.label is None else CLASSES.index(actor.label) for actor in actors]),
-        size=column("size"), s=column("s"), lateral=column("lateral"), turn=column("turn"),
-        profile=column("profile", np.int64), gain=column("gain"), lateral_speed=column("lateral_speed"),
-        has_rider=column("has_rider", bool), mode=column("mode", object),
-        parts=parts, part_actor=part_actor, part_reflectivity=joined("reflectivity")[0], corners=corners,
-        normals=joined("normals")[0], glow=joined("glow")[0], is_decal=joined("is_decal")[0], quad_actor=quad_actor,
+        size=column("size"),
+        s=column("s"),
+        lateral=column("lateral"),
+        turn=column("turn"),
+        profile=column("profile", np.int64),
+        gain=column("gain"),
+        lateral_speed=column("lateral_speed"),
+        has_rider=column("has_rider", bool),
+        mode=column("mode", object),
+        parts=parts,
+        part_actor=part_actor,
+        part_reflectivity=joined("reflectivity")[0],
+        corners=corners,
+        normals=joined("normals")[0],
+        glow=joined("glow")[0],
+        is_decal=joined("is_decal")[0],
+        quad_actor=quad_actor,
         colours=np.where(paint[:, None] > 0, paints[quad_actor, paint], joined("colours")[0]),
         quad_group=joined("group")[0] + first_group[quad_actor],
-        group_centres=group_centres * scale[group_actor, :2], group_actor=group_actor)
+        group_centres=group_centres * scale[group_actor, :2],
+        group_actor=group_actor,
+    )
 
 
 def _add_crossing_people(layout: Layout, scene: Scene, duration: float) -> None:

@@ -83,8 +83,19 @@ class ShapeBuilder:
         self._quads: list[tuple[np.ndarray, tuple, Colour, int, bool, bool, int]] = []
         self._centres: list[np.ndarray] = []
 
-    def box(self, x: Span, y: Span, z: Span, colour: Colour | int, *, reflectivity: float = 0.4,
-            faces=(*SIDES, "top"), new_group: bool = False, decals=(), solid: bool = True) -> None:
+    def box(
+        self,
+        x: Span,
+        y: Span,
+        z: Span,
+        colour: Colour | int,
+        *,
+        reflectivity: float = 0.4,
+        faces=(*SIDES, "top"),
+        new_group: bool = False,
+        decals=(),
+        solid: bool = True,
+    ) -> None:
         """Add a box. decals: (face, (u0, u1), (v0, v1), colour, glow) rectangles painted on its faces.
 
         new_group starts a separately depth-sorted piece; long objects need several. Only cameras see solid=False.
@@ -100,8 +111,19 @@ class ShapeBuilder:
                 if decal_face == face:
                     self._add_quad(low, high, face, u, v, decal_colour, glow)
 
-    def long_box(self, x: Span, y: Span, z: Span, colour: Colour | int, *, sections: int, reflectivity: float = 0.4,
-                 decals=(), end_decals=(), below=()) -> None:
+    def long_box(
+        self,
+        x: Span,
+        y: Span,
+        z: Span,
+        colour: Colour | int,
+        *,
+        sections: int,
+        reflectivity: float = 0.4,
+        decals=(),
+        end_decals=(),
+        below=(),
+    ) -> None:
         """A box that is drawn in several sections along x (decals repeat on each), but is one box to the LiDAR.
 
         below: (section, x, y, z, colour, decals) boxes under it, each drawn just before its section: the cameras look
@@ -114,31 +136,47 @@ class ShapeBuilder:
                 if section == index:
                     self.box(*spans, low_colour, reflectivity=0.2, decals=low_decals)
             ends = [name for name, at in (("back", 0), ("front", sections - 1)) if index == at]
-            self.box((edges[index], edges[index + 1]), y, z, colour, faces=(*ends, "left", "right", "top"),
-                     decals=(*decals, *end_decals), solid=False)
+            self.box(
+                (edges[index], edges[index + 1]),
+                y,
+                z,
+                colour,
+                faces=(*ends, "left", "right", "top"),
+                decals=(*decals, *end_decals),
+                solid=False,
+            )
         self._add_part(np.array([x[0], y[0], z[0]]), np.array([x[1], y[1], z[1]]), reflectivity)
 
     def build(self) -> Model:
         """The finished model."""
         corners, normals, colours, paint, glow, is_decal, group = zip(*self._quads, strict=True)
         return Model(
-            parts=np.array(self._parts), reflectivity=np.array(self._reflectivity), corners=np.array(corners),
-            normals=np.array(normals, dtype=np.float64), colours=np.array(colours, dtype=np.float64),
-            paint=np.array(paint), glow=np.array(glow), is_decal=np.array(is_decal), group=np.array(group),
-            group_centres=np.array(self._centres))
+            parts=np.array(self._parts),
+            reflectivity=np.array(self._reflectivity),
+            corners=np.array(corners),
+            normals=np.array(normals, dtype=np.float64),
+            colours=np.array(colours, dtype=np.float64),
+            paint=np.array(paint),
+            glow=np.array(glow),
+            is_decal=np.array(is_decal),
+            group=np.array(group),
+            group_centres=np.array(self._centres),
+        )
 
     def _add_part(self, low: np.ndarray, high: np.ndarray, reflectivity: float) -> None:
         middle, half = (low + high) / 2, (high - low) / 2
         self._parts.append([middle[0], middle[1], half[0], half[1], low[2], high[2]])
         self._reflectivity.append(reflectivity)
 
-    def _add_quad(self, low: np.ndarray, high: np.ndarray, face: str, u: Span, v: Span, colour: Colour | int,
-                  glow: bool) -> None:
+    def _add_quad(
+        self, low: np.ndarray, high: np.ndarray, face: str, u: Span, v: Span, colour: Colour | int, glow: bool
+    ) -> None:
         normal, picks = _FACES[face]
         full = np.where(np.array(picks, dtype=bool), high, low)
         along_u, along_v = full[1] - full[0], full[3] - full[0]
-        corners = np.stack([full[0] + a * along_u + b * along_v
-                            for a, b in ((u[0], v[0]), (u[1], v[0]), (u[1], v[1]), (u[0], v[1]))])
+        corners = np.stack(
+            [full[0] + a * along_u + b * along_v for a, b in ((u[0], v[0]), (u[1], v[0]), (u[1], v[1]), (u[0], v[1]))]
+        )
         fixed, paint = ((0.0, 0.0, 0.0), colour) if isinstance(colour, int) else (colour, 0)
         is_decal = (u, v) != ((0.0, 1.0), (0.0, 1.0))
         self._quads.append((corners, normal, fixed, paint, glow, is_decal, len(self._centres) - 1))

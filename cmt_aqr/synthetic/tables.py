@@ -19,12 +19,33 @@ from cmt_aqr.synthetic.models import CATEGORIES
 VERSION = "v1.0-synthetic"
 """Name of the table folder, and the version that nuScenes-devkit is asked for."""
 
-ATTRIBUTES = ("vehicle.moving", "vehicle.stopped", "vehicle.parked", "cycle.with_rider", "cycle.without_rider",
-              "pedestrian.sitting_lying_down", "pedestrian.standing", "pedestrian.moving")
+ATTRIBUTES = (
+    "vehicle.moving",
+    "vehicle.stopped",
+    "vehicle.parked",
+    "cycle.with_rider",
+    "cycle.without_rider",
+    "pedestrian.sitting_lying_down",
+    "pedestrian.standing",
+    "pedestrian.moving",
+)
 VISIBILITY_LEVELS = (("1", "v0-40", 0.4), ("2", "v40-60", 0.6), ("3", "v60-80", 0.8), ("4", "v80-100", 1.0))
 
-TABLES = ("category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene",
-          "sample", "sample_data", "sample_annotation", "map")
+TABLES = (
+    "category",
+    "attribute",
+    "visibility",
+    "instance",
+    "sensor",
+    "calibrated_sensor",
+    "ego_pose",
+    "log",
+    "scene",
+    "sample",
+    "sample_data",
+    "sample_annotation",
+    "map",
+)
 
 LOG_NAME = "synthetic"
 MAP_FILE = "maps/blank.png"
@@ -40,22 +61,48 @@ def fixed_tables(image_size: tuple[int, int]) -> dict[str, list[dict]]:
     channels = [LIDAR_CHANNEL, *(camera.channel for camera in CAMERAS)]
     log = token("log", LOG_NAME)
     return {
-        "category": [{"token": token("category", name), "name": name, "description": f"synthetic {label}"}
-                     for label, name in CATEGORIES.items()],
+        "category": [
+            {"token": token("category", name), "name": name, "description": f"synthetic {label}"}
+            for label, name in CATEGORIES.items()
+        ],
         "attribute": [{"token": token("attribute", name), "name": name, "description": ""} for name in ATTRIBUTES],
-        "visibility": [{"token": level, "level": name, "description": f"at most {top:.0%} of the object is visible"}
-                       for level, name, top in VISIBILITY_LEVELS],
-        "sensor": [{"token": token("sensor", channel), "channel": channel,
-                    "modality": "lidar" if channel == LIDAR_CHANNEL else "camera"} for channel in channels],
+        "visibility": [
+            {"token": level, "level": name, "description": f"at most {top:.0%} of the object is visible"}
+            for level, name, top in VISIBILITY_LEVELS
+        ],
+        "sensor": [
+            {
+                "token": token("sensor", channel),
+                "channel": channel,
+                "modality": "lidar" if channel == LIDAR_CHANNEL else "camera",
+            }
+            for channel in channels
+        ],
         "calibrated_sensor": [
             _calibration(LIDAR_CHANNEL, LIDAR_TRANSLATION, LIDAR_ROTATION, image_size, []),
-            *(_calibration(camera.channel, camera.translation, camera.rotation, image_size,
-                           intrinsic_matrix(camera, image_size).tolist()) for camera in CAMERAS),
+            *(
+                _calibration(
+                    camera.channel,
+                    camera.translation,
+                    camera.rotation,
+                    image_size,
+                    intrinsic_matrix(camera, image_size).tolist(),
+                )
+                for camera in CAMERAS
+            ),
         ],
-        "log": [{"token": log, "logfile": LOG_NAME, "vehicle": "synthetic", "date_captured": "2020-01-01",
-                 "location": "synthetic-street"}],
-        "map": [{"token": token("map", LOG_NAME), "log_tokens": [log], "category": "semantic_prior",
-                 "filename": MAP_FILE}],
+        "log": [
+            {
+                "token": log,
+                "logfile": LOG_NAME,
+                "vehicle": "synthetic",
+                "date_captured": "2020-01-01",
+                "location": "synthetic-street",
+            }
+        ],
+        "map": [
+            {"token": token("map", LOG_NAME), "log_tokens": [log], "category": "semantic_prior", "filename": MAP_FILE}
+        ],
     }
 
 
@@ -65,9 +112,13 @@ def calibration_token(channel: str, image_size: tuple[int, int]) -> str:
 
 
 def _calibration(channel: str, translation, rotation, image_size, intrinsic) -> dict:
-    return {"token": calibration_token(channel, image_size), "sensor_token": token("sensor", channel),
-            "translation": [float(value) for value in translation],
-            "rotation": unit_quaternion(rotation).tolist(), "camera_intrinsic": intrinsic}
+    return {
+        "token": calibration_token(channel, image_size),
+        "sensor_token": token("sensor", channel),
+        "translation": [float(value) for value in translation],
+        "rotation": unit_quaternion(rotation).tolist(),
+        "camera_intrinsic": intrinsic,
+    }
 
 
 def visibility_level(fraction: float) -> str:

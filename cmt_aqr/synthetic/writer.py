@@ -40,9 +40,19 @@ _BLOCK = 10
 _SECONDS_BETWEEN_LINES = 15.0
 
 
-def generate_world(out: str | Path, *, scenes: int, val_scenes: int, seed: int, samples_per_scene: int = 20,
-                   image_size: tuple[int, int] = (1600, 900), sweeps_per_keyframe: int = 9, lidar_columns: int = 1084,
-                   workers: int = 0, progress: bool = True) -> None:
+def generate_world(
+    out: str | Path,
+    *,
+    scenes: int,
+    val_scenes: int,
+    seed: int,
+    samples_per_scene: int = 20,
+    image_size: tuple[int, int] = (1600, 900),
+    sweeps_per_keyframe: int = 9,
+    lidar_columns: int = 1084,
+    workers: int = 0,
+    progress: bool = True,
+) -> None:
     """Write a synthetic dataset in nuScenes' format that nuscenes-devkit loads and evaluates.
 
     out: folder to make; version "v1.0-synthetic", splits "synthetic_train" (scenes scenes) and "synthetic_val"
@@ -73,8 +83,11 @@ def generate_world(out: str | Path, *, scenes: int, val_scenes: int, seed: int, 
         shutil.rmtree(partial, ignore_errors=True)
         raise
     seconds = time.perf_counter() - started
-    _say(progress, f"{out}: {scenes} + {val_scenes} scenes, {counts['sample']} samples, {counts['sample_annotation']} "
-                   f"boxes in {seconds:.1f} s ({counts['sample'] / seconds:.1f} samples/s)")
+    _say(
+        progress,
+        f"{out}: {scenes} + {val_scenes} scenes, {counts['sample']} samples, {counts['sample_annotation']} "
+        f"boxes in {seconds:.1f} s ({counts['sample'] / seconds:.1f} samples/s)",
+    )
 
 
 def check_arguments(world: World, workers: int) -> None:
@@ -82,10 +95,14 @@ def check_arguments(world: World, workers: int) -> None:
     if len(world.image_size) != 2:
         raise ValueError(f"image_size must be (width, height), got {world.image_size!r}")
     limits = {
-        "scenes": (world.scenes, 0, 99_999), "val_scenes": (world.val_scenes, 0, 99_999),
-        "seed": (world.seed, 0, 2**32 - 1), "samples_per_scene": (world.samples_per_scene, 1, 200),
-        "image width": (world.image_size[0], 16, 4096), "image height": (world.image_size[1], 16, 4096),
-        "sweeps_per_keyframe": (world.sweeps_per_keyframe, 0, 19), "lidar_columns": (world.lidar_columns, 16, 4096),
+        "scenes": (world.scenes, 0, 99_999),
+        "val_scenes": (world.val_scenes, 0, 99_999),
+        "seed": (world.seed, 0, 2**32 - 1),
+        "samples_per_scene": (world.samples_per_scene, 1, 200),
+        "image width": (world.image_size[0], 16, 4096),
+        "image height": (world.image_size[1], 16, 4096),
+        "sweeps_per_keyframe": (world.sweeps_per_keyframe, 0, 19),
+        "lidar_columns": (world.lidar_columns, 16, 4096),
         "workers": (workers, 0, 1024),
     }
     for name, (value, low, high) in limits.items():
@@ -97,10 +114,16 @@ def check_arguments(world: World, workers: int) -> None:
 
 def _parameters(world: World) -> dict:
     return {
-        "generator": "cmt_aqr.synthetic", "generator_version": GENERATOR_VERSION, "version": VERSION,
-        "scenes": world.scenes, "val_scenes": world.val_scenes, "seed": world.seed,
-        "samples_per_scene": world.samples_per_scene, "image_size": list(world.image_size),
-        "sweeps_per_keyframe": world.sweeps_per_keyframe, "lidar_columns": world.lidar_columns,
+        "generator": "cmt_aqr.synthetic",
+        "generator_version": GENERATOR_VERSION,
+        "version": VERSION,
+        "scenes": world.scenes,
+        "val_scenes": world.val_scenes,
+        "seed": world.seed,
+        "samples_per_scene": world.samples_per_scene,
+        "image_size": list(world.image_size),
+        "sweeps_per_keyframe": world.sweeps_per_keyframe,
+        "lidar_columns": world.lidar_columns,
     }
 
 
@@ -118,18 +141,26 @@ def _is_there_already(out: Path, world: World) -> bool:
         if found.get(key) != value:
             raise FileExistsError(
                 f"{out} holds another synthetic world ({key} is {found.get(key)!r} there, {value!r} here): "
-                "choose another folder or delete it")
+                "choose another folder or delete it"
+            )
     return True
 
 
 def _record(world: World, root: Path, workers: int, progress: bool) -> list[Block]:
     """Record all samples; the blocks come back in the order of scenes and samples, whoever made them."""
-    for folder in [VERSION, "maps", f"sweeps/{LIDAR_CHANNEL}",
-                   *(f"samples/{channel}" for channel in (LIDAR_CHANNEL, *CAMERA_CHANNELS))]:
+    for folder in [
+        VERSION,
+        "maps",
+        f"sweeps/{LIDAR_CHANNEL}",
+        *(f"samples/{channel}" for channel in (LIDAR_CHANNEL, *CAMERA_CHANNELS)),
+    ]:
         (root / folder).mkdir(parents=True)
     indices = [index for split in world.scene_indices().values() for index in split]
-    jobs = [(index, first, min(first + _BLOCK, world.samples_per_scene))
-            for index in indices for first in range(0, world.samples_per_scene, _BLOCK)]
+    jobs = [
+        (index, first, min(first + _BLOCK, world.samples_per_scene))
+        for index in indices
+        for first in range(0, world.samples_per_scene, _BLOCK)
+    ]
     tick = _ticker(len(indices) * world.samples_per_scene, progress)
     try:
         if workers == 0:
@@ -164,6 +195,7 @@ def _ticker(total: int, progress: bool) -> Callable[[int], None]:
         if count and time.monotonic() - state["said"] > _SECONDS_BETWEEN_LINES:
             state["said"] = time.monotonic()
             _say(True, f"synthetic world: {state['done']} of {total} samples")
+
     return tick
 
 
@@ -197,10 +229,15 @@ def _write_tables(world: World, root: Path, blocks: list[Block]) -> dict[str, in
 
 def _scene_row(world: World, index: int, description: str) -> dict:
     count = world.samples_per_scene
-    return {"token": world.token("scene", index), "log_token": token("log", LOG_NAME), "nbr_samples": count,
-            "first_sample_token": world.token("sample", index, 0),
-            "last_sample_token": world.token("sample", index, count - 1),
-            "name": scene_name(index), "description": description}
+    return {
+        "token": world.token("scene", index),
+        "log_token": token("log", LOG_NAME),
+        "nbr_samples": count,
+        "first_sample_token": world.token("sample", index, 0),
+        "last_sample_token": world.token("sample", index, count - 1),
+        "name": scene_name(index),
+        "description": description,
+    }
 
 
 def _annotation_rows(world: World, index: int, sightings: list[Sighting]) -> tuple[list[dict], list[dict]]:
@@ -214,18 +251,35 @@ def _annotation_rows(world: World, index: int, sightings: list[Sighting]) -> tup
         if not chain:
             continue
         tokens = [world.token("annotation", index, actor, sighting.sample) for sighting in chain]
-        instances.append({
-            "token": world.token("instance", index, actor), "nbr_annotations": len(chain),
-            "category_token": token("category", CATEGORIES[CLASSES[chain[0].label]]),
-            "first_annotation_token": tokens[0], "last_annotation_token": tokens[-1]})
+        instances.append(
+            {
+                "token": world.token("instance", index, actor),
+                "nbr_annotations": len(chain),
+                "category_token": token("category", CATEGORIES[CLASSES[chain[0].label]]),
+                "first_annotation_token": tokens[0],
+                "last_annotation_token": tokens[-1],
+            }
+        )
         for sighting, prev, own, after in zip(chain, ["", *tokens], tokens, [*tokens[1:], ""], strict=False):
-            annotations.append((sighting.sample, {
-                "token": own, "sample_token": world.token("sample", index, sighting.sample),
-                "instance_token": instances[-1]["token"], "visibility_token": visibility_level(sighting.visible),
-                "attribute_tokens": [token("attribute", sighting.attribute)] if sighting.attribute else [],
-                "translation": list(sighting.position), "size": list(sighting.size),
-                "rotation": yaw_quaternion(sighting.yaw), "prev": prev, "next": after,
-                "num_lidar_pts": sighting.num_lidar_pts, "num_radar_pts": 0}))
+            annotations.append(
+                (
+                    sighting.sample,
+                    {
+                        "token": own,
+                        "sample_token": world.token("sample", index, sighting.sample),
+                        "instance_token": instances[-1]["token"],
+                        "visibility_token": visibility_level(sighting.visible),
+                        "attribute_tokens": [token("attribute", sighting.attribute)] if sighting.attribute else [],
+                        "translation": list(sighting.position),
+                        "size": list(sighting.size),
+                        "rotation": yaw_quaternion(sighting.yaw),
+                        "prev": prev,
+                        "next": after,
+                        "num_lidar_pts": sighting.num_lidar_pts,
+                        "num_radar_pts": 0,
+                    },
+                )
+            )
     annotations.sort(key=lambda pair: pair[0])  # by sample; stable, so by actor within one
     return instances, [row for _, row in annotations]
 
@@ -236,4 +290,4 @@ def seen_part(chain: list[Sighting]) -> list[Sighting]:
     In between it stays annotated while hidden, as in nuScenes. What nothing ever sees is not annotated at all.
     """
     seen = [place for place, sighting in enumerate(chain) if sighting.num_lidar_pts > 0 or sighting.visible > 0]
-    return chain[max(seen[0] - 1, 0):seen[-1] + 2] if seen else []
+    return chain[max(seen[0] - 1, 0) : seen[-1] + 2] if seen else []
