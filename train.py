@@ -12,23 +12,27 @@ docs/architecture.md explains the parts.
 
 import argparse
 import math
+import re
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from cmt_aqr.build import PRECISIONS, build_criterion, build_detector, count_parameters, open_split, training_dataset
-from cmt_aqr.config import Config, load_config, to_tree
+from cmt_aqr.config import Config, ConfigError, load_config, to_tree
 from cmt_aqr.data.loader import Loader, make_loader
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.data.sampling import TrainingSampler
-from cmt_aqr.errors import USER_ERRORS, report_user_error
 from cmt_aqr.evaluation.nuscenes_eval import format_table
+from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.losses.criterion import Criterion, total_loss
 from cmt_aqr.models.denoising import make_denoising
 from cmt_aqr.models.grid_mask import draw_grid_mask, grid_mask
@@ -36,10 +40,20 @@ from cmt_aqr.models.local_start import start_reference_points
 from cmt_aqr.predictions import DenoisingQueries
 from cmt_aqr.strict_yaml import differences, to_yaml
 from cmt_aqr.training.checkpoint import CheckpointError, load_checkpoint, load_into, load_weights, save_checkpoint
-from cmt_aqr.training.distributed import Processes, any_process, main_first, processes, reduce_max, reduce_mean, wrap
-from cmt_aqr.training.logs import RunLog
+from cmt_aqr.training.distributed import (
+    Processes,
+    any_process,
+    main_first,
+    processes,
+    reduce_max,
+    reduce_mean,
+    share_buffers,
+    wrap,
+)
+from cmt_aqr.training.logs import RunLog, read_log
 from cmt_aqr.training.optim import (
     BETA1,
+    check_norm_prefixes,
     check_prefixes,
     cyclic,
     freeze,
@@ -48,9 +62,17 @@ from cmt_aqr.training.optim import (
     set_training_mode,
 )
 from cmt_aqr.training.seeding import denoising_noise, seed_process, seed_step
-from test import evaluate_split, prepare_data
+from test import evaluate_split, prepare_data, report_errors
 
 LATEST = "latest.pt"
+# What a checkpoint must hold for a run to go on from it.
+RUN_STATE = ("config", "model", "optimizer", "scaler", "step")
+# Keys that may change when a run goes on: where things are, how often to look, how fast; not what is learnt.
+MAY_CHANGE = (
+    "name", "data.root", "data.index_dir", "data.workers", "data.val_split", "data.synthetic.workers", "evaluation",
+    "model.camera.activation_checkpointing", "training.compile", "training.eval_every", "training.init_from",
+    "training.keep_checkpoints", "training.log_every", "training.save_every",
+)  # fmt: skip
 
 
 class TrainingStopped(RuntimeError):
@@ -60,12 +82,13 @@ class TrainingStopped(RuntimeError):
 def main() -> int:
     """Run the command line; returns the exit status."""
     arguments = parse_arguments()
-    try:
+
+    def run() -> int:
         config = load_config(arguments.config, arguments.set)
         with processes(arguments.device) as place:
             return train(config, place, arguments)
-    except (*USER_ERRORS, TrainingStopped) as error:
-        return report_user_error(error)
+
+    return report_errors(run, TrainingStopped)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,8 +101,9 @@ def parse_arguments() -> argparse.Namespace:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys, e.g. training.epochs=3"
     )
     parser.add_argument("--work-dir", type=Path, help="where results go (default: runs/<name>)")
-    parser.add_argument("--resume", action="store_true", help="go on from the work dir's latest checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a work dir that holds another run")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on from the work dir's latest checkpoint")
+    start.add_argument("--overwrite", action="store_true", help="remove the run that the work dir holds; start anew")
     parser.add_argument("--seed", type=int, help="replaces the configuration's seed")
     parser.add_argument("--deterministic", action="store_true", help="repeat a run bit for bit; slower")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
@@ -93,11 +117,14 @@ def parse_arguments() -> argparse.Namespace:
 def train(config: Config, place: Processes, arguments: argparse.Namespace) -> int:
     """Prepare everything, then run the epochs that are left; returns the exit status."""
     work_dir = arguments.work_dir or Path("runs") / config.name
+    check_batch_size(config, place)
     checkpoint = find_checkpoint(work_dir, config, resume=arguments.resume, overwrite=arguments.overwrite)
+    make_work_dir(work_dir)
     seed_process(config.seed, deterministic=arguments.deterministic)
     with main_first(place):
         prepare_data(config, talk=place.is_main)
-        loader = make_training_loader(config, place)
+        loader, steps_per_epoch = make_training_loader(config, place)
+        open_split(config.data, config.data.val_split)  # a wrong name must not wait for the first evaluation
 
     model = build_detector(config.model).to(place.device)
     if config.model.start == "local" and checkpoint is None:
@@ -110,19 +137,24 @@ def train(config: Config, place: Processes, arguments: argparse.Namespace) -> in
     scaler = torch.amp.GradScaler(place.device.type, enabled=config.training.precision == "fp16")
     parallel = wrap(model, place)
 
-    steps_per_epoch = len(loader)
     total_steps = steps_per_epoch * config.training.epochs
+    last_step = min(total_steps, arguments.max_steps or total_steps)
     step = 0
     if checkpoint is not None:
         step = restore(checkpoint, model, optimizer, scaler)
-    with RunLog(work_dir, place.is_main, resume_step=step or None) as log, stop_signals() as stop:
-        describe(config, place, model, loader, step, work_dir, log)
-        while step < total_steps:
+    elif arguments.overwrite and place.is_main:
+        remove_run(work_dir)
+    with RunLog(work_dir, place.is_main, resume_step=step or None) as log:
+        describe(config, place, model, steps_per_epoch, step, work_dir, log)
+        if checkpoint is not None:
+            evaluate_epoch(model, config, place, step, steps_per_epoch, work_dir, log)
+        while step < last_step:
             epoch, first = divmod(step, steps_per_epoch)
             loader.set_epoch(epoch, first)
-            with log.progress(f"epoch {epoch + 1}/{config.training.epochs}", total_steps, step) as progress:
+            title = f"epoch {epoch + 1}/{config.training.epochs}"
+            with stop_signals() as stop, log.progress(title, total_steps, step) as progress:
                 clock = time.perf_counter()
-                for batch in loader:
+                for batch in islice(loader, steps_per_epoch - first):
                     data_time = time.perf_counter() - clock
                     set_rates(optimizer, config, step, total_steps)
                     terms, grad_norm = train_step(
@@ -133,25 +165,47 @@ def train(config: Config, place: Processes, arguments: argparse.Namespace) -> in
                     if step % config.training.log_every == 0 or step == total_steps:
                         record(log, optimizer, terms, grad_norm, step, steps_per_epoch, data_time, step_time)
                     progress.advance(loss=terms["loss"], lr=optimizer.param_groups[0]["lr"])
-                    is_interrupted = any_process(stop.is_set or step == arguments.max_steps, place.device)
-                    if is_interrupted:
+                    is_interrupted = any_process(stop.is_set, place.device)
+                    if is_interrupted or step == last_step:
                         break
                     clock = time.perf_counter()
-            if place.is_main:
+            is_last = is_interrupted or step == last_step
+            if place.is_main and (is_last or step // steps_per_epoch % config.training.save_every == 0):
                 save(work_dir, config, model, optimizer, scaler, step, steps_per_epoch)
             if is_interrupted:
                 log.say(f"stopped after step {step}; go on with --resume --work-dir {work_dir}")
-                return 0 if step == arguments.max_steps else 130
-            done = step // steps_per_epoch
-            if done % config.training.eval_every == 0 or step == total_steps:
-                metrics = evaluate_split(
-                    model, config, config.data.val_split, place, work_dir / "eval" / f"epoch_{done}", log
-                )
-                if metrics is not None:
-                    log.record("eval", step, epoch=done, **metrics.scalars())
-                    log.say(format_table(metrics))
-        log.say(f"finished: weights {work_dir / LATEST}, log {log.path}")
+                return 130
+            evaluate_epoch(model, config, place, step, steps_per_epoch, work_dir, log)
+        if step < total_steps:
+            log.say(f"stopped after step {step} (--max-steps); go on with --resume --work-dir {work_dir}")
+        else:
+            log.say(f"finished: weights {work_dir / LATEST}, log {log.path}")
     return 0
+
+
+def evaluate_epoch(
+    model: nn.Module, config: Config, place: Processes, step: int, steps_per_epoch: int, work_dir: Path, log: RunLog
+) -> None:
+    """Evaluate where an evaluation is due after this step and the log has none: also after a stop in the middle of one.
+
+    Trouble with the ground truth or the disk is said and logged, and the run goes on: the weights are safe.
+    """
+    epoch, rest = divmod(step, steps_per_epoch)
+    is_due = rest == 0 and (epoch % config.training.eval_every == 0 or epoch == config.training.epochs)
+    if is_due and place.is_main:
+        is_due = not any(line["kind"] == "eval" and line["step"] == step for line in read_log(log.path))
+    if not any_process(is_due and place.is_main, place.device):
+        return
+    share_buffers(model)
+    try:
+        metrics = evaluate_split(model, config, config.data.val_split, place, work_dir / "eval" / f"epoch_{epoch}", log)
+    except EvaluationError as error:
+        log.say(f"epoch {epoch} could not be evaluated: {error}")
+        log.record("eval", step, epoch=epoch, error=str(error))
+        return
+    if metrics is not None:
+        log.record("eval", step, epoch=epoch, **metrics.scalars())
+        log.say(format_table(metrics))
 
 
 def find_checkpoint(work_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> dict | None:
@@ -167,33 +221,67 @@ def find_checkpoint(work_dir: Path, config: Config, *, resume: bool, overwrite: 
             f"{latest}: this work dir holds a run at step {state['step']}; --resume goes on with it, --overwrite "
             "starts anew, --work-dir names another folder"
         )
-    changed = differences(state["config"]["model"], to_tree(config.model))
+    if lost := [key for key in RUN_STATE if key not in state]:
+        raise CheckpointError(f"{latest}: weights only, without {', '.join(lost)}: a run cannot go on from it")
+    changed = [
+        change
+        for change in differences(state["config"], to_tree(config))
+        if not re.match(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]", change)
+    ]
     if changed:
-        raise CheckpointError(f"{latest}: the run has another model: {'; '.join(changed[:3])} (checkpoint against now)")
+        raise CheckpointError(
+            f"{latest}: the run was started with other settings: {'; '.join(changed[:3])} (checkpoint against now)"
+        )
     return state
 
 
-def make_training_loader(config: Config, place: Processes) -> Loader:
-    """Batches of this process."""
-    if config.training.batch_size % place.world_size:
-        raise CheckpointError(
-            f"training.batch_size {config.training.batch_size} cannot be shared by {place.world_size} processes"
-        )
+def remove_run(work_dir: Path) -> None:
+    """Remove the checkpoints and evaluations of the run that is overwritten; its log is kept under another name."""
+    for path in (work_dir / LATEST, *work_dir.glob("epoch_*.pt")):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(work_dir / "eval", ignore_errors=True)
+
+
+def make_work_dir(work_dir: Path) -> None:
+    """Make the folder, and try to write there: better now than after the first epoch."""
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=work_dir):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"--work-dir {work_dir}: cannot be written: {error.strerror}") from None
+
+
+def check_batch_size(config: Config, place: Processes) -> None:
+    """Refuse a batch that the processes cannot share equally."""
+    size = config.training.batch_size
+    if size % place.world_size:
+        raise ConfigError([f"training.batch_size: {size} is not a multiple of the {place.world_size} processes"])
+
+
+def make_training_loader(config: Config, place: Processes) -> tuple[Loader, int]:
+    """Batches of this process, and how many of them make an epoch, whatever the number of processes."""
     index = open_split(config.data, config.data.train_split)
-    sampler = TrainingSampler(
-        frame_labels=index.frame_labels,
-        class_balanced=config.data.class_balanced,
-        seed=config.seed,
-        rank=place.rank,
-        world_size=place.world_size,
-    )
-    return make_loader(
+
+    def sampler(rank: int, world_size: int) -> TrainingSampler:
+        return TrainingSampler(
+            frame_labels=index.frame_labels,
+            class_balanced=config.data.class_balanced,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    # The loader of one of several processes may have one more: samplers round up.
+    steps_per_epoch = len(sampler(0, 1)) // config.training.batch_size
+    loader = make_loader(
         training_dataset(config, index),
-        sampler=sampler,
+        sampler=sampler(place.rank, place.world_size),
         batch_size=config.training.batch_size // place.world_size,
         num_workers=config.data.workers,
-        drop_last=len(sampler) * place.world_size >= config.training.batch_size,
+        drop_last=steps_per_epoch > 0,
     )
+    return loader, max(1, steps_per_epoch)
 
 
 def training_centres(config: Config) -> Tensor:
@@ -218,6 +306,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     training = config.training
     for key in ("lr_mult", "decay_mult", "freeze"):
         check_prefixes(model, list(getattr(training, key)), f"training.{key}")
+    check_norm_prefixes(model, training.norm_eval, "training.norm_eval")
     return make_optimizer(
         model,
         lr=training.lr,
@@ -318,13 +407,16 @@ def record(log, optimizer, terms, grad_norm, step, steps_per_epoch, data_time, s
     )
 
 
-def describe(config: Config, place: Processes, model: nn.Module, loader: Loader, step: int, work_dir, log) -> None:
+def describe(
+    config: Config, place: Processes, model: nn.Module, steps_per_epoch: int, step: int, work_dir: Path, log: RunLog
+) -> None:
     """Say what is about to happen, and keep the resolved configuration."""
     if place.is_main:
         (work_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     log.say(
         f"{config.name}: {count_parameters(model) / 1e6:.1f} M parameters, {place.world_size} x {place.device.type}, "
-        f"{config.training.precision}, {config.training.epochs} epochs of {len(loader)} steps, results in {work_dir}"
+        f"{config.training.precision}, {config.training.epochs} epochs of {steps_per_epoch} steps, "
+        f"results in {work_dir}"
     )
     if step:
         log.say(f"resuming after step {step}")
@@ -339,12 +431,10 @@ def save(work_dir: Path, config: Config, model, optimizer, scaler, step: int, st
         "scaler": scaler.state_dict(),
         "step": step,
     }
+    if step % steps_per_epoch == 0:  # before latest.pt: a run killed in between does the epoch again
+        weights = {"config": state["config"], "model": state["model"]}
+        save_checkpoint(work_dir / f"epoch_{step // steps_per_epoch}.pt", weights)
     save_checkpoint(work_dir / LATEST, state)
-    if step % steps_per_epoch:
-        return
-    save_checkpoint(
-        work_dir / f"epoch_{step // steps_per_epoch}.pt", {"config": state["config"], "model": state["model"]}
-    )
     kept = sorted(work_dir.glob("epoch_*.pt"), key=lambda path: int(path.stem.removeprefix("epoch_")))
     for path in kept[: -config.training.keep_checkpoints]:
         path.unlink()

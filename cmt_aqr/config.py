@@ -184,6 +184,7 @@ class TrainingConfig:
     compile: bool
     log_every: int = limits(low=1)  # steps
     eval_every: int = limits(low=1)  # epochs; the last epoch is always evaluated
+    save_every: int = limits(low=1)  # epochs; the last epoch is always saved
     keep_checkpoints: int = limits(low=1)
 
 

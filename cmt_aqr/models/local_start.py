@@ -39,8 +39,6 @@ _RIDGE_POSITION = 1e-3
 _RIDGE_SERIES = 1e-4
 _RIDGE_RAY = 1e-1
 _RAY_SAMPLES = 8192
-
-
 # Slope (rise over run) beyond which the ray fit does not look; the cameras see about +-0.5.
 MAX_SLOPE = 0.6
 # A pixel's ray is as long as its depth is 1: longer than 1 on the ground plane, by 1 / cos of the angle off the axis.
