@@ -1,89 +1,319 @@
-"""Names of the official CMT checkpoints -> names of this package; one explicit table."""
+"""Official CMT weights, or weights of an image backbone -> a .safetensors file of this package.
 
+    python -m cmt_aqr.tools.import_checkpoint official.pth weights.safetensors --config configs/cmt_r50_800x320.yaml
+    python -m cmt_aqr.tools.import_checkpoint resnet50.pth start.safetensors --config ... --backbone
+
+The first form takes every tensor of a detector; test.py --checkpoint reads the result. The second form takes the image
+backbone only, from files of torchvision, of mmdet (nuImages) or of FCOS3D (VoVNet); training.init_from reads the
+result. Tensors that are missing, left over or of another shape are listed; then nothing is written and the exit status
+is 2. Files that need code to be run are refused.
+"""
+
+import argparse
+import os
 import re
-from collections.abc import Mapping
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+import torch
+from safetensors.torch import save
 from torch import Tensor
 
-# (official name as a regular expression that must match the whole name, our name). The first match counts; a name
-# that no row matches is an error. Names that are equal on both sides still have their row.
-RENAMES = (
-    # LiDAR branch
-    (r"pts_middle_encoder\.(.+)", r"lidar_branch.encoder.\1"),
-    (r"pts_backbone\.(.+)", r"lidar_branch.backbone.\1"),
-    (r"pts_neck\.(.+)", r"lidar_branch.neck.\1"),
-    # image branch: VoVNet repeats the stage and block in every name, ResNet is torchvision's
-    (r"img_backbone\.stem\.stem_1/(.+)", r"image_branch.backbone.stem.0.\1"),
-    (r"img_backbone\.stem\.stem_2/(.+)", r"image_branch.backbone.stem.1.\1"),
-    (r"img_backbone\.stem\.stem_3/(.+)", r"image_branch.backbone.stem.2.\1"),
-    *(
-        row
-        for block in range(1, 10)
-        for row in (
-            (
-                rf"img_backbone\.stage(\d)\.OSA\d_{block}\.layers\.(\d)\.OSA\d_{block}_\d/(.+)",
-                rf"image_branch.backbone.stage\1.{block - 1}.layers.\2.\3",
-            ),
-            (
-                rf"img_backbone\.stage(\d)\.OSA\d_{block}\.concat\.OSA\d_{block}_concat/(.+)",
-                rf"image_branch.backbone.stage\1.{block - 1}.concat.\2",
-            ),
-            (
-                rf"img_backbone\.stage(\d)\.OSA\d_{block}\.ese\.(.+)",
-                rf"image_branch.backbone.stage\1.{block - 1}.ese.\2",
-            ),
+from cmt_aqr.build import build_detector
+from cmt_aqr.config import ModelConfig, load_config
+from cmt_aqr.errors import USER_ERRORS, report_user_error
+from cmt_aqr.tools.official_names import rename_official
+from cmt_aqr.training.checkpoint import CheckpointError, load_weights
+
+ENCODER = "lidar_branch.encoder."
+BACKBONE = "image_branch.backbone."
+# What stands before a backbone's own names: in CMT and FCOS3D files, in files of mmdet, in files of torchvision.
+BACKBONE_PREFIXES = ("img_backbone.", "backbone.", "")
+# Counters of batch norm: nothing reads them here, and older files lack them.
+COUNTER = ".num_batches_tracked"
+
+
+@dataclass
+class Imported:
+    """What became of the tensors of a file.
+
+    Attributes:
+        weights: tensors under our names, with our shapes and dtypes.
+        missing: our names that nothing in the file goes to.
+        unexpected: the file's names that have no place in the model.
+        misshapen: our name with the file's shape and ours, as text.
+        skipped: the file's names that are left out on purpose.
+        notes: sentences for the report.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def misfits(self) -> dict[str, list[str]]:
+        """The three kinds of misfits, each a possibly empty list."""
+        return {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.misshapen}
+
+    def place(self, name: str, tensor: Tensor, like: Tensor) -> None:
+        """Keep a tensor in the dtype of ``like`` if it has its shape."""
+        if tensor.shape == like.shape:
+            self.weights[name] = tensor.to(like.dtype)
+        else:
+            self.misshapen.append(f"{name}: {tuple(tensor.shape)} in the file, {tuple(like.shape)} in the model")
+
+
+def import_detector(state: Mapping[str, Tensor], own: Mapping[str, Tensor], *, sparse_layout: str = "auto") -> Imported:
+    """All tensors of an official detector.
+
+    Args:
+        state: official names; its ``_metadata``, where it has some, may tell the sparse layout.
+        own: state dict of our detector, for names, shapes and dtypes; it may be on the meta device.
+        sparse_layout: "spconv1", "spconv2", or "auto" for :func:`find_sparse_layout`.
+
+    Raises:
+        CheckpointError: two names become one, or the sparse layout cannot be told.
+    """
+    result = Imported()
+    official: dict[str, str] = {}
+    for name in state:
+        try:
+            ours = rename_official(name)
+        except ValueError:
+            ours = ""
+        if ours in official:
+            raise CheckpointError(f"'{name}' and '{official[ours]}' both become '{ours}'")
+        if ours in own:
+            official[ours] = name
+        else:
+            result.unexpected.append(name)
+    sparse = {ours for ours, name in official.items() if ours.startswith(ENCODER) and state[name].dim() == 5}
+    if sparse:
+        if sparse_layout == "auto":
+            sparse_layout = find_sparse_layout(state, {official[ours]: own[ours].shape for ours in sparse})
+        done = "permuted to" if sparse_layout == "spconv1" else "already"
+        result.notes.append(f"{len(sparse)} sparse weights in the layout of {sparse_layout}, {done} (out, z, y, x, in)")
+    for ours, name in official.items():
+        is_permuted = ours in sparse and sparse_layout == "spconv1"
+        result.place(ours, to_spconv2(state[name]) if is_permuted else state[name], own[ours])
+    result.missing.extend(name for name in own if name not in official)
+    return result
+
+
+def to_spconv2(weight: Tensor) -> Tensor:
+    """Sparse convolution weight (z, y, x, in, out) of spconv 1 -> (out, z, y, x, in) of spconv 2."""
+    return weight.permute(4, 0, 1, 2, 3)
+
+
+def find_sparse_layout(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> str:
+    """Layout of the sparse weights of a file: "spconv1" or "spconv2".
+
+    Shapes decide, for hardly any convolution has as many channels as its kernel has cells. Where all weights fit both
+    ways, the version 2 that the original leaves in a state dict's ``_metadata`` decides, as it does there.
+
+    Args:
+        state: official names.
+        expected: official name of every sparse weight -> our shape (out, z, y, x, in).
+
+    Raises:
+        CheckpointError: weights of both layouts in one file, or nothing that tells the layout.
+    """
+    fits_1 = {name for name, shape in expected.items() if to_spconv2(state[name]).shape == shape}
+    fits_2 = {name for name, shape in expected.items() if state[name].shape == shape}
+    only_1, only_2 = fits_1 - fits_2, fits_2 - fits_1
+    if only_1 and only_2:
+        raise CheckpointError(
+            f"'{min(only_1)}' has the layout of spconv 1 and '{min(only_2)}' that of spconv 2; --sparse-layout decides"
         )
-    ),
-    (r"img_backbone\.((?:conv1|bn1|layer\d)\..+)", r"image_branch.backbone.\1"),
-    (r"img_neck\.(lateral_convs|fpn_convs)\.(\d)\.conv\.(.+)", r"image_branch.neck.\1.\2.\3"),
-    # head
-    (r"pts_bbox_head\.shared_conv\.conv\.(.+)", r"shared_conv.0.\1"),
-    (r"pts_bbox_head\.shared_conv\.bn\.(.+)", r"shared_conv.1.\1"),
-    (r"pts_bbox_head\.reference_points\.weight", r"reference_points.weight"),
-    (r"pts_bbox_head\.bev_embedding\.(.+)", r"bev_embedding.mlp.\1"),
-    (r"pts_bbox_head\.rv_embedding\.(.+)", r"ray_embedding.mlp.\1"),
-    (
-        r"pts_bbox_head\.transformer\.decoder\.layers\.(\d+)\.attentions\.0\.attn\.(.+)",
-        r"decoder.layers.\1.self_attention.\2",
-    ),
-    (
-        r"pts_bbox_head\.transformer\.decoder\.layers\.(\d+)\.attentions\.1\.attn\.(.+)",
-        r"decoder.layers.\1.cross_attention.\2",
-    ),
-    (r"pts_bbox_head\.transformer\.decoder\.layers\.(\d+)\.ffns\.0\.layers\.0\.0\.(.+)", r"decoder.layers.\1.ffn.0.\2"),
-    (r"pts_bbox_head\.transformer\.decoder\.layers\.(\d+)\.ffns\.0\.layers\.1\.(.+)", r"decoder.layers.\1.ffn.2.\2"),
-    (r"pts_bbox_head\.transformer\.decoder\.layers\.(\d+)\.norms\.(.+)", r"decoder.layers.\1.norms.\2"),
-    (r"pts_bbox_head\.transformer\.decoder\.post_norm\.(.+)", r"decoder.post_norm.\1"),
-    (r"pts_bbox_head\.task_heads\.(\d+)\.(\w+)\.0\.(.+)", r"head.tasks.\1.branches.\2.conv.\3"),
-    (r"pts_bbox_head\.task_heads\.(\d+)\.(\w+)\.1\.(.+)", r"head.tasks.\1.branches.\2.norm.\3"),
-    (r"pts_bbox_head\.task_heads\.(\d+)\.(\w+)\.3\.(.+)", r"head.tasks.\1.branches.\2.out.\3"),
-)
-_COMPILED = tuple((re.compile(pattern), replacement) for pattern, replacement in RENAMES)
+    if only_1 or only_2:
+        return "spconv1" if only_1 else "spconv2"
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None:
+        versions = {metadata.get(name.rpartition(".")[0], {}).get("version") for name in expected}
+        return "spconv2" if versions == {2} else "spconv1"
+    if fits_1:
+        raise CheckpointError("the sparse weights fit in two layouts and the file names none; --sparse-layout decides")
+    return "spconv2"
 
 
-def rename_official(name: str) -> str:
-    """Official parameter or buffer name -> ours.
+def import_backbone(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Imported:
+    """The tensors of an image backbone; everything else in the file is skipped.
+
+    Args:
+        state: names of torchvision, of mmdet (``backbone.``), or of CMT and FCOS3D (``img_backbone.``).
+        own: state dict of our detector, for names, shapes and dtypes.
 
     Raises:
-        ValueError: no row of ``RENAMES`` matches.
+        CheckpointError: the detector has no image backbone.
     """
-    for pattern, replacement in _COMPILED:
-        match = pattern.fullmatch(name)
-        if match:
-            return match.expand(replacement)
-    raise ValueError(f"'{name}' is not a name of an official CMT checkpoint")
-
-
-def rename_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict with official names -> the same tensors under our names.
-
-    Raises:
-        ValueError: a name is unknown, or two names become one.
-    """
-    renamed: dict[str, Tensor] = {}
+    wanted = {name for name in own if name.startswith(BACKBONE)}
+    if not wanted:
+        raise CheckpointError("model.camera is null: there is no image backbone to start")
+    result = Imported()
+    prefix = next((p for p in BACKBONE_PREFIXES if any(_in_backbone(name, p) in wanted for name in state)), "")
+    found = set()
     for name, tensor in state.items():
-        ours = rename_official(name)
-        if ours in renamed:
-            raise ValueError(f"'{name}' and another name of the checkpoint both become '{ours}'")
-        renamed[ours] = tensor
-    return renamed
+        ours = _in_backbone(name, prefix)
+        if ours in wanted:
+            found.add(ours)
+            result.place(ours, tensor, own[ours])
+        else:
+            result.skipped.append(name)
+    absent = [name for name in own if name in wanted - found]
+    result.missing.extend(name for name in absent if not name.endswith(COUNTER))
+    if len(result.missing) < len(absent):
+        result.notes.append(f"{len(absent) - len(result.missing)} counters of batch norm are not in the file: left out")
+    return result
+
+
+def _in_backbone(name: str, prefix: str) -> str | None:
+    """Our name of a backbone's tensor, None for a name that is no backbone's."""
+    if not name.startswith(prefix):
+        return None
+    try:
+        return rename_official("img_backbone." + name.removeprefix(prefix))
+    except ValueError:
+        return None
+
+
+def empty_state(config: ModelConfig) -> dict[str, Tensor]:
+    """State dict of the detector of a configuration, on the meta device: names, shapes and dtypes without memory."""
+    with torch.device("meta"):
+        return build_detector(replace(config, start="official")).state_dict()
+
+
+def read_official(path: Path) -> Mapping[str, Tensor]:
+    """Named tensors of a .pth or .safetensors file, without running code from it.
+
+    Raises:
+        CheckpointError: missing, damaged, or a file that needs code to be run.
+    """
+    try:
+        return load_weights(path)
+    except CheckpointError as error:
+        # torch says at length how to allow it; what the file asks for is what a person needs to know.
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error.__context__))
+        if refused is None:
+            raise
+        raise CheckpointError(
+            f"{path}: refused, loading it would run code: it holds an object of {refused[1]}; keep tensors only, as in "
+            "torch.save(state_dict, ...)"
+        ) from None
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file so that ``path`` is at all times either the old file or the whole new one.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
+        with open(partial, "wb") as file:
+            file.write(save(own, metadata=dict(metadata)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: could not be saved: {error}") from None
+
+
+def format_report(result: Imported) -> str:
+    """What was found, and every misfit by name."""
+    lines = [f"{len(result.weights)} tensors fit"]
+    lines += result.notes
+    if result.skipped:
+        groups = Counter(name.partition(".")[0] for name in result.skipped)
+        parts = ", ".join(f"{group}.* ({count})" for group, count in groups.items())
+        lines.append(f"{len(result.skipped)} skipped: {parts}")
+    for kind, names in result.misfits().items():
+        lines.append(f"{len(names)} {kind}")
+        lines += [f"  {name}" for name in names]
+    return "\n".join(lines)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Read, convert, report, write.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit; nothing is written then.
+        ConfigError: the configuration is wrong.
+    """
+    if options.out.suffix != ".safetensors":
+        raise CheckpointError(f"{options.out}: the name of the result must end in .safetensors")
+    config = load_config(options.config, options.set)
+    state = read_official(options.source)
+    own = empty_state(config.model)
+    try:
+        if options.backbone:
+            result = import_backbone(state, own)
+        else:
+            result = import_detector(state, own, sparse_layout=options.sparse_layout)
+    except CheckpointError as error:
+        raise CheckpointError(f"{options.source}: {error}") from None
+    print(f"{options.source} -> {config.name}{', image backbone' if options.backbone else ''}")
+    print(format_report(result), flush=True)
+    counts = ", ".join(f"{len(names)} {kind}" for kind, names in result.misfits().items() if names)
+    if counts:
+        raise CheckpointError(f"{options.source}: does not fit {config.name}: {counts} (listed above); nothing written")
+    content = "image backbone" if options.backbone else "detector"
+    metadata = {"format": "pt", "source": options.source.name, "config": config.name, "content": content}
+    write_weights(options.out, result.weights, metadata)
+    use = f"training.init_from={options.out}" if options.backbone else f"test.py --checkpoint {options.out}"
+    print(f"written: {options.out}, for {use}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        run(options)
+    except USER_ERRORS as error:
+        return report_user_error(error)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cmt_aqr.tools.import_checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", type=Path, help="official .pth file (or .safetensors with the official names)")
+    parser.add_argument("out", type=Path, help=".safetensors file to write; an older one is replaced")
+    parser.add_argument("--config", required=True, help="YAML file of the detector that the weights are for")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change keys, e.g. model.head_kernel=3",
+    )
+    parser.add_argument(
+        "--backbone",
+        action="store_true",
+        help="take the image backbone only, to start a training; neck, heads and fc are skipped. The channel order and "
+        "normalisation the file was trained with must be those of model.camera",
+    )
+    parser.add_argument(
+        "--sparse-layout",
+        choices=("auto", "spconv1", "spconv2"),
+        default="auto",
+        help="layout of the sparse weights: spconv1 (z, y, x, in, out), spconv2 (out, z, y, x, in), or auto (default): "
+        "told by the shapes, where those fit both ways by the file's version marks",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

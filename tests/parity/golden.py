@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,30 @@ def golden_dir() -> Path:
     return Path(os.environ.get("CMT_AQR_GOLDEN") or REPOSITORY.parent / "shared" / "golden")
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One comparison: golden file, what was compared, dtype of our numbers, relative error and its limit.
+
+    `original` is the error of the original's own float32 run, where the file has it. An equality has limit 0.
+    """
+
+    golden: str
+    stage: str
+    dtype: torch.dtype
+    error: float
+    limit: float
+    original: float | None = None
+
+
+# Every comparison since the program started; tests/parity/report.py reads it.
+MEASUREMENTS: list[Measurement] = []
+
+
 class Golden:
     """One golden file, read lazily: `golden["out64/x"]` is a numpy array, `golden.tensor("in/x")` a torch tensor."""
 
     def __init__(self, path: Path):
+        self.name = path.stem
         self._arrays = np.load(path, allow_pickle=False)
         self.names = tuple(self._arrays.files)
         self.meta = json.loads(str(self._arrays["meta_json"])) if "meta_json" in self.names else {}
@@ -38,6 +59,26 @@ class Golden:
     def state_dict(self, prefix: str = "sd/") -> dict[str, torch.Tensor]:
         """All arrays under `prefix`, with the prefix removed from their names."""
         return {name.removeprefix(prefix): self.tensor(name) for name in self.names if name.startswith(prefix)}
+
+    def check(self, stage: str, actual, reference, limit: float) -> None:
+        """Fail where the relative error exceeds `limit`; a `reference` given by its name is an array of the file."""
+        actual, original = torch.as_tensor(actual), None
+        if isinstance(reference, str):
+            twin = reference.replace("out64/", "out32/")
+            if twin != reference and twin in self:
+                original = relative_error(self[twin], self[reference])
+            reference = self[reference]
+        self.record(stage, actual.dtype, relative_error(actual, reference), limit, original)
+
+    def check_equal(self, stage: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+        """Fail where one element differs."""
+        is_equal = actual.shape == expected.shape and torch.equal(actual, expected)
+        self.record(stage, actual.dtype, 0.0 if is_equal else float("inf"), 0.0)
+
+    def record(self, stage: str, dtype: torch.dtype, error: float, limit: float, original: float | None = None) -> None:
+        """Remember one comparison and fail where its error exceeds `limit`."""
+        MEASUREMENTS.append(Measurement(self.name, stage, dtype, error, limit, original))
+        assert error <= limit, f"{self.name}, {stage}, {dtype}: relative error {error:.3e} exceeds {limit:.1e}"
 
 
 def load_golden(name: str) -> Golden:

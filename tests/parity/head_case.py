@@ -9,7 +9,7 @@ from cmt_aqr.models.heads import Heads
 from cmt_aqr.models.position import BevEmbedding, RayEmbedding
 from cmt_aqr.models.queries import ReferencePoints
 from cmt_aqr.predictions import task_classes
-from cmt_aqr.tools.import_checkpoint import rename_state_dict
+from cmt_aqr.tools.official_names import rename_state_dict
 
 OFFICIAL_PREFIX = "pts_bbox_head."
 
@@ -66,6 +66,11 @@ class HeadCase:
         """float64 output of the original."""
         return self.golden.tensor(f"{self.prefix}out64/{name}")
 
+    def check(self, stage, actual, name, tolerance=None):
+        """Compare with the float64 output `name` of the original."""
+        tolerance = FORWARD_TOLERANCE[self.dtype] if tolerance is None else tolerance
+        self.golden.check(self.prefix + stage, actual, f"{self.prefix}out64/{name}", tolerance)
+
     def predict(self, denoising=None):
         """All the model's rows after the branches."""
         return self.detector.forward_features(self.bev_map, self.pv_maps, self.lidar2img, self.image_size, denoising)
@@ -78,11 +83,6 @@ class HeadCase:
             boxes[:, 2] += boxes[:, 5] / 2
             records.append(Targets(boxes, self.golden.tensor(f"in/gt{sample}_labels")))
         return records
-
-
-def assert_close(name, error, tolerance):
-    """Fail with the measured error; relative, see `golden.relative_error`."""
-    assert error <= tolerance, f"{name}: relative error {error:.3e} exceeds {tolerance:.1e}"
 
 
 FORWARD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}

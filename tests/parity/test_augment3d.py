@@ -9,7 +9,7 @@ import torch
 from cmt_aqr.boxes import Targets
 from cmt_aqr.data.sample import Sample
 from cmt_aqr.data.scene_transforms import SceneAugmentation, SceneDraw, draw_scene_augmentation, transform_scene
-from tests.parity.golden import Golden, load_golden, relative_error
+from tests.parity.golden import Golden, load_golden
 
 # The original keeps points and boxes in float32 and turns and scales its matrices in float32 too.
 FLOAT32 = 5e-6
@@ -63,17 +63,18 @@ def test_points_boxes_and_matrices(golden):
     assert _seeds(golden)
     for seed in _seeds(golden):
         after = transform_scene(_sample(golden, seed), _draw(golden, seed))
-        assert relative_error(after.points, golden[f"{seed}/points_out"]) <= FLOAT32
+        golden.check("points", after.points, f"{seed}/points_out", FLOAT32)
         expected = _gravity(golden.tensor(f"{seed}/boxes_out_bottom"))
         known = ~torch.isnan(expected[:, 7:]).any(dim=1)
         assert torch.equal(known, ~torch.isnan(after.targets.boxes[:, 7:]).any(dim=1))
-        for columns in (slice(0, 3), slice(3, 6), slice(7, 9)):
+        for name, columns in (("centres", slice(0, 3)), ("sizes", slice(3, 6)), ("velocities", slice(7, 9))):
             ours, theirs = after.targets.boxes[:, columns], expected[:, columns]
-            rows = known if columns.start == 7 else slice(None)
-            assert relative_error(ours[rows], theirs[rows]) <= FLOAT32
+            rows = known if name == "velocities" else slice(None)
+            golden.check(f"boxes, {name}", ours[rows], theirs[rows], FLOAT32)
         turn = (after.targets.boxes[:, 6] - expected[:, 6]).double()
-        assert torch.remainder(turn + math.pi, 2 * math.pi).sub(math.pi).abs().max() <= FLOAT32
-        assert relative_error(after.lidar2img, golden[f"{seed}/lidar2img_out"]) <= FLOAT32
+        turn = torch.remainder(turn + math.pi, 2 * math.pi).sub(math.pi).abs().max().item()
+        golden.record("boxes, yaw (radians)", torch.float32, turn, FLOAT32)
+        golden.check("lidar2img (float32 steps there)", after.lidar2img, f"{seed}/lidar2img_out", FLOAT32)
 
 
 def test_draws_come_in_the_original_order(golden):

@@ -1,15 +1,11 @@
 """Decoding against the original: one task, six tasks, and with a score threshold."""
 
 import pytest
-import torch
 
 from cmt_aqr.classes import CLASSES
 from cmt_aqr.evaluation.postprocess import postprocess
 from cmt_aqr.predictions import BOX_BRANCHES, CLASS_BRANCH, Predictions
-from tests.parity.golden import load_golden, relative_error
-
-# Range of the original's coder in all four configs; the file does not repeat it.
-POST_RANGE = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
+from tests.parity.golden import load_golden
 
 
 @pytest.mark.parametrize("part", ("single", "six", "thr"))
@@ -29,13 +25,13 @@ def test_detections_equal_the_original(part):
     detections = postprocess(
         Predictions(tuple(tasks), tuple(classes)),
         max_detections=int(golden[f"{part}/max_num"]),
-        post_range=POST_RANGE,
+        post_range=load_golden("head_eval").meta["post_center_range"],
         score_threshold=None if threshold < 0 else threshold,
     )
     for sample, found in enumerate(detections):
-        assert torch.equal(found.labels, golden.tensor(f"{part}/out/labels{sample}"))
-        assert relative_error(found.scores, golden.tensor(f"{part}/out/scores{sample}")) <= 1e-6
-        assert relative_error(found.boxes, golden.tensor(f"{part}/out/boxes_gravity{sample}")) <= 1e-6
+        golden.check_equal(f"{part}, labels", found.labels, golden.tensor(f"{part}/out/labels{sample}"))
+        golden.check(f"{part}, scores", found.scores, f"{part}/out/scores{sample}", 1e-6)
+        golden.check(f"{part}, boxes", found.boxes, f"{part}/out/boxes_gravity{sample}", 1e-6)
         bottom = found.boxes.clone()
         bottom[:, 2] -= bottom[:, 5] / 2
-        assert relative_error(bottom, golden.tensor(f"{part}/out/boxes_bottom{sample}")) <= 1e-6
+        golden.check(f"{part}, boxes", bottom, f"{part}/out/boxes_bottom{sample}", 1e-6)

@@ -20,4 +20,4 @@ def test_masks():
         mask = torch.ones(height, width, dtype=torch.bool)
         if draw is not None:
             mask = grid_mask(draw, height=height, width=width)
-        assert torch.equal(mask.to(torch.uint8), golden.tensor(case[0]))
+        golden.check_equal("masks", mask.to(torch.uint8), golden.tensor(case[0]))

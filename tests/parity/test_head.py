@@ -10,8 +10,8 @@ from cmt_aqr.geometry import inverse_sigmoid
 from cmt_aqr.models.position import bev_positions, pv_positions
 from cmt_aqr.models.queries import ray_query_positions
 from cmt_aqr.predictions import BOX_BRANCHES, CLASS_BRANCH
-from tests.parity.golden import load_golden, relative_error
-from tests.parity.head_case import FORWARD_TOLERANCE, HeadCase, assert_close
+from tests.parity.golden import load_golden
+from tests.parity.head_case import FORWARD_TOLERANCE, HeadCase
 
 CASES = (
     ("head_eval", ""),
@@ -36,27 +36,21 @@ def case(request, golden_part):
     return case
 
 
-def check(case, name, actual):
-    assert_close(name, relative_error(actual, case.reference(name)), FORWARD_TOLERANCE[case.dtype])
-
-
 @torch.no_grad()
 def test_positions_of_tokens_equal_the_original(case):
     detector = case.detector
     if case.bev_map is not None:
         rows, cols = case.bev_map.shape[-2:]
         assert rows == case.meta["bev"]
-        check(case, "x_shared", detector.shared_conv(case.bev_map))
-        check(
-            case,
-            "bev_pos_embeds",
-            bev_positions(detector.bev_embedding, rows, cols, like=case.bev_map)[0],
-        )
+        case.check("shared convolution", detector.shared_conv(case.bev_map), "x_shared")
+        ours = bev_positions(detector.bev_embedding, rows, cols, like=case.bev_map)[0]
+        case.check("positions of BEV tokens", ours, "bev_pos_embeds")
     if case.pv_maps is not None:
         cameras = detector.make_cameras(case.pv_maps, case.lidar2img, case.image_size)
         rows, cols = case.pv_maps.shape[-2:]
         ours = pv_positions(detector.ray_embedding, rows, cols, cameras)
-        check(case, "rv_pos_embeds", ours.reshape(case.reference("rv_pos_embeds").shape))
+        ours = ours.reshape(case.reference("rv_pos_embeds").shape)
+        case.check("positions of camera tokens", ours, "rv_pos_embeds")
 
 
 @torch.no_grad()
@@ -68,8 +62,10 @@ def test_positions_of_queries_equal_the_original(case):
     if case.pv_maps is not None:
         expected = expected + case.reference("rv_query_embeds")
         points = inverse_sigmoid(queries.reference_points).sigmoid()
-        check(case, "rv_query_embeds", ray_query_positions(detector.ray_embedding, points, cameras))
-    assert_close("query positions", relative_error(queries.positions, expected), FORWARD_TOLERANCE[case.dtype])
+        ours = ray_query_positions(detector.ray_embedding, points, cameras)
+        case.check("positions of queries, camera part", ours, "rv_query_embeds")
+    stage = case.prefix + "positions of queries"
+    case.golden.check(stage, queries.positions, expected, FORWARD_TOLERANCE[case.dtype])
 
 
 @torch.no_grad()
@@ -78,12 +74,12 @@ def test_decoder_and_heads_equal_the_original(case):
     cameras = detector.make_cameras(case.pv_maps, case.lidar2img, case.image_size)
     tokens = detector.make_tokens(case.bev_map, case.pv_maps, cameras)
     queries = detector.make_queries(case.meta["bs"], cameras, None)
-    check(case, "outs_dec", detector.decoder(queries.positions, tokens.values, tokens.positions))
+    case.check("decoder", detector.decoder(queries.positions, tokens.values, tokens.positions), "outs_dec")
 
     predictions = case.predict()
     for task, outputs in enumerate(predictions.tasks):
         for name in (*BOX_BRANCHES, CLASS_BRANCH):
-            check(case, f"task{task}/{name}", outputs[name])
+            case.check(f"head, {name}", outputs[name], f"task{task}/{name}")
 
 
 @torch.no_grad()
@@ -96,7 +92,6 @@ def test_detections_equal_the_original(case):
     for sample, found in enumerate(detections):
         boxes = found.boxes.clone()
         boxes[:, 2] -= boxes[:, 5] / 2
-        assert torch.equal(found.labels, case.reference(f"labels{sample}"))
-        score_error = relative_error(found.scores, case.reference(f"scores{sample}"))
-        assert_close("scores", score_error, FORWARD_TOLERANCE[case.dtype])
-        assert_close("boxes", relative_error(boxes, case.reference(f"boxes{sample}")), tolerance)
+        case.golden.check_equal(case.prefix + "detections, labels", found.labels, case.reference(f"labels{sample}"))
+        case.check("detections, scores", found.scores, f"scores{sample}")
+        case.check("detections, boxes (float32 there)", boxes, f"boxes{sample}", tolerance)

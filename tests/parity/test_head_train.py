@@ -1,5 +1,7 @@
 """Denoising queries, matching, losses and gradients against one training step of the original."""
 
+import copy
+
 import pytest
 import torch
 
@@ -10,9 +12,9 @@ from cmt_aqr.losses.matcher import class_table, pad_targets
 from cmt_aqr.models.denoising import make_denoising
 from cmt_aqr.models.queries import ray_query_positions
 from cmt_aqr.predictions import BOX_BRANCHES, CLASS_BRANCH, task_classes
-from cmt_aqr.tools.import_checkpoint import rename_official
-from tests.parity.golden import load_golden, relative_error
-from tests.parity.head_case import FORWARD_TOLERANCE, OFFICIAL_PREFIX, HeadCase, assert_close
+from cmt_aqr.tools.official_names import rename_official
+from tests.parity.golden import load_golden
+from tests.parity.head_case import FORWARD_TOLERANCE, OFFICIAL_PREFIX, HeadCase
 
 # Losses sum thousands of terms and gradients pass six layers: three orders above rounding in float64. The original's
 # own float32 run departs from its float64 run by up to 2e-6; ours sums in another order, so five times that.
@@ -80,18 +82,15 @@ def test_denoising_queries_equal_the_original(step):
         ),
         dim=1,
     )
-    tolerance = FORWARD_TOLERANCE[step.case.dtype]
-    assert_close(
-        "reference points", relative_error(points, step.case.reference("dn/padded_reference_points")), tolerance
-    )
-    assert torch.equal(denoising.attention_mask, ~golden.tensor("out/dn/attn_mask"))
+    step.case.check("denoising, reference points", points, "dn/padded_reference_points")
+    golden.check_equal("denoising, mask", denoising.attention_mask, ~golden.tensor("out/dn/attn_mask"))
     assert denoising.is_live.all()
     assert denoising.is_known.sum() == len(step.rows)
     chosen = (step.samples, step.rows)
     assert denoising.is_known[chosen].all()
-    assert torch.equal(denoising.labels[chosen], golden.tensor("out/dn/known_labels"))
-    assert torch.equal(denoising.clean_labels[chosen], golden.tensor("out/dn/known_labels_raw"))
-    assert_close("boxes", relative_error(denoising.boxes[chosen], step.case.reference("dn/known_bboxs")), tolerance)
+    for labels, name in ((denoising.labels, "known_labels"), (denoising.clean_labels, "known_labels_raw")):
+        golden.check_equal("denoising, labels", labels[chosen], golden.tensor(f"out/dn/{name}"))
+    step.case.check("denoising, boxes", denoising.boxes[chosen], "dn/known_bboxs")
 
 
 def test_labels_of_denoising_queries_per_task_equal_the_original(step):
@@ -101,31 +100,47 @@ def test_labels_of_denoising_queries_per_task_equal_the_original(step):
         chosen = labels[step.samples, step.rows]
         for task, members in enumerate(step.criterion.classes):
             ours = torch.where(task_of[chosen] == task, local_of[chosen], len(members))
-            assert torch.equal(ours, golden.tensor(f"out/task{task}/{name}"))
+            golden.check_equal("denoising, labels per task", ours, golden.tensor(f"out/task{task}/{name}"))
 
 
 def test_forward_in_training_equals_the_original(step):
     case, detector = step.case, step.case.detector
-    tolerance = FORWARD_TOLERANCE[case.dtype]
     with torch.no_grad():
         cameras = detector.make_cameras(case.pv_maps, case.lidar2img, case.image_size)
         queries = detector.make_queries(case.meta["bs"], cameras, step.denoising)
         points = inverse_sigmoid(queries.reference_points).sigmoid()
         ray = ray_query_positions(detector.ray_embedding, points, cameras)
-    assert_close("rv_query_embeds", relative_error(ray, case.reference("rv_query_embeds")), tolerance)
+    case.check("positions of queries, camera part", ray, "rv_query_embeds")
     expected = case.reference("bev_query_embeds") + case.reference("rv_query_embeds")
-    assert_close("query positions", relative_error(queries.positions, expected), tolerance)
+    case.golden.check("positions of queries", queries.positions, expected, FORWARD_TOLERANCE[case.dtype])
     for task, outputs in enumerate(step.predictions.tasks):
         for name in (*BOX_BRANCHES, CLASS_BRANCH):
             denoised, matching = outputs[name][:, :, : step.num_dn], outputs[name][:, :, step.num_dn :]
-            assert_close(name, relative_error(matching, case.reference(f"task{task}/{name}")), tolerance)
-            assert_close("dn_" + name, relative_error(denoised, case.reference(f"task{task}/dn_{name}")), tolerance)
+            case.check(f"head, {name}", matching, f"task{task}/{name}")
+            case.check(f"head, denoising rows, {name}", denoised, f"task{task}/dn_{name}")
+
+
+@torch.no_grad()
+def test_parts_in_training_equal_the_original(step):
+    case = step.case
+    detector = copy.deepcopy(case.detector)  # batch norm in training keeps statistics
+    cameras = detector.make_cameras(case.pv_maps, case.lidar2img, case.image_size)
+    tokens = detector.make_tokens(case.bev_map, case.pv_maps, cameras)
+    queries = detector.make_queries(case.meta["bs"], cameras, step.denoising)
+    num_bev = case.bev_map.shape[-2:].numel()
+    case.check("shared convolution", tokens.values[:, :num_bev].mT.reshape_as(case.reference("x_shared")), "x_shared")
+    case.check("positions of BEV tokens", tokens.positions[0, :num_bev], "bev_pos_embeds")
+    ours = tokens.positions[:, num_bev:].reshape(case.reference("rv_pos_embeds").shape)
+    case.check("positions of camera tokens (float32 there)", ours, "rv_pos_embeds", FORWARD_TOLERANCE[torch.float32])
+    hidden = detector.decoder(queries.positions, tokens.values, tokens.positions, attention_mask=queries.attention_mask)
+    case.check("decoder", hidden, "outs_dec")
 
 
 def test_assignments_equal_the_original(step):
     padded = pad_targets(step.targets, dtype=step.case.dtype)
     assigned = step.criterion.assign(step.predictions, padded)
-    assert torch.equal(assigned.permute(1, 2, 0, 3), step.case.golden.tensor("out/assign/orig_gt"))
+    golden = step.case.golden
+    golden.check_equal("assignment", assigned.permute(1, 2, 0, 3), golden.tensor("out/assign/orig_gt"))
     assert torch.equal(padded.codes[0, : len(step.targets[0].boxes)], encode_boxes(step.targets[0].boxes))
 
 
@@ -134,8 +149,8 @@ def test_every_loss_term_equals_the_original(step):
     expected = {n.removeprefix("out64/loss/") for n in golden.names if n.startswith("out64/loss/")} - {"total"}
     assert set(step.terms) == expected
     for name, value in step.terms.items():
-        assert_close(name, relative_error(value, step.case.reference(f"loss/{name}")), tolerance)
-    assert_close("total", relative_error(total_loss(step.terms), step.case.reference("loss/total")), tolerance)
+        step.case.check(f"loss, {name.rpartition('.')[2]}", value, f"loss/{name}", tolerance)
+    step.case.check("loss, total", total_loss(step.terms), "loss/total", tolerance)
 
 
 def test_gradients_equal_the_original(step):
@@ -146,10 +161,9 @@ def test_gradients_equal_the_original(step):
     for name in stored:
         official = name.removeprefix("out64/grad/")
         ours = parameters[rename_official(OFFICIAL_PREFIX + official)].grad
-        assert_close(official, relative_error(ours, golden.tensor(name)), tolerance)
-    assert_close("grad x", relative_error(step.case.bev_map.grad, step.case.reference("grad_in/x")), tolerance)
-    flat = step.case.pv_maps.grad.flatten(0, 1)
-    assert_close("grad x_img", relative_error(flat, step.case.reference("grad_in/x_img")), tolerance)
+        golden.check("gradients of parameters", ours, name, tolerance)
+    step.case.check("gradient of the BEV map", step.case.bev_map.grad, "grad_in/x", tolerance)
+    step.case.check("gradient of the camera maps", step.case.pv_maps.grad.flatten(0, 1), "grad_in/x_img", tolerance)
 
 
 def test_gradient_norms_of_all_parameters_equal_the_original(step):
@@ -164,11 +178,10 @@ def test_gradient_norms_of_all_parameters_equal_the_original(step):
         assert grad is not None
         # Norms that are pure rounding (a bias in front of a softmax) are compared on the scale of the whole gradient.
         error = abs(grad.norm().item() - max(norm, 0.0)) / max(norm, 1e-3 * largest)
-        assert_close(name, error, tolerance)
+        golden.record("gradient norms", grad.dtype, error, tolerance)
 
 
 def test_running_statistics_equal_the_original(step):
     norm = step.case.detector.shared_conv[1]
     for name in ("running_mean", "running_var"):
-        error = relative_error(getattr(norm, name), step.case.reference(f"bn_after/{name}"))
-        assert_close(name, error, FORWARD_TOLERANCE[step.case.dtype])
+        step.case.check("running statistics after the step", getattr(norm, name), f"bn_after/{name}")

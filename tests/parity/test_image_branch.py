@@ -63,8 +63,8 @@ def test_branch(name, dtype):
     assert branch["backbone"].out_channels == tuple(golden.meta["neck"]["in_channels"])
     assert len(maps) == len(levels) == golden.meta["neck"]["num_outs"]
     for i, (x, level) in enumerate(zip(maps, levels, strict=True)):
-        assert relative_error(x, golden[f"out64/backbone{i}"]) <= TOLERANCE[dtype]
-        assert relative_error(level, golden[f"out64/neck{i}"]) <= TOLERANCE[dtype]
+        golden.check(f"backbone, map {i}", x, f"out64/backbone{i}", TOLERANCE[dtype])
+        golden.check(f"neck, map {i}", level, f"out64/neck{i}", TOLERANCE[dtype])
 
 
 @FILES
@@ -88,4 +88,4 @@ def test_channels_last_gives_the_same(name):
     images = golden.tensor("in/img").flatten(0, 1).to(memory_format=torch.channels_last)
     with torch.no_grad():
         out = branch["neck"](branch["backbone"](images))[0]
-    assert relative_error(out, golden["out64/neck0"]) <= TOLERANCE[torch.float32]
+    golden.check("neck, map 0, channels last", out, "out64/neck0", TOLERANCE[torch.float32])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cmt_aqr.models.lidar import LidarBranch, SparseEncoder, _import_spconv, convolved_shape
+from cmt_aqr.models.lidar import LidarBranch, SparseEncoder, _import_spconv
 from cmt_aqr.models.second import SECOND, SECONDFPN
 from cmt_aqr.models.voxels import VoxelBatch, voxel_grid_shape, voxelize, voxelize_batch
 from tests.parity.golden import load_golden, relative_error
@@ -97,10 +97,10 @@ def test_voxels(name):
     golden = load_golden(name)
     voxels = voxelize_batch(golden_clouds(golden), **voxel_settings(golden.meta))
     assert voxels.coords_bzyx.dtype == torch.int32
-    assert torch.equal(voxels.coords_bzyx, golden.tensor("out/coors_bzyx"))
+    golden.check_equal("voxels, cells", voxels.coords_bzyx, golden.tensor("out/coors_bzyx"))
     assert voxels.batch_size == len(golden_clouds(golden))
     for column, reference in zip(voxels.features.T, golden["out32/voxel_features"].T, strict=True):
-        assert relative_error(column, reference) <= 1e-6
+        golden.check("voxels, means (float32 there)", column, reference, 1e-6)
     # A voxel of one point is that point, to the bit.
     if "out/num_points" in golden:
         single = golden.tensor("out/num_points") == 1
@@ -112,8 +112,8 @@ def test_voxels_up_to_the_cap():
     settings = voxel_settings(golden.meta) | {"max_voxels": int(golden["trunc/max_voxels"])}
     features, coords = voxelize(golden.tensor("in/points0"), **settings)
     assert len(coords) == settings["max_voxels"]
-    assert torch.equal(coords, golden.tensor("trunc/coors_zyx"))
-    assert relative_error(features, golden["trunc/voxel_mean"]) <= 1e-6
+    golden.check_equal("voxels up to the cap, cells", coords, golden.tensor("trunc/coors_zyx"))
+    golden.check("voxels up to the cap, means (float32 there)", features, "trunc/voxel_mean", 1e-6)
 
 
 @DTYPES
@@ -125,10 +125,10 @@ def test_branch(dtype):
         maps = branch.backbone(middle)
         fpn = branch.neck(maps)
     assert middle.shape[1:] == branch.encoder.output_shape
-    assert relative_error(middle, golden["out64/middle"]) <= TOLERANCE[dtype]
+    golden.check("sparse encoder", middle, "out64/middle", TOLERANCE[dtype])
     for i, x in enumerate(maps):
-        assert relative_error(x, golden[f"out64/second{i}"]) <= TOLERANCE[dtype]
-    assert relative_error(fpn, golden["out64/fpn"]) <= TOLERANCE[dtype]
+        golden.check(f"SECOND, map {i}", x, f"out64/second{i}", TOLERANCE[dtype])
+    golden.check("FPN", fpn, "out64/fpn", TOLERANCE[dtype])
 
 
 def test_branch_from_points():
@@ -136,7 +136,7 @@ def test_branch_from_points():
     branch = build_branch(golden, dtype=torch.float32)
     with torch.no_grad():
         fpn = branch(golden_clouds(golden))
-    assert relative_error(fpn, golden["out64/fpn"]) <= TOLERANCE[torch.float32]
+    golden.check("points to FPN", fpn, "out64/fpn", TOLERANCE[torch.float32])
 
 
 @DTYPES
@@ -154,15 +154,17 @@ def test_encoder_stages(dtype):
         assert list(x.spatial_shape) == golden[f"out/stage/{name}/spatial_shape"].tolist()
         indices, order = lexicographic(x.indices, x.spatial_shape)
         if f"out/stage/{name}/indices_sorted" in golden:
-            assert torch.equal(indices, golden.tensor(f"out/stage/{name}/indices_sorted", torch.int64))
+            expected = golden.tensor(f"out/stage/{name}/indices_sorted", torch.int64)
+            golden.check_equal("sparse encoder stages, active cells", indices, expected)
         else:
             assert len(indices) == int(golden[f"out/stage/{name}/n_active"])
         rows = golden.tensor(f"out/stage/{name}/rows")
         assert torch.equal(indices[rows], golden.tensor(f"out/stage/{name}/row_indices", torch.int64))
         features = x.features[order]
-        assert relative_error(features[rows], golden[f"out64/stage/{name}/row_features"]) <= TOLERANCE[dtype]
-        total = features.double().sum(dim=0)
-        assert relative_error(total, golden[f"out64/stage/{name}/channel_sum"]) <= TOLERANCE[dtype]
+        stage = f"sparse encoder stages, {name}"
+        golden.check(stage, features[rows], f"out64/stage/{name}/row_features", TOLERANCE[dtype])
+        total = features.double().sum(dim=0).to(dtype)
+        golden.check(stage, total, f"out64/stage/{name}/channel_sum", TOLERANCE[dtype])
 
 
 def lexicographic(indices, spatial_shape):
@@ -181,7 +183,7 @@ def test_voxels_outside_the_sparse_shape_are_dropped(dtype):
     assert (voxels.coords_bzyx[:, 1:].amax(dim=0) >= torch.tensor(encoder.sparse_shape)).any()
     with torch.no_grad():
         middle = encoder(voxels)
-    assert relative_error(middle, golden["out64/middle_oob_dropped"]) <= TOLERANCE[dtype]
+    golden.check("sparse encoder, voxels outside dropped", middle, "out64/middle_oob_dropped", TOLERANCE[dtype])
 
 
 def test_voxels_outside_the_sparse_shape_are_aliased():
@@ -189,13 +191,13 @@ def test_voxels_outside_the_sparse_shape_are_aliased():
     encoder = build_oob_encoder(golden, out_of_range="alias")
     with torch.no_grad():
         middle = encoder(golden_voxels(golden, torch.float32))
-    assert relative_error(middle, golden["out32/middle_spconv_cpu"]) <= TOLERANCE[torch.float32]
+    stage = "sparse encoder, voxels outside aliased (float32 there)"
+    golden.check(stage, middle, "out32/middle_spconv_cpu", TOLERANCE[torch.float32])
     assert relative_error(middle, golden["out64/middle_oob_dropped"]) > 1e-3
 
 
-def test_settings_of_the_golden_grid():
+def test_the_golden_grid_holds_all_voxels():
     meta = load_golden("backbone3d").meta
     vox, mid = meta["cfg"]["vox"], meta["cfg"]["mid"]
-    depth, height, width = voxel_grid_shape(voxel_size=vox["voxel_size"], point_range=vox["point_cloud_range"])
-    assert (depth + 1, height, width) == tuple(mid["sparse_shape"])
-    assert convolved_shape((5,), kernel=(3,), stride=(2,), padding=(0,)) == (2,)
+    grid = voxel_grid_shape(voxel_size=vox["voxel_size"], point_range=vox["point_cloud_range"])
+    assert all(cells <= limit for cells, limit in zip(grid, mid["sparse_shape"], strict=True))

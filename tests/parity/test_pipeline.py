@@ -19,7 +19,7 @@ from cmt_aqr.data.image_transforms import (
     image_matrix,
     transform_image,
 )
-from tests.parity.golden import REPOSITORY, Golden, load_golden, relative_error
+from tests.parity.golden import REPOSITORY, Golden, load_golden
 
 # Original normalisation, BGR (Quirk Q16), applied here only to undo it.
 MEAN = np.array([103.530, 116.280, 123.675])
@@ -72,8 +72,8 @@ def _check_pixels(golden: Golden, prefix: str, images_bgr: np.ndarray) -> None:
     assert list(images_bgr.shape[1:]) == golden[f"{prefix}/shape"].tolist()
     for v, image in enumerate(images_bgr):
         rows, cols = golden[f"{prefix}/rows"][v].astype(int), golden[f"{prefix}/cols"][v].astype(int)
-        different = image[rows, cols] != golden[f"{prefix}/values"][v]
-        assert different.mean() == 0, f"{prefix} view {v}: {different.mean():.2%} of the sampled values differ"
+        values = golden.tensor(f"{prefix}/values")[v]
+        golden.check_equal("pixels after resizing and cropping", torch.from_numpy(image[rows, cols]).float(), values)
     mean = images_bgr.reshape(len(images_bgr), -1, 3).mean(axis=1, dtype=np.float64)
     np.testing.assert_allclose(mean, golden[f"{prefix}/view_mean"], rtol=FLOAT64)
 
@@ -81,7 +81,7 @@ def _check_pixels(golden: Golden, prefix: str, images_bgr: np.ndarray) -> None:
 def _check_matrix(golden: Golden, name: str, draw: ImageDraw) -> None:
     intrinsic = golden.tensor("cam_intrinsic_in")
     lidar2img = image_matrix(draw) @ intrinsic @ golden.tensor("lidar2cam_in")
-    assert relative_error(lidar2img, golden[name]) <= FLOAT64
+    golden.check("lidar2img", lidar2img, name, FLOAT64)
 
 
 def _image_size(golden: Golden) -> tuple[int, int]:
@@ -107,7 +107,8 @@ def _resize_range(golden: Golden) -> tuple[float, float]:
 def test_decoded_images(golden, frame):
     for v, image in enumerate(frame["views"]):
         rows, cols = golden["raw/rows"][v].astype(int), golden["raw/cols"][v].astype(int)
-        assert np.array_equal(image[rows, cols], golden["raw/values"][v])
+        values = golden.tensor("raw/values")[v]
+        golden.check_equal("decoded pixels", torch.from_numpy(image[rows, cols]).float(), values)
 
 
 def test_evaluation_draws_and_matrices(golden):
@@ -136,7 +137,8 @@ def test_normalised_pixels(golden, frame):
         final[:, : images.shape[1], : images.shape[2]] = (images - MEAN) / STD
         for v in range(len(images)):
             rows, cols = (golden[f"{preset}/final/{axis}"][v].astype(int) for axis in ("rows", "cols"))
-            assert relative_error(final[v, rows, cols], golden[f"{preset}/final/values"][v]) <= FLOAT32
+            stage = "pixels after normalising and padding (float32 there)"
+            golden.check(stage, final[v, rows, cols], golden[f"{preset}/final/values"][v], FLOAT32)
 
 
 def test_training_draws_and_matrices(golden):
@@ -167,6 +169,6 @@ def test_key_frame_without_sweeps(golden, frame):
     points = read_sweeps(frame["lidar"], [], close_radius=1.0)
     assert len(points) == golden["points/after_multisweep_n"]
     first = golden.tensor("points/first200")
-    assert torch.equal(points[: len(first)], first)
+    golden.check_equal("points without sweeps", points[: len(first)], first)
     assert bool((points[:, 4] == 0).all()) == bool(golden["points/time_all_zero"])
     assert read_points(frame["lidar"])[:, 4].any()

@@ -1,92 +1,278 @@
-"""Every name and shape of the four official models has its place here."""
+"""Import of official files: every tensor finds its place, and nothing is written where one does not."""
 
-import json
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from cmt_aqr.classes import CLASSES
-from cmt_aqr.models.decoder import Decoder
-from cmt_aqr.models.detector import Detector, SharedConv
-from cmt_aqr.models.heads import Heads
-from cmt_aqr.models.image import CPFPN, ImageBranch, ResNet
-from cmt_aqr.models.lidar import LidarBranch, SparseEncoder
-from cmt_aqr.models.position import BevEmbedding, RayEmbedding
-from cmt_aqr.models.queries import ReferencePoints
-from cmt_aqr.models.second import SECOND, SECONDFPN
-from cmt_aqr.models.vovnet import VoVNet
-from cmt_aqr.predictions import task_classes
-from cmt_aqr.tools.import_checkpoint import RENAMES, rename_official, rename_state_dict
-from tests.parity.golden import golden_dir
+from cmt_aqr.build import build_detector
+from cmt_aqr.config import load_config
+from cmt_aqr.tools.import_checkpoint import find_sparse_layout, import_backbone, import_detector, main
+from cmt_aqr.tools.official_names import RENAMES, rename_official, rename_state_dict
+from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights
+from test import load_model
+from tests.unit.tools.official_files import (
+    FUSION,
+    MODELS,
+    SMALL,
+    config_file,
+    is_sparse,
+    official_lists,
+    official_shapes,
+    own_state,
+    save_official,
+    small_official,
+    to_spconv1,
+)
 
-POINT_RANGE = (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)
+pytest.importorskip("spconv.pytorch")
 
-
-def lidar_branch(cells):
-    return LidarBranch(
-        voxel_size=(0.1, 0.1, 0.2),
-        point_range=POINT_RANGE,
-        max_voxels_train=10,
-        max_voxels_test=10,
-        encoder=SparseEncoder(in_channels=5, sparse_shape=(41, cells, cells)),
-        backbone=SECOND(in_channels=256),
-        neck=SECONDFPN(),
-    )
-
-
-def image_branch(backbone):
-    return ImageBranch(mean=(0, 0, 0), std=(1, 1, 1), backbone=backbone, neck=CPFPN(in_channels=backbone.out_channels))
-
-
-BRANCHES = {
-    "fusion_voxel0100_r50_800x320": lambda: (lidar_branch(1024), image_branch(ResNet()), 1),
-    "fusion_voxel0075_vov_1600x640": lambda: (lidar_branch(1440), image_branch(VoVNet()), 1),
-    "lidar_voxel0075": lambda: (lidar_branch(1440), None, 3),
-    "camera_vov_1600x640": lambda: (None, image_branch(VoVNet()), 1),
+# A few tensors of every part, by hand.
+LANDMARKS = {
+    "pts_middle_encoder.conv_input.0.weight": "lidar_branch.encoder.conv_input.0.weight",
+    "pts_middle_encoder.encoder_layers.encoder_layer2.1.conv2.weight": (
+        "lidar_branch.encoder.encoder_layers.encoder_layer2.1.conv2.weight"
+    ),
+    "pts_backbone.blocks.1.3.weight": "lidar_branch.backbone.blocks.1.3.weight",
+    "img_backbone.layer3.5.bn2.running_var": "image_branch.backbone.layer3.5.bn2.running_var",
+    "img_backbone.stage4.OSA4_3.layers.2.OSA4_3_2/conv.weight": "image_branch.backbone.stage4.2.layers.2.conv.weight",
+    "img_backbone.stage5.OSA5_1.concat.OSA5_1_concat/norm.bias": "image_branch.backbone.stage5.0.concat.norm.bias",
+    "img_backbone.stage2.OSA2_1.ese.fc.bias": "image_branch.backbone.stage2.0.ese.fc.bias",
+    "img_neck.fpn_convs.0.conv.bias": "image_branch.neck.fpn_convs.0.bias",
+    "pts_bbox_head.shared_conv.bn.running_mean": "shared_conv.1.running_mean",
+    "pts_bbox_head.rv_embedding.2.weight": "ray_embedding.mlp.2.weight",
+    "pts_bbox_head.transformer.decoder.layers.4.attentions.1.attn.out_proj.bias": (
+        "decoder.layers.4.cross_attention.out_proj.bias"
+    ),
+    "pts_bbox_head.transformer.decoder.layers.0.ffns.0.layers.1.weight": "decoder.layers.0.ffn.2.weight",
+    "pts_bbox_head.task_heads.0.height.3.bias": "head.tasks.0.branches.height.out.bias",
 }
 
 
-def build(name):
-    with torch.device("meta"):
-        lidar, image, kernel = BRANCHES[name]()
-        return Detector(
-            reference_points=ReferencePoints(num_queries=900),
-            bev_embedding=BevEmbedding(dim=256),
-            decoder=Decoder(dim=256, num_heads=8, ffn_dim=1024, num_layers=6),
-            head=Heads(classes=task_classes([CLASSES]), num_layers=6, dim=256, point_range=POINT_RANGE, kernel=kernel),
-            lidar_branch=lidar,
-            shared_conv=SharedConv(in_channels=512, dim=256) if lidar else None,
-            image_branch=image,
-            ray_embedding=RayEmbedding(dim=256, num_depths=64, point_range=POINT_RANGE) if image else None,
-        )
+def small_arguments(source, out, *extra):
+    return [str(source), str(out), "--config", config_file(FUSION), "--set", *SMALL, *extra]
 
 
-@pytest.fixture(scope="module")
-def official():
-    path = golden_dir() / "names_full.json"
-    if not path.is_file():
-        pytest.skip(f"golden file {path} does not exist")
-    return json.loads(path.read_text())
+@pytest.mark.parametrize("layout", ("spconv1", "spconv2"))
+@pytest.mark.parametrize("model", MODELS)
+def test_all_tensors_of_an_official_model_find_their_place(model, layout):
+    state, number = {}, {}
+    for count, (name, shape) in enumerate(official_shapes(model).items()):
+        number[name] = count
+        tensor = torch.tensor(count).expand(shape)  # one number, no memory
+        state[name] = to_spconv1(tensor) if layout == "spconv1" and is_sparse(name, tensor) else tensor
+    own = own_state(model)
+    result = import_detector(state, own)
+    assert result.misfits() == {"missing": [], "unexpected": [], "of another shape": []}
+    assert result.weights.keys() == own.keys()
+    for name, tensor in result.weights.items():
+        assert (tensor.shape, tensor.dtype) == (own[name].shape, own[name].dtype)
+    values = {name: tensor.flatten()[0].item() for name, tensor in result.weights.items()}
+    assert sorted(values.values()) == list(range(len(own)))
+    landmarks = {name: ours for name, ours in LANDMARKS.items() if name in state}
+    assert len(landmarks) >= 6
+    assert {name: values[ours] for name, ours in landmarks.items()} == {name: number[name] for name in landmarks}
 
 
-@pytest.mark.parametrize("name", BRANCHES)
-def test_every_official_name_and_shape_has_its_place_and_no_place_stays_empty(official, name):
-    if name not in official:
-        pytest.skip(f"names_full.json has no model {name}")
-    expected = {}
-    for key, shape in official[name]["sd"].items():
-        ours = rename_official(key)
-        assert ours not in expected, f"{key} and another name both become {ours}"
-        expected[ours] = tuple(shape)
-    actual = {key: tuple(tensor.shape) for key, tensor in build(name).state_dict().items()}
-    assert actual == expected
+@pytest.mark.parametrize("layout", ("spconv1", "spconv2"))
+def test_file_to_file_and_into_the_model(tmp_path, capsys, layout):
+    source = save_official(tmp_path / "official.pth", small_official(layout=layout))
+    out = tmp_path / "new folder" / "weights.safetensors"
+    assert main(small_arguments(source, out)) == 0
+    printed = capsys.readouterr().out
+    for sentence in (f"in the layout of {layout}", "0 missing", "0 unexpected", "0 of another shape", "written: "):
+        assert sentence in printed
+    assert [entry.name for entry in out.parent.iterdir()] == ["weights.safetensors"]
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["source"] == "official.pth"
+        assert file.metadata()["config"] == MODELS[FUSION]
+
+    weights = load_weights(out)
+    for name, tensor in small_official(layout="spconv2").items():
+        assert torch.equal(weights[rename_official(name)], tensor), name
+    config = load_config(config_file(FUSION), SMALL)
+    detector = build_detector(config.model)
+    load_model(detector, config, str(out))  # as test.py does
+    name = "encoder_layers.encoder_layer3.0.conv1.weight"
+    expected = small_official(layout="spconv2")["pts_middle_encoder." + name]
+    assert torch.equal(detector.lidar_branch.encoder.state_dict()[name], expected)
 
 
-def test_every_row_of_the_table_is_needed(official):
-    if set(official) != set(BRANCHES):
+def test_sparse_layout_by_hand(tmp_path, capsys):
+    """A file that says spconv 2 but holds the other layout, and an option that is wrong."""
+    state = small_official(layout="spconv1")
+    state._metadata = small_official(layout="spconv2")._metadata
+    source, out = save_official(tmp_path / "official.pth", state), tmp_path / "w.safetensors"
+    assert main(small_arguments(source, out, "--sparse-layout", "spconv2")) == 2
+    assert " of another shape (listed above)" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(small_arguments(source, out, "--sparse-layout", "spconv1")) == 0
+
+
+def test_sparse_layout_where_the_shapes_fit_both_ways():
+    name = "pts_middle_encoder.conv_input.0.weight"
+    state = OrderedDict({name: torch.arange(243.0).view(3, 3, 3, 3, 3)})
+    expected = {name: state[name].shape}
+    with pytest.raises(CheckpointError, match="fit in two layouts and the file names none"):
+        find_sparse_layout(state, expected)
+    for version, layout in ((2, "spconv2"), (1, "spconv1"), (None, "spconv1")):
+        state._metadata = {name.removesuffix(".weight"): {"version": version}}
+        assert find_sparse_layout(state, expected) == layout
+    state["other"] = torch.zeros(3, 3, 3, 2, 5)
+    assert find_sparse_layout(state, {**expected, "other": (5, 3, 3, 3, 2)}) == "spconv1"
+    with pytest.raises(CheckpointError, match="spconv 1 and 'third' that of spconv 2"):
+        state["third"] = torch.zeros(5, 3, 3, 3, 2)
+        find_sparse_layout(state, {**expected, "other": (5, 3, 3, 3, 2), "third": (5, 3, 3, 3, 2)})
+
+
+def test_misfits_are_listed_and_nothing_is_written(tmp_path, capsys):
+    state = small_official()
+    del state["pts_backbone.blocks.0.0.weight"], state["img_neck.fpn_convs.0.conv.bias"]
+    state["pts_bbox_head.foo"] = torch.zeros(1)
+    state["img_backbone.layer9.0.conv1.weight"] = torch.zeros(1)
+    state["pts_bbox_head.rv_embedding.0.bias"] = torch.zeros(7)
+    source, out = save_official(tmp_path / "official.pth", state), tmp_path / "w.safetensors"
+    out.write_bytes(b"older")
+    assert main(small_arguments(source, out)) == 2
+    printed = capsys.readouterr()
+    assert printed.err == (
+        f"error: {source}: does not fit cmt_r50_800x320: 2 missing, 2 unexpected, 1 of another shape (listed above); "
+        "nothing written\n"
+    )
+    lines = [line.strip() for line in printed.out.splitlines()]
+    for line in (
+        "lidar_branch.backbone.blocks.0.0.weight",
+        "image_branch.neck.fpn_convs.0.bias",
+        "pts_bbox_head.foo",
+        "img_backbone.layer9.0.conv1.weight",
+        "ray_embedding.mlp.0.bias: (7,) in the file, (64,) in the model",
+    ):
+        assert line in lines
+    assert out.read_bytes() == b"older"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["official.pth", "w.safetensors"]
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def test_sentences(tmp_path, capsys):
+    source, out = tmp_path / "official.pth", tmp_path / "w.safetensors"
+    no_camera = [
+        "--set",
+        "model.camera=null",
+        "data.image_augmentation=null",
+        "data.drop_cameras=0",
+        "data.drop_lidar=0",
+    ]
+    for content, target, extra, sentence in (
+        (None, out, [], "no such file"),
+        (b"no file of torch", out, [], "damaged"),
+        ({"meta": Harmful(), "state_dict": {"a": torch.zeros(1)}}, out, [], "would run code: it holds an object of"),
+        ({"meta": {"epoch": 3}}, out, [], "holds no named tensors"),
+        ({"a": torch.zeros(1)}, tmp_path / "w.pth", [], "w.pth: the name of the result must end in .safetensors"),
+        ({"a": torch.zeros(1)}, out, ["--set", "model.nothing=1"], "model.nothing"),
+        ({"a": torch.zeros(1)}, out, ["--backbone", *no_camera], "official.pth: model.camera is null"),
+    ):
+        if isinstance(content, dict):
+            torch.save(content, source)
+        elif content is not None:
+            source.write_bytes(content)
+        assert main([str(source), str(target), "--config", config_file(FUSION), *extra]) == 2
+        printed = capsys.readouterr()
+        assert sentence in printed.err
+        assert printed.err.startswith("error: ") and "this must not run" not in printed.out
+        assert not target.exists()
+
+
+def test_full_disk_leaves_the_older_file(tmp_path, capsys, monkeypatch):
+    source, out = save_official(tmp_path / "official.pth", small_official()), tmp_path / "w.safetensors"
+    out.write_bytes(b"older")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cmt_aqr.tools.import_checkpoint.os.fsync", full)
+    assert main(small_arguments(source, out)) == 2
+    assert "could not be saved" in capsys.readouterr().err
+    assert out.read_bytes() == b"older"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def backbone_tensors(config, overrides=()):
+    """{our name without the branch's prefix: tensor} of the image backbone."""
+    prefix = "image_branch.backbone."
+    state = own_state(config, overrides)
+    return {
+        name.removeprefix(prefix): torch.rand(like.shape).to(like.dtype)
+        for name, like in state.items()
+        if name.startswith(prefix)
+    }
+
+
+@pytest.mark.parametrize("prefix", ("", "backbone.", "img_backbone."))
+def test_backbone_of_torchvision_and_mmdet(tmp_path, capsys, prefix):
+    tensors = backbone_tensors(FUSION, SMALL)
+    others = {"fc.weight": torch.zeros(3, 4), "neck.lateral_convs.0.conv.weight": torch.zeros(1)}
+    if prefix:
+        others = {prefix + "fc.weight": torch.zeros(1), "roi_head.a": torch.zeros(1), "roi_head.b": torch.zeros(1)}
+    source, out = tmp_path / "resnet.pth", tmp_path / "start.safetensors"
+    torch.save({**{prefix + name: tensor for name, tensor in tensors.items()}, **others}, source)
+    assert main(small_arguments(source, out, "--backbone")) == 0
+    printed = capsys.readouterr().out
+    assert f"{len(others)} skipped: " in printed and "training.init_from" in printed
+    assert not prefix or "roi_head.* (2)" in printed
+    weights = load_weights(out)
+    assert weights.keys() == {"image_branch.backbone." + name for name in tensors}
+    assert all(torch.equal(weights["image_branch.backbone." + name], tensor) for name, tensor in tensors.items())
+
+
+def test_backbone_starts_a_training(tmp_path):
+    from train import initialise
+
+    tensors = backbone_tensors(FUSION, SMALL)
+    counters = [name for name in tensors if name.endswith("num_batches_tracked")]
+    source, out = tmp_path / "old.pth", tmp_path / "start.safetensors"
+    torch.save({name: tensor for name, tensor in tensors.items() if name not in counters}, source)
+    assert main(small_arguments(source, out, "--backbone")) == 0
+    detector = build_detector(load_config(config_file(FUSION), SMALL).model)
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    initialise(detector, str(out))
+    for name, tensor in detector.state_dict().items():
+        part = name.removeprefix("image_branch.backbone.")
+        assert torch.equal(tensor, before[name] if part == name or part in counters else tensors[part]), name
+
+
+def test_backbone_of_fcos3d_has_the_official_vovnet_names():
+    model = "camera_vov_1600x640"
+    shapes = {n: s for n, s in official_shapes(model).items() if n.startswith("img_backbone.")}
+    own = own_state(model)
+    state = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+    result = import_backbone({**state, "pts_bbox_head.a": torch.zeros(1), "img_neck.b": torch.zeros(1)}, own)
+    assert not any(result.misfits().values())
+    assert result.weights.keys() == {name for name in own if name.startswith("image_branch.backbone.")}
+    assert result.skipped == ["pts_bbox_head.a", "img_neck.b"]
+
+
+def test_another_backbone_is_refused(tmp_path, capsys):
+    source, out = tmp_path / "resnet.pth", tmp_path / "start.safetensors"
+    tensors = backbone_tensors(FUSION, SMALL)
+    del tensors["conv1.weight"]
+    tensors["bn1.weight"] = torch.zeros(3)
+    torch.save(tensors, source)
+    assert main(small_arguments(source, out, "--backbone")) == 2
+    assert ": 1 missing, 1 of another shape (listed above); nothing written" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_every_row_of_the_table_is_needed():
+    lists = official_lists()
+    if set(lists) != set(MODELS):
         pytest.skip("names_full.json does not hold the four official models")
-    names = [name for model in official.values() for name in model["sd"]]
+    names = [name for shapes in lists.values() for name in shapes]
     for pattern, _ in RENAMES:
         assert any(re.fullmatch(pattern, name) for name in names), pattern
 
@@ -100,3 +286,11 @@ def test_state_dicts_keep_their_tensors():
     tensor = torch.ones(3)
     renamed = rename_state_dict({"pts_bbox_head.rv_embedding.0.bias": tensor})
     assert renamed == {"ray_embedding.mlp.0.bias": tensor}
+
+
+def test_the_result_fits_only_its_own_model(tmp_path):
+    source, out = save_official(tmp_path / "official.pth", small_official()), tmp_path / "w.safetensors"
+    assert main(small_arguments(source, out)) == 0
+    other = build_detector(load_config(config_file(FUSION), (*SMALL, "model.num_queries=11")).model)
+    with pytest.raises(CheckpointError, match=r"reference_points\.weight \(10, 3\) against \(11, 3\)"):
+        load_into(other, load_weights(out), out)

@@ -1,0 +1,110 @@
+"""Facts of the original without a test elsewhere, and where this program departs from it on purpose.
+
+docs/quirks.md lists all of them with the tests that pin them.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from cmt_aqr.boxes import Targets
+from cmt_aqr.config import load_config
+from cmt_aqr.geometry import cells_of
+from cmt_aqr.models.decoder import Decoder
+from cmt_aqr.training.distributed import Processes
+from tests.parity.golden import REPOSITORY
+
+OFFICIAL = ("cmt_r50_800x320", "cmt_vov_1600x640", "cmt_lidar_0075", "cmt_camera_vov_1600x640")
+
+
+@pytest.fixture(params=OFFICIAL)
+def official(request):
+    return load_config(REPOSITORY / "configs" / f"{request.param}.yaml")
+
+
+def test_settings_of_the_official_configurations(official):
+    model, loss = official.model, official.loss
+    assert official.evaluation.max_detections == 300  # Q10
+    assert model.dropout == 0.1  # Q15
+    assert model.cls_prior is None and model.start == "official"  # fact 14
+    assert model.head_kernel == (3 if model.camera is None else 1)  # fact 13
+    assert (model.denoising.max_groups, model.denoising.noise_scale, model.denoising.split) == (10, 1.0, 0.75)
+    assert model.denoising.num_dn == model.num_queries  # room for every row the original makes
+    assert tuple(loss.code_weights) == (2.0, 2.0, *(1.0,) * 6, 0.2, 0.2)
+    assert (loss.cls_weight, loss.box_weight, loss.cls_cost, loss.box_cost) == (2.0, 0.25, 2.0, 0.25)
+    if model.camera is not None:  # Q16
+        assert model.camera.channel_order == "bgr"
+        assert tuple(model.camera.mean) == (103.530, 116.280, 123.675)
+        assert tuple(model.camera.std) == (57.375, 57.120, 58.395)
+
+
+def test_only_the_r50_preset_has_a_grid_smaller_than_its_range(official):
+    # Q13
+    lidar = official.model.lidar
+    if lidar is not None:
+        cells = round((official.model.point_range[3] - official.model.point_range[0]) / lidar.voxel_size[0])
+        expected = 1024 if official.name == "cmt_r50_800x320" else cells
+        assert tuple(lidar.sparse_shape[1:]) == (expected, expected)
+        assert lidar.out_of_range == "drop"
+
+
+def test_a_point_on_the_far_border_stays_in_its_row():
+    # Q12: there column 180 of 180 is column 0 of the next row.
+    x, y = torch.tensor([1.0, 1.0]), torch.tensor([0.25, 1.0])
+    cols, rows = cells_of(x, 180), cells_of(y, 180)
+    assert (rows * 180 + cols).tolist() == [45 * 180 + 179, 180 * 180 - 1]
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_training_stops_at_a_loss_that_is_not_finite(bad):
+    # Q14: there nan_to_num goes on.
+    from train import TrainingStopped, train_step
+
+    config = load_config(REPOSITORY / "configs" / "cmt_lidar_0075.yaml", ("model.denoising.num_dn=0",))
+    model = nn.Linear(2, 1)
+    before = model.weight.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    batch = SimpleNamespace(
+        images=None,
+        points=None,
+        lidar2img=None,
+        targets=[Targets(torch.zeros(0, 9), torch.zeros(0).long())],
+        tokens=["a1"],
+    )
+    batch.to = lambda *args, **kwargs: batch
+
+    class Predict(nn.Module):
+        def forward(self, *args, **kwargs):
+            return model(torch.ones(1, 2))
+
+    def criterion(predictions, targets, denoising):
+        return {"loss_cls": predictions.sum(), "loss_bbox": predictions.sum() * bad}
+
+    place = Processes(rank=0, world_size=1, device=torch.device("cpu"))
+    with pytest.raises(
+        TrainingStopped, match=r"^step 7: the loss is .*; samples a1; loss_cls .*, loss_bbox (nan|-?inf)"
+    ):
+        train_step(Predict(), criterion, optimizer, None, batch, config, place, 7, names=model)
+    assert torch.equal(model.weight, before) and model.weight.grad is None
+
+
+def test_attention_has_biases_whatever_the_dropout():
+    # Fact 1: there they disappear from the cross-attention when the dropout is 0.
+    names = [set(Decoder(dim=8, num_heads=2, ffn_dim=8, num_layers=1, dropout=p).state_dict()) for p in (0.0, 0.1)]
+    assert names[0] == names[1]
+    assert {"layers.0.cross_attention.in_proj_bias", "layers.0.cross_attention.out_proj.bias"} <= names[0]
+
+
+def test_the_first_self_attention_learns_only_its_output():
+    # Fact 4: queries start at zero, so all values are the bias and it does not matter where anyone looks.
+    torch.manual_seed(0)
+    decoder = Decoder(dim=8, num_heads=2, ffn_dim=8, num_layers=2, dropout=0.0).double()
+    positions, tokens = torch.randn(2, 5, 8).double(), torch.randn(2, 7, 8).double()
+    out = decoder(positions, tokens, torch.zeros_like(tokens))[-1]
+    (out * torch.randn_like(out)).sum().backward()
+    first, second = (layer.self_attention.in_proj_weight.grad.chunk(3) for layer in decoder.layers)
+    assert all(grad.abs().max() < 1e-15 for grad in first)
+    assert all(grad.abs().max() > 1e-6 for grad in second)
+    assert decoder.layers[0].self_attention.out_proj.weight.grad is not None
