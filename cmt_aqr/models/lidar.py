@@ -6,6 +6,7 @@ along x.
 spconv is imported when a SparseEncoder is built, so camera-only models work without it.
 """
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -53,6 +54,8 @@ def _triple(padding: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _import_spconv():
+    # Every sparse tensor asks torch.fx a question that torch once answers with a warning about something else.
+    logging.getLogger("torch.fx._symbolic_trace").addFilter(_is_no_tracing_advice)
     try:
         import spconv.pytorch as spconv
     except ImportError as error:
@@ -61,6 +64,10 @@ def _import_spconv():
             "Camera-only models work without it."
         ) from error
     return spconv
+
+
+def _is_no_tracing_advice(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("is_fx_tracing will return true")
 
 
 def select_algorithm(device: torch.device):
@@ -136,7 +143,7 @@ class SparseEncoder(nn.Module):
         downsample_paddings: padding, a number or (z, y, x), of each stride-2 convolution.
         out_of_range: what happens to voxels outside `sparse_shape` (*Quirk Q13*): "drop" removes them; "alias" hands
             them to spconv as the original does, where a voxel at x >= W is hashed like (y + 1, x - W) and leaks into
-            its neighbours there until the first stride-2 convolution removes it.
+            its neighbours there until the first stride-2 convolution removes it (CPU only: CUDA hashes otherwise).
         precision: float32, or float16 on CUDA (spconv has no bfloat16 there). Autocast is off inside in the first
             case, float16 in the second, whatever surrounds the call. On CPU the dtype of the weights is used,
             float64 included; CUDA has no float64 kernels.
@@ -220,6 +227,11 @@ class SparseEncoder(nn.Module):
         weight = self.conv_out[0].weight
         if weight.device.type == "cuda" and weight.dtype == torch.float64:
             raise ValueError("SparseEncoder has no float64 kernels on CUDA; run it in float64 on the CPU")
+        if weight.device.type == "cuda" and self.out_of_range == "alias":
+            raise ValueError(
+                "SparseEncoder with out_of_range='alias' repeats what spconv does on the CPU; on CUDA voxels outside "
+                "the sparse shape collide differently: use out_of_range='drop', or the CPU"
+            )
         features, coords = voxels.features.to(weight.dtype), voxels.coords_bzyx
         if self.out_of_range == "drop":
             shape = coords.new_tensor(self.sparse_shape)

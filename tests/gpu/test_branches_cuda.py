@@ -17,6 +17,9 @@ pytestmark = [
 SETTINGS = {"voxel_size": (0.1, 0.1, 0.2), "point_range": (-12.8, -12.8, -5.0, 12.8, 12.8, 3.0), "max_voxels": 20_000}
 # float16 rounds to 5e-4; its errors add up over the 21 convolutions.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-2}
+# (worst entry, norm of the difference) of a weight's gradient. Where an activation lies within rounding of 0, its ReLU
+# can switch and one entry jumps: 2.4e-3 of the largest was seen in float32.
+GRADIENT_TOLERANCE = {torch.float32: (1e-2, 2e-3), torch.float16: (0.5, 0.2)}
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +74,10 @@ def test_encoder(precision, is_training):
     (expected * weights).sum().backward()
     (out * weights.float().cuda()).sum().backward()
     for (name, actual), parameter in zip(encoder.named_parameters(), reference.named_parameters(), strict=True):
-        # A batch norm over a few thousand rows amplifies the rounding of the activations.
-        assert relative_error(actual.grad, parameter[1].grad) <= 100 * TOLERANCE[precision], name
+        worst, overall = GRADIENT_TOLERANCE[precision]
+        assert relative_error(actual.grad, parameter[1].grad) <= worst, name
+        difference = (actual.grad.cpu().double() - parameter[1].grad).norm() / parameter[1].grad.norm()
+        assert difference <= overall, name
 
 
 @pytest.mark.parametrize("num_voxels", [0, 1])
@@ -87,15 +92,17 @@ def test_hardly_any_voxel(num_voxels):
 
 
 def test_voxels_outside_the_sparse_shape():
-    """ "drop" equals the CPU; "alias" follows spconv's hash, which has to stay inside its memory."""
+    """ "drop" equals the CPU; "alias" is spconv's behaviour on the CPU only (on CUDA 16 % off) and refused."""
     voxels = random_voxels()
-    for out_of_range in ("drop", "alias"):
-        torch.manual_seed(0)
-        encoder = SparseEncoder(in_channels=5, sparse_shape=(41, 240, 240), out_of_range=out_of_range).eval()
-        with torch.no_grad():
-            expected = encoder(voxels)
-            out = encoder.cuda()(to_cuda(voxels))
-        assert relative_error(out, expected) <= TOLERANCE[torch.float32]
+    torch.manual_seed(0)
+    encoder = SparseEncoder(in_channels=5, sparse_shape=(41, 240, 240), out_of_range="drop").eval()
+    with torch.no_grad():
+        expected = encoder(voxels)
+        out = encoder.cuda()(to_cuda(voxels))
+    assert relative_error(out, expected) <= TOLERANCE[torch.float32]
+    encoder = SparseEncoder(in_channels=5, sparse_shape=(41, 240, 240), out_of_range="alias").cuda()
+    with pytest.raises(ValueError, match="alias"):
+        encoder(to_cuda(voxels))
 
 
 def test_float64_is_refused():
