@@ -7,7 +7,9 @@ Writes submission.json, metrics.json and pictures/ to the output folder (runs/<n
 """
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -29,12 +31,50 @@ from cmt_aqr.training.logs import RunLog
 def main() -> int:
     """Run the command line; returns the exit status."""
     arguments = parse_arguments()
-    try:
+
+    def run() -> int:
         config = load_config(arguments.config, arguments.set)
         with processes(arguments.device) as place:
             return test(config, place, arguments)
-    except USER_ERRORS as error:
+
+    return report_errors(run)
+
+
+def report_errors(run: Callable[[], int], *others: type[Exception]) -> int:
+    """Run a script; what its user can mend becomes one sentence and exit status 2, Ctrl-C one line and 130.
+
+    Args:
+        run: returns the exit status.
+        others: error classes of this script besides the package's.
+    """
+    try:
+        return run()
+    except (*USER_ERRORS, *others) as error:
         return report_user_error(error)
+    except (OSError, ValueError) as error:
+        failure = _failure_of_system(error)
+        if failure is None:
+            raise
+        return report_user_error(failure)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr, flush=True)
+        return 130
+
+
+def _failure_of_system(error: BaseException | None) -> BaseException | None:
+    """The sentence about a full disk, a missing permission and the like; None for a mistake of the program.
+
+    Closing a file on a full disk fails once more, without naming it: the earlier sentence is the better one.
+    """
+    found = None
+    while error is not None:
+        if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):
+            return error
+        if isinstance(error, OSError):
+            found = found or error
+        error = error.__context__
+    return found
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,15 +95,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def test(config: Config, place: Processes, arguments: argparse.Namespace) -> int:
     """Load, predict, evaluate, print; returns the exit status."""
+    model = build_detector(config.model)
+    load_model(model, config, arguments.checkpoint)
     split = arguments.split or config.data.val_split
     folder = arguments.out or Path("runs") / config.name / f"test_{split}"
     with main_first(place):
         prepare_data(config, talk=place.is_main)
-    model = build_detector(config.model)
-    load_model(model, config, arguments.checkpoint)
+        open_split(config.data, split)
     with RunLog(folder, place.is_main, tensorboard=False) as log:
         metrics = evaluate_split(model.to(place.device), config, split, place, folder, log)
         if metrics is not None:
+            log.record("test", 0, checkpoint=arguments.checkpoint, split=split, **metrics.scalars())
             log.say(format_table(metrics))
             log.say(f"submission, metrics and pictures in {folder}")
     return 0
@@ -72,7 +114,7 @@ def test(config: Config, place: Processes, arguments: argparse.Namespace) -> int
 def load_model(model: nn.Module, config: Config, path: str) -> None:
     """Load weights strictly, after comparing the configuration they were trained with where the file has one."""
     trained = read_config(path)
-    changed = [] if trained is None else differences(trained["model"], to_tree(config.model))
+    changed = [] if trained is None else differences(trained["model"], to_tree(config.model), "model")
     if changed:
         raise CheckpointError(f"{path}: trained with another model: {'; '.join(changed[:3])} (checkpoint against now)")
     load_into(model, load_weights(path), path)
@@ -138,6 +180,8 @@ def evaluate_split(
     results = gather(results)
     if not place.is_main:
         return None
+    rank_of = {token: i for i, token in enumerate(index.tokens)}
+    results.sort(key=lambda result: rank_of[result.token])  # the same file however many processes
     root = Path(config.data.root)
     velocities = config.data.velocity_file
     return evaluate(

@@ -109,6 +109,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
     parser.add_argument("--max-steps", type=int, help="stop (resumable) after this many steps in all; for trials")
     arguments = parser.parse_args()
+    if arguments.max_steps is not None and arguments.max_steps < 1:
+        parser.error(f"argument --max-steps: expected at least 1, got {arguments.max_steps}")
     if arguments.seed is not None:
         arguments.set.append(f"seed={arguments.seed}")
     return arguments
@@ -146,6 +148,8 @@ def train(config: Config, place: Processes, arguments: argparse.Namespace) -> in
         remove_run(work_dir)
     with RunLog(work_dir, place.is_main, resume_step=step or None) as log:
         describe(config, place, model, steps_per_epoch, step, work_dir, log)
+        if arguments.resume and checkpoint is None:
+            log.say(f"{work_dir} holds no {LATEST} to resume from: starting anew")
         if checkpoint is not None:
             evaluate_epoch(model, config, place, step, steps_per_epoch, work_dir, log)
         while step < last_step:

@@ -65,7 +65,7 @@ def build_detector(config: ModelConfig) -> Detector:
             cls_prior=config.cls_prior,
         ),
     )
-    if config.start == "local":
+    if config.start == "local" and not detector.reference_points.weight.is_meta:
         start_local(detector)
     return detector
 

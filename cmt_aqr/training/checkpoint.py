@@ -82,7 +82,10 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 def read_config(path: str | Path) -> dict[str, Any] | None:
     """The configuration tree inside a checkpoint of this project; None for weights without one."""
     path = Path(path)
-    return None if path.suffix == ".safetensors" else _read(path).get("config")
+    if path.suffix == ".safetensors":
+        return None
+    state = _read(path)
+    return state.get("config") if state.get("format") == FORMAT else None
 
 
 def load_into(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:

@@ -7,12 +7,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from cmt_aqr.config import ConfigError
+
+# How long a process waits for another: the first one may be writing indices and object databases meanwhile.
+TIMEOUT = timedelta(hours=3)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         device: ``cpu`` or ``cuda``; None takes CUDA when there is one. ``nccl`` joins GPUs, ``gloo`` CPUs.
 
     Raises:
-        ValueError: CUDA was asked for and there is none, or there are fewer GPUs than processes on this host.
+        ConfigError: CUDA was asked for and there is none, or there are fewer GPUs than processes on this host.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -53,7 +59,7 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         yield Processes(0, 1, chosen)
         return
     device_id = chosen if chosen.type == "cuda" else None
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", device_id=device_id)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", device_id=device_id, timeout=TIMEOUT)
     try:
         yield Processes(rank, world_size, chosen)
         dist.barrier()
@@ -66,11 +72,11 @@ def _choose_device(device: str | None, local_rank: int) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu")
+        raise ConfigError(["--device cuda: this PyTorch sees no CUDA GPU; use --device cpu"])
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"process {local_rank} of this host has no GPU: {torch.cuda.device_count()} GPUs are visible; "
-            "lower --nproc_per_node"
+        count = torch.cuda.device_count()
+        raise ConfigError(
+            [f"process {local_rank} of this host has no GPU: {count} GPUs are visible; lower --nproc_per_node"]
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
@@ -80,12 +86,19 @@ def wrap(model: nn.Module, place: Processes) -> nn.Module:
     """DistributedDataParallel when there are several processes, else the model itself.
 
     Buffers are not broadcast: each process keeps its own batch-norm statistics while training, as in the original, and
-    process 0's go into the checkpoint.
+    process 0's go into the checkpoint; :func:`share_buffers` before an evaluation gives them to all.
     """
     if place.world_size == 1:
         return model
     ids = [place.device.index] if place.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Copy process 0's buffers (batch-norm statistics) to all processes."""
+    if _is_joined():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def reduce_mean(value: Tensor) -> Tensor:
@@ -122,12 +135,21 @@ def gather(items: list[Any]) -> list[Any]:
 
 @contextmanager
 def main_first(place: Processes) -> Iterator[None]:
-    """Process 0 runs the block, then the others: for files that the first one writes and all read."""
+    """Process 0 runs the block, then the others: for files that the first one writes and all read.
+
+    Where process 0 fails, the others leave with exit status 2 and say nothing: process 0 says why.
+    """
     if not place.is_main:
-        dist.barrier()
-    yield
-    if place.is_main and _is_joined():
-        dist.barrier()
+        if any_process(False, place.device):
+            raise SystemExit(2)
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        any_process(True, place.device)
+        raise
+    any_process(False, place.device)
 
 
 def _is_joined() -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from cmt_aqr.config import ConfigError
+
 # PyTorch's own default for AdamW; the original sets neither.
 BETA1, BETA2 = 0.9, 0.999
 
@@ -20,13 +22,28 @@ def check_prefixes(model: nn.Module, prefixes: Sequence[str], key: str) -> None:
     """Refuse a prefix that no parameter begins with: a typing error there would train the wrong thing silently.
 
     Raises:
-        ValueError: names the configuration key, the prefix and what the parameters begin with.
+        ConfigError: names the configuration key, the prefix and what the parameters begin with.
     """
     names = [name for name, _ in model.named_parameters()]
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in names):
             first = sorted({name.split(".")[0] for name in names})
-            raise ValueError(f"{key}: no parameter name begins with {prefix!r}; they begin with {', '.join(first)}")
+            raise ConfigError([f"{key}: no parameter name begins with {prefix!r}; they begin with {', '.join(first)}"])
+
+
+def check_norm_prefixes(model: nn.Module, prefixes: Sequence[str], key: str) -> None:
+    """Refuse a prefix under which there is no batch norm.
+
+    Raises:
+        ConfigError: names the configuration key, the prefix and where the batch norms are.
+    """
+    names = [name for name, module in model.named_modules() if _is_batch_norm(module)]
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            first = sorted({name.split(".")[0] for name in names})
+            raise ConfigError(
+                [f"{key}: no batch norm's name begins with {prefix!r}; they begin with {', '.join(first)}"]
+            )
 
 
 def freeze(model: nn.Module, prefixes: Sequence[str]) -> None:
@@ -45,9 +62,12 @@ def set_training_mode(model: nn.Module, eval_prefixes: Sequence[str]) -> None:
     """
     model.train()
     for name, module in model.named_modules():
-        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if is_norm and eval_prefixes and name.startswith(tuple(eval_prefixes)):
+        if _is_batch_norm(module) and eval_prefixes and name.startswith(tuple(eval_prefixes)):
             module.eval()
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def make_optimizer(
@@ -66,7 +86,7 @@ def make_optimizer(
             factor, for :func:`set_schedule`.
 
     Raises:
-        ValueError: nothing is left to train.
+        ConfigError: nothing is left to train.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -74,7 +94,7 @@ def make_optimizer(
             factors = longest_prefix(name, lr_mult), longest_prefix(name, decay_mult)
             groups.setdefault(factors, []).append(parameter)
     if not groups:
-        raise ValueError("training.freeze: every parameter is frozen, nothing is left to train")
+        raise ConfigError(["training.freeze: every parameter is frozen, nothing is left to train"])
     return torch.optim.AdamW(
         [
             {"params": parameters, "lr": lr * scale, "lr_scale": scale, "weight_decay": weight_decay * decay}

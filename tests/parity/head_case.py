@@ -49,17 +49,17 @@ def build_detector(meta, state, dtype, *, dropout=0.0):
 class HeadCase:
     """Inputs and the loaded detector of one golden case in one dtype; `prefix` selects a part of the file."""
 
-    def __init__(self, golden, dtype, *, prefix="", meta=None):
-        self.golden, self.dtype, self.prefix = golden, dtype, prefix
+    def __init__(self, golden, dtype, *, prefix="", meta=None, device="cpu"):
+        self.golden, self.dtype, self.prefix, self.device = golden, dtype, prefix, torch.device(device)
         self.meta = golden.meta if meta is None else meta
-        self.detector = build_detector(self.meta, golden.state_dict(prefix + "sd/"), dtype)
-        self.lidar2img = golden.tensor(prefix + "in/lidar2img")
+        self.detector = build_detector(self.meta, golden.state_dict(prefix + "sd/"), dtype).to(device)
+        self.lidar2img = golden.tensor(prefix + "in/lidar2img").to(device)
         self.image_size = tuple(golden[prefix + "in/pad_hw"].tolist())
         self.bev_map = self.pv_maps = None
         if prefix + "in/x" in golden:
-            self.bev_map = golden.tensor(prefix + "in/x", dtype)
+            self.bev_map = golden.tensor(prefix + "in/x", dtype).to(device)
         if prefix + "in/x_img" in golden:
-            flat = golden.tensor(prefix + "in/x_img", dtype)
+            flat = golden.tensor(prefix + "in/x_img", dtype).to(device)
             self.pv_maps = flat.unflatten(0, self.lidar2img.shape[:2])
 
     def reference(self, name):
@@ -79,9 +79,9 @@ class HeadCase:
         """Ground truth with gravity centres; the files hold bottom centres."""
         records = []
         for sample in range(self.meta["bs"]):
-            boxes = self.golden.tensor(f"in/gt{sample}_bottom", self.dtype)
+            boxes = self.golden.tensor(f"in/gt{sample}_bottom", self.dtype).to(self.device)
             boxes[:, 2] += boxes[:, 5] / 2
-            records.append(Targets(boxes, self.golden.tensor(f"in/gt{sample}_labels")))
+            records.append(Targets(boxes, self.golden.tensor(f"in/gt{sample}_labels").to(self.device)))
         return records
 
 

@@ -22,11 +22,10 @@ BACKWARD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 class Step:
-    """One forward and backward pass of our code on a golden training case."""
+    """One forward and backward pass of our code on a golden training case; `autocast`: dtype of the forward pass."""
 
-    def __init__(self, name, dtype):
-        golden = load_golden(name)
-        self.case = case = HeadCase(golden, dtype)
+    def __init__(self, golden, dtype, *, device="cpu", autocast=None):
+        self.case = case = HeadCase(golden, dtype, device=device)
         meta = case.meta
         self.targets = case.targets()
         self.num_dn = int(golden["out/dn/pad_size"])
@@ -44,7 +43,7 @@ class Step:
             noise_scale=meta["noise_scale"],
             noise_trans=meta["noise_trans"],
             split=meta["split"],
-            noise=noise,
+            noise=noise.to(case.device),
         )
         self.criterion = Criterion(
             classes=task_classes(meta["tasks"]),
@@ -59,7 +58,8 @@ class Step:
         case.detector.train()
         case.bev_map.requires_grad_()
         case.pv_maps.requires_grad_()
-        self.predictions = case.predict(self.denoising)
+        with torch.autocast(case.device.type, dtype=autocast, enabled=autocast is not None):
+            self.predictions = case.predict(self.denoising)
         self.terms = self.criterion(self.predictions, self.targets, self.denoising)
         total_loss(self.terms).backward()
 
@@ -70,7 +70,8 @@ class Step:
     scope="module",
 )
 def step(request):
-    return Step(*request.param)
+    name, dtype = request.param
+    return Step(load_golden(name), dtype)
 
 
 def test_denoising_queries_equal_the_original(step):
@@ -95,7 +96,7 @@ def test_denoising_queries_equal_the_original(step):
 
 def test_labels_of_denoising_queries_per_task_equal_the_original(step):
     golden, denoising = step.case.golden, step.denoising
-    task_of, local_of = class_table(step.criterion.classes, device=torch.device("cpu"))
+    task_of, local_of = class_table(step.criterion.classes, device=step.case.device)
     for labels, name in ((denoising.labels, "dn_known_labels"), (denoising.clean_labels, "dn_known_labels_raw")):
         chosen = labels[step.samples, step.rows]
         for task, members in enumerate(step.criterion.classes):

@@ -54,9 +54,12 @@ def build_branch(golden, *, dtype, use_checkpoint=False):
 @DTYPES
 @FILES
 def test_branch(name, dtype):
-    golden = load_golden(name)
-    branch = build_branch(golden, dtype=dtype)
-    images = golden.tensor("in/img", dtype)
+    check_branch(load_golden(name), dtype)
+
+
+def check_branch(golden, dtype, *, device="cpu"):
+    branch = build_branch(golden, dtype=dtype).to(device)
+    images = golden.tensor("in/img", dtype).to(device)
     with torch.no_grad():
         maps = branch["backbone"](images.flatten(0, 1))
         levels = branch["neck"](maps)
@@ -83,9 +86,12 @@ def test_checkpointing_changes_no_value_and_no_gradient(name):
 
 @FILES
 def test_channels_last_gives_the_same(name):
-    golden = load_golden(name)
-    branch = build_branch(golden, dtype=torch.float32).to(memory_format=torch.channels_last)
-    images = golden.tensor("in/img").flatten(0, 1).to(memory_format=torch.channels_last)
+    check_channels_last(load_golden(name))
+
+
+def check_channels_last(golden, *, device="cpu"):
+    branch = build_branch(golden, dtype=torch.float32).to(device, memory_format=torch.channels_last)
+    images = golden.tensor("in/img").flatten(0, 1).to(device, memory_format=torch.channels_last)
     with torch.no_grad():
         out = branch["neck"](branch["backbone"](images))[0]
     golden.check("neck, map 0, channels last", out, "out64/neck0", TOLERANCE[torch.float32])

@@ -86,10 +86,10 @@ def golden_clouds(golden):
     return clouds
 
 
-def golden_voxels(golden, dtype):
+def golden_voxels(golden, dtype, *, device="cpu"):
     """Voxels of the original. float64 takes the float32 means, as the original's float64 run does."""
-    coords = golden.tensor("out/coors_bzyx")
-    return VoxelBatch(golden.tensor("out32/voxel_features", dtype), coords, len(golden_clouds(golden)))
+    features, coords = golden.tensor("out32/voxel_features", dtype), golden.tensor("out/coors_bzyx")
+    return VoxelBatch(features.to(device), coords.to(device), len(golden_clouds(golden)))
 
 
 @pytest.mark.parametrize("name", ["backbone3d", "backbone3d_oob"])
@@ -118,10 +118,13 @@ def test_voxels_up_to_the_cap():
 
 @DTYPES
 def test_branch(dtype):
-    golden = load_golden("backbone3d")
-    branch = build_branch(golden, dtype=dtype)
+    check_branch(load_golden("backbone3d"), dtype)
+
+
+def check_branch(golden, dtype, *, device="cpu"):
+    branch = build_branch(golden, dtype=dtype).to(device)
     with torch.no_grad():
-        middle = branch.encoder(golden_voxels(golden, dtype))
+        middle = branch.encoder(golden_voxels(golden, dtype, device=device))
         maps = branch.backbone(middle)
         fpn = branch.neck(maps)
     assert middle.shape[1:] == branch.encoder.output_shape
@@ -132,10 +135,13 @@ def test_branch(dtype):
 
 
 def test_branch_from_points():
-    golden = load_golden("backbone3d")
-    branch = build_branch(golden, dtype=torch.float32)
+    check_branch_from_points(load_golden("backbone3d"))
+
+
+def check_branch_from_points(golden, *, device="cpu"):
+    branch = build_branch(golden, dtype=torch.float32).to(device)
     with torch.no_grad():
-        fpn = branch(golden_clouds(golden))
+        fpn = branch([cloud.to(device) for cloud in golden_clouds(golden)])
     golden.check("points to FPN", fpn, "out64/fpn", TOLERANCE[torch.float32])
 
 
@@ -177,10 +183,13 @@ def lexicographic(indices, spatial_shape):
 
 @DTYPES
 def test_voxels_outside_the_sparse_shape_are_dropped(dtype):
-    golden = load_golden("backbone3d_oob")
-    voxels = golden_voxels(golden, dtype)
-    encoder = build_oob_encoder(golden, out_of_range="drop").to(dtype)
-    assert (voxels.coords_bzyx[:, 1:].amax(dim=0) >= torch.tensor(encoder.sparse_shape)).any()
+    check_voxels_outside_dropped(load_golden("backbone3d_oob"), dtype)
+
+
+def check_voxels_outside_dropped(golden, dtype, *, device="cpu"):
+    voxels = golden_voxels(golden, dtype, device=device)
+    encoder = build_oob_encoder(golden, out_of_range="drop").to(device, dtype)
+    assert (voxels.coords_bzyx[:, 1:].amax(dim=0).cpu() >= torch.tensor(encoder.sparse_shape)).any()
     with torch.no_grad():
         middle = encoder(voxels)
     golden.check("sparse encoder, voxels outside dropped", middle, "out64/middle_oob_dropped", TOLERANCE[dtype])

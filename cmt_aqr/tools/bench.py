@@ -1,0 +1,124 @@
+"""Measure what the documentation claims.
+
+    python -m cmt_aqr.tools.bench data --dataroot data/nuscenes --version v1.0-mini --split mini_val
+
+``data`` times, on one thread and after a warm-up, the parts of a training sample: the images of one frame to the
+network's input for both official sizes, beside a plain pipeline with the original's steps (decode, float32, resize,
+crop, normalise, pad, transpose); ten LiDAR clouds read and brought into one frame; voxelisation. The best of the
+repeats is shown: on a shared machine the others measure the neighbours.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+import torch
+
+from cmt_aqr.data.dataset import FrameDataset, finish_images
+from cmt_aqr.data.files import image_size_of, load_points, read_views
+from cmt_aqr.data.image_transforms import fixed_image_draw
+from cmt_aqr.data.index import Frame, FrameIndex
+from cmt_aqr.data.nuscenes import load_index
+from cmt_aqr.errors import USER_ERRORS, report_user_error
+from cmt_aqr.models.voxels import voxelize
+
+IMAGE_SIZES = {"r50_800x320": (320, 800), "vov_1600x640": (640, 1600)}
+NUM_CLOUDS = 10
+VOXELS = {"voxel_size": (0.1, 0.1, 0.2), "point_range": (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0), "max_voxels": 120_000}
+MEAN = np.array([103.530, 116.280, 123.675], np.float32)
+STD = np.array([57.375, 57.120, 58.395], np.float32)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            index = load_index(
+                dataroot=options.dataroot, version=options.version, split=options.split, cache_dir=temporary
+            )
+            print(data_table(index, repeats=options.repeats))
+    except USER_ERRORS as error:
+        return report_user_error(error)
+    return 0
+
+
+def data_table(index: FrameIndex, *, repeats: int) -> str:
+    """Times of the first frame as a Markdown table, with the machine in the caption."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    frame = index.frame(0)
+    rows = []
+    for name, size in IMAGE_SIZES.items():
+        ours = best_time(lambda size=size: network_images(index, frame, size), repeats)
+        plain = best_time(lambda size=size: plain_images(index, frame, size), repeats)
+        rows.append((f"six images, {name}", ours, plain))
+    clouds = load_points(frame, index.dataroot, num_clouds=NUM_CLOUDS, close_radius=0.0)
+    read = best_time(lambda: load_points(frame, index.dataroot, num_clouds=NUM_CLOUDS, close_radius=0.0), repeats)
+    rows.append((f"{1 + min(len(frame.sweeps), NUM_CLOUDS - 1)} LiDAR clouds, {len(clouds)} points", read, None))
+    rows.append(("voxelise them at 0.1 m", best_time(lambda: voxelize(clouds, **VOXELS), repeats), None))
+    lines = [
+        f"one thread, best of {repeats}; torch {torch.__version__}, OpenCV {cv2.__version__}, {os.uname().machine}",
+        "",
+        "| part of a sample | ms | plain pipeline, ms | ratio |",
+        "|---|---|---|---|",
+    ]
+    for name, ours, plain in rows:
+        other = ("-", "-") if plain is None else (f"{1e3 * plain:.1f}", f"{plain / ours:.1f}")
+        lines.append(f"| {name} | {1e3 * ours:.1f} | {other[0]} | {other[1]} |")
+    return "\n".join(lines)
+
+
+def network_images(index: FrameIndex, frame: Frame, size: tuple[int, int]) -> torch.Tensor:
+    """The images of a frame as a dataset gives them: (V, H, W, 3) uint8."""
+    dataset = FrameDataset(index, final_size=size, num_clouds=None)
+    draw = fixed_image_draw(image_size=image_size_of(frame), final_size=size)
+    return finish_images(dataset._bare_sample(frame), read_views(frame, index.dataroot), draw).images
+
+
+def plain_images(index: FrameIndex, frame: Frame, size: tuple[int, int]) -> np.ndarray:
+    """The same images, normalised: (V, 3, H, W) float32, every step on the whole image as the original does it."""
+    height, width = size
+    images = []
+    for camera in frame.cameras:
+        image = cv2.imread(str(index.dataroot / camera.file)).astype(np.float32)
+        scale = max(height / image.shape[0], width / image.shape[1])
+        image = cv2.resize(image.astype(np.uint8), (int(image.shape[1] * scale), int(image.shape[0] * scale)))
+        image = image[image.shape[0] - height :, :width].astype(np.float32)
+        image = (image - MEAN) / STD
+        image = cv2.copyMakeBorder(image, 0, -height % 32, 0, -width % 32, cv2.BORDER_CONSTANT, value=0)
+        images.append(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    return np.stack(images)
+
+
+def best_time(run: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest of ``repeats`` runs, after one that warms up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cmt_aqr.tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="loading and transforming one frame")
+    data.add_argument("--dataroot", required=True, help="nuScenes-format folder")
+    data.add_argument("--version", required=True, help="such as v1.0-mini")
+    data.add_argument("--split", required=True, help="such as mini_val; the first frame is measured")
+    data.add_argument("--repeats", type=int, default=15, help="runs of each part (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
