@@ -7,9 +7,8 @@ Writes submission.json, metrics.json and pictures/ to the output folder (runs/<n
 """
 
 import argparse
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -18,7 +17,7 @@ from cmt_aqr.build import PRECISIONS, build_detector, evaluation_dataset, open_s
 from cmt_aqr.config import Config, load_config, to_tree
 from cmt_aqr.data.loader import make_loader
 from cmt_aqr.data.sampling import EvaluationSampler
-from cmt_aqr.errors import USER_ERRORS, report_user_error
+from cmt_aqr.errors import report_errors
 from cmt_aqr.evaluation.nuscenes_eval import Metrics, format_table
 from cmt_aqr.evaluation.run import Decoding, Pictures, evaluate, predict
 from cmt_aqr.strict_yaml import differences
@@ -38,43 +37,6 @@ def main() -> int:
             return test(config, place, arguments)
 
     return report_errors(run)
-
-
-def report_errors(run: Callable[[], int], *others: type[Exception]) -> int:
-    """Run a script; what its user can mend becomes one sentence and exit status 2, Ctrl-C one line and 130.
-
-    Args:
-        run: returns the exit status.
-        others: error classes of this script besides the package's.
-    """
-    try:
-        return run()
-    except (*USER_ERRORS, *others) as error:
-        return report_user_error(error)
-    except (OSError, ValueError) as error:
-        failure = _failure_of_system(error)
-        if failure is None:
-            raise
-        return report_user_error(failure)
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("interrupted", file=sys.stderr, flush=True)
-        return 130
-
-
-def _failure_of_system(error: BaseException | None) -> BaseException | None:
-    """The sentence about a full disk, a missing permission and the like; None for a mistake of the program.
-
-    Closing a file on a full disk fails once more, without naming it: the earlier sentence is the better one.
-    """
-    found = None
-    while error is not None:
-        if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):
-            return error
-        if isinstance(error, OSError):
-            found = found or error
-        error = error.__context__
-    return found
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -153,9 +115,10 @@ def evaluate_split(
         batch_size=config.evaluation.batch_size,
         num_workers=min(config.data.workers, len(index)),
     )
+    count = config.evaluation.num_pictures if place.is_main else 0
     pictures = Pictures(
         folder / "pictures",
-        count=config.evaluation.num_pictures if place.is_main else 0,
+        tokens=spread(index.tokens[place.rank :: place.world_size], count),
         score_threshold=config.evaluation.picture_score,
         written=[],
     )
@@ -194,6 +157,12 @@ def evaluate_split(
         use_camera=config.model.camera is not None,
         use_lidar=config.model.lidar is not None,
     )
+
+
+def spread(tokens: Sequence[str], count: int) -> tuple[str, ...]:
+    """``count`` of the tokens, evenly spread over them; all when there are fewer."""
+    count = min(count, len(tokens))
+    return tuple(tokens[(2 * i + 1) * len(tokens) // (2 * count)] for i in range(count))
 
 
 if __name__ == "__main__":

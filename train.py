@@ -12,14 +12,8 @@ docs/architecture.md explains the parts.
 
 import argparse
 import math
-import re
-import shutil
-import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -27,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from cmt_aqr.build import PRECISIONS, build_criterion, build_detector, count_parameters, open_split, training_dataset
-from cmt_aqr.config import Config, ConfigError, load_config, to_tree
+from cmt_aqr.config import Config, ConfigError, load_config
 from cmt_aqr.data.loader import Loader, make_loader
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.data.sampling import TrainingSampler
+from cmt_aqr.errors import report_errors
 from cmt_aqr.evaluation.nuscenes_eval import format_table
 from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.losses.criterion import Criterion, total_loss
@@ -38,8 +33,8 @@ from cmt_aqr.models.denoising import make_denoising
 from cmt_aqr.models.grid_mask import draw_grid_mask, grid_mask
 from cmt_aqr.models.local_start import start_reference_points
 from cmt_aqr.predictions import DenoisingQueries
-from cmt_aqr.strict_yaml import differences, to_yaml
-from cmt_aqr.training.checkpoint import CheckpointError, load_checkpoint, load_into, load_weights, save_checkpoint
+from cmt_aqr.strict_yaml import to_yaml
+from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights
 from cmt_aqr.training.distributed import (
     Processes,
     any_process,
@@ -61,18 +56,10 @@ from cmt_aqr.training.optim import (
     set_schedule,
     set_training_mode,
 )
+from cmt_aqr.training.run_folder import LATEST, find_checkpoint, make_work_dir, remove_run, restore, save
 from cmt_aqr.training.seeding import denoising_noise, seed_process, seed_step
-from test import evaluate_split, prepare_data, report_errors
-
-LATEST = "latest.pt"
-# What a checkpoint must hold for a run to go on from it.
-RUN_STATE = ("config", "model", "optimizer", "scaler", "step")
-# Keys that may change when a run goes on: where things are, how often to look, how fast; not what is learnt.
-MAY_CHANGE = (
-    "name", "data.root", "data.index_dir", "data.workers", "data.val_split", "data.synthetic.workers", "evaluation",
-    "model.camera.activation_checkpointing", "training.compile", "training.eval_every", "training.init_from",
-    "training.keep_checkpoints", "training.log_every", "training.save_every",
-)  # fmt: skip
+from cmt_aqr.training.signals import stop_signals
+from test import evaluate_split, prepare_data
 
 
 class TrainingStopped(RuntimeError):
@@ -152,34 +139,35 @@ def train(config: Config, place: Processes, arguments: argparse.Namespace) -> in
             log.say(f"{work_dir} holds no {LATEST} to resume from: starting anew")
         if checkpoint is not None:
             evaluate_epoch(model, config, place, step, steps_per_epoch, work_dir, log)
-        while step < last_step:
-            epoch, first = divmod(step, steps_per_epoch)
-            loader.set_epoch(epoch, first)
-            title = f"epoch {epoch + 1}/{config.training.epochs}"
-            with stop_signals() as stop, log.progress(title, total_steps, step) as progress:
-                clock = time.perf_counter()
-                for batch in islice(loader, steps_per_epoch - first):
-                    data_time = time.perf_counter() - clock
-                    set_rates(optimizer, config, step, total_steps)
-                    terms, grad_norm = train_step(
-                        parallel, criterion, optimizer, scaler, batch, config, place, step, names=model
-                    )
-                    step += 1
-                    step_time = time.perf_counter() - clock
-                    if step % config.training.log_every == 0 or step == total_steps:
-                        record(log, optimizer, terms, grad_norm, step, steps_per_epoch, data_time, step_time)
-                    progress.advance(loss=terms["loss"], lr=optimizer.param_groups[0]["lr"])
-                    is_interrupted = any_process(stop.is_set, place.device)
-                    if is_interrupted or step == last_step:
-                        break
-                    clock = time.perf_counter()
-            is_last = is_interrupted or step == last_step
-            if place.is_main and (is_last or step // steps_per_epoch % config.training.save_every == 0):
-                save(work_dir, config, model, optimizer, scaler, step, steps_per_epoch)
-            if is_interrupted:
-                log.say(f"stopped after step {step}; go on with --resume --work-dir {work_dir}")
-                return 130
-            evaluate_epoch(model, config, place, step, steps_per_epoch, work_dir, log)
+        with log.progress("train", total_steps, step) as progress:
+            while step < last_step:
+                epoch, first = divmod(step, steps_per_epoch)
+                loader.set_epoch(epoch, first)
+                with stop_signals() as stop:
+                    clock = progress.restart_clock()
+                    for batch in islice(loader, steps_per_epoch - first):
+                        data_time = time.perf_counter() - clock
+                        set_rates(optimizer, config, step, total_steps)
+                        terms, grad_norm = train_step(
+                            parallel, criterion, optimizer, scaler, batch, config, place, step, names=model
+                        )
+                        step += 1
+                        step_time = time.perf_counter() - clock
+                        if step % config.training.log_every == 0 or step == total_steps:
+                            record(log, optimizer, terms, grad_norm, step, steps_per_epoch, data_time, step_time)
+                        figures = {"epoch": step / steps_per_epoch, "lr": optimizer.param_groups[0]["lr"]}
+                        progress.advance(loss=terms["loss"], **figures)
+                        is_interrupted = any_process(stop.is_set, place.device)
+                        if is_interrupted or step == last_step:
+                            break
+                        clock = time.perf_counter()
+                is_last = is_interrupted or step == last_step
+                if place.is_main and (is_last or step // steps_per_epoch % config.training.save_every == 0):
+                    save(work_dir, config, model, optimizer, scaler, step, steps_per_epoch)
+                if is_interrupted:
+                    log.say(f"stopped after step {step}; go on with --resume --work-dir {work_dir}")
+                    return 130
+                evaluate_epoch(model, config, place, step, steps_per_epoch, work_dir, log)
         if step < total_steps:
             log.say(f"stopped after step {step} (--max-steps); go on with --resume --work-dir {work_dir}")
         else:
@@ -210,50 +198,6 @@ def evaluate_epoch(
     if metrics is not None:
         log.record("eval", step, epoch=epoch, **metrics.scalars())
         log.say(format_table(metrics))
-
-
-def find_checkpoint(work_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> dict | None:
-    """The checkpoint to go on from, or None for a new run; refuses to mix two runs in one folder."""
-    latest = work_dir / LATEST
-    if not latest.exists():
-        return None
-    if overwrite and not resume:
-        return None
-    state = load_checkpoint(latest)
-    if not resume:
-        raise CheckpointError(
-            f"{latest}: this work dir holds a run at step {state['step']}; --resume goes on with it, --overwrite "
-            "starts anew, --work-dir names another folder"
-        )
-    if lost := [key for key in RUN_STATE if key not in state]:
-        raise CheckpointError(f"{latest}: weights only, without {', '.join(lost)}: a run cannot go on from it")
-    changed = [
-        change
-        for change in differences(state["config"], to_tree(config))
-        if not re.match(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]", change)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{latest}: the run was started with other settings: {'; '.join(changed[:3])} (checkpoint against now)"
-        )
-    return state
-
-
-def remove_run(work_dir: Path) -> None:
-    """Remove the checkpoints and evaluations of the run that is overwritten; its log is kept under another name."""
-    for path in (work_dir / LATEST, *work_dir.glob("epoch_*.pt")):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(work_dir / "eval", ignore_errors=True)
-
-
-def make_work_dir(work_dir: Path) -> None:
-    """Make the folder, and try to write there: better now than after the first epoch."""
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=work_dir):
-            pass
-    except OSError as error:
-        raise CheckpointError(f"--work-dir {work_dir}: cannot be written: {error.strerror}") from None
 
 
 def check_batch_size(config: Config, place: Processes) -> None:
@@ -424,58 +368,6 @@ def describe(
     )
     if step:
         log.say(f"resuming after step {step}")
-
-
-def save(work_dir: Path, config: Config, model, optimizer, scaler, step: int, steps_per_epoch: int) -> None:
-    """Write latest.pt and, at the end of an epoch, epoch_N.pt; remove epochs beyond the number to keep."""
-    state = {
-        "config": to_tree(config),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "step": step,
-    }
-    if step % steps_per_epoch == 0:  # before latest.pt: a run killed in between does the epoch again
-        weights = {"config": state["config"], "model": state["model"]}
-        save_checkpoint(work_dir / f"epoch_{step // steps_per_epoch}.pt", weights)
-    save_checkpoint(work_dir / LATEST, state)
-    kept = sorted(work_dir.glob("epoch_*.pt"), key=lambda path: int(path.stem.removeprefix("epoch_")))
-    for path in kept[: -config.training.keep_checkpoints]:
-        path.unlink()
-
-
-def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
-    """Load a checkpoint into everything that it holds; returns the number of finished steps."""
-    load_into(model, state["model"], LATEST)
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return state["step"]
-
-
-class StopFlag:
-    """Set by the first SIGINT or SIGTERM; the loop then ends the step, saves and leaves."""
-
-    is_set = False
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopFlag]:
-    """Turn the first SIGINT or SIGTERM into a flag; the second one kills as usual."""
-    flag = StopFlag()
-    previous = {}
-
-    def handle(number, frame):
-        flag.is_set = True
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield flag
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

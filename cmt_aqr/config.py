@@ -181,7 +181,6 @@ class TrainingConfig:
     freeze: tuple[str, ...]  # parameter-name prefixes; frozen batch-norm stays in eval mode
     norm_eval: tuple[str, ...]  # module-name prefixes whose batch-norm keeps its statistics while its weights train
     init_from: str | None  # weights to start from: a checkpoint, or backbone weights (docs/guide.md)
-    compile: bool
     log_every: int = limits(low=1)  # steps
     eval_every: int = limits(low=1)  # epochs; the last epoch is always evaluated
     save_every: int = limits(low=1)  # epochs; the last epoch is always saved

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 
 from cmt_aqr.data.sample import DataError
 from cmt_aqr.evaluation.submission import EvaluationError
@@ -16,5 +17,43 @@ def report_user_error(error: BaseException) -> int:
     """Print the sentence; returns the exit status 2. With several processes the process is named."""
     rank = os.environ.get("RANK")
     who = f" (process {rank})" if rank not in (None, "0") else ""
-    print(f"error{who}: {error}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"error{who}: {error}\n")  # one write: lines of several processes must not run together
+    sys.stderr.flush()
     return 2
+
+
+def report_errors(run: Callable[[], int], *others: type[Exception]) -> int:
+    """Run a script; what its user can mend becomes one sentence and exit status 2, Ctrl-C one line and 130.
+
+    Args:
+        run: returns the exit status.
+        others: error classes of this script besides the package's.
+    """
+    try:
+        return run()
+    except (*USER_ERRORS, *others) as error:
+        return report_user_error(error)
+    except (OSError, ValueError) as error:
+        failure = _failure_of_system(error)
+        if failure is None:
+            raise
+        return report_user_error(failure)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr, flush=True)
+        return 130
+
+
+def _failure_of_system(error: BaseException | None) -> BaseException | None:
+    """The sentence about a full disk, a missing permission and the like; None for a mistake of the program.
+
+    Closing a file on a full disk fails once more, without naming it: the earlier sentence is the better one.
+    """
+    found = None
+    while error is not None:
+        if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):
+            return error
+        if isinstance(error, OSError):
+            found = found or error
+        error = error.__context__
+    return found

@@ -94,23 +94,24 @@ def save_submission(results: list[FrameResult], path: Path, *, use_camera: bool,
 
 @dataclass
 class Pictures:
-    """Draws the first ``count`` frames that it is shown, as ``folder/<number>_<token>.jpg``.
+    """Draws the frames of some tokens when it is shown them, as ``folder/<number>_<token>.jpg``.
 
     Attributes:
+        tokens: sample tokens of the frames to draw.
         score_threshold: detections below are not drawn.
         written: the files.
     """
 
     folder: Path
-    count: int
+    tokens: tuple[str, ...]
     score_threshold: float
     written: list[Path]
 
     def __call__(self, batch, detections: list[Detections]) -> None:
-        """Draw what is still missing of the frames of this batch."""
+        """Draw the chosen frames of this batch."""
         for i, token in enumerate(batch.tokens):
-            if len(self.written) >= self.count:
-                return
+            if token not in self.tokens:
+                continue
             picture = draw_detections(
                 None if batch.images is None else batch.images[i],
                 None if batch.points is None else batch.points[i],

@@ -185,6 +185,11 @@ class Progress:
             self._last_line = now
             self._log.say(self.line())
 
+    def restart_clock(self) -> float:
+        """Leave the time since the last step (an evaluation, a checkpoint) out of the speed; returns perf_counter()."""
+        self._last_step = time.monotonic()
+        return time.perf_counter()
+
     def line(self) -> str:
         """The state as one line of text."""
         share = f"{100 * self.done / self.total:.1f} %" if self.total else "-"

@@ -86,6 +86,7 @@ class Case:
     """A golden file, or the part of it under `prefix`, and the function that runs its checks."""
 
     golden: str
+    title: str
     run: Callable[[MeasuredGolden, str, torch.device, torch.dtype | None], None]
     prefix: str = ""
 
@@ -138,30 +139,30 @@ def run_head(golden: MeasuredGolden, prefix: str, device: torch.device, autocast
 def run_head_train(golden: MeasuredGolden, prefix: str, device: torch.device, autocast: torch.dtype | None) -> None:
     """Denoising, forward in training, assignment, losses, gradients."""
     step = test_head_train.Step(golden, torch.float32, device=device, autocast=autocast)
-    # Parts that are computed again; the step itself has its autocast around the forward pass alone.
-    with autocast_to(device, autocast):
-        test_head_train.test_denoising_queries_equal_the_original(step)
-        test_head_train.test_labels_of_denoising_queries_per_task_equal_the_original(step)
-        test_head_train.test_parts_in_training_equal_the_original(step)
-        test_head_train.test_forward_in_training_equals_the_original(step)
     test_head_train.test_assignments_equal_the_original(step)
     test_head_train.test_every_loss_term_equals_the_original(step)
     test_head_train.test_gradients_equal_the_original(step)
     test_head_train.test_gradient_norms_of_all_parameters_equal_the_original(step)
     test_head_train.test_running_statistics_equal_the_original(step)
+    # Parts that are computed again; the step itself has its autocast around the forward pass alone.
+    with autocast_to(device, autocast):
+        test_head_train.test_forward_in_training_equals_the_original(step)
+        test_head_train.test_denoising_queries_equal_the_original(step)
+        test_head_train.test_labels_of_denoising_queries_per_task_equal_the_original(step)
+        test_head_train.test_parts_in_training_equal_the_original(step)
 
 
 CASES = (
-    Case("image_branch", run_image),
-    Case("image_branch_vov", run_image),
-    Case("backbone3d", run_lidar),
-    Case("backbone3d_oob", run_lidar_outside),
-    Case("head_eval", run_head),
-    Case("head_eval_6task", run_head),
-    Case("transformer_vs_lidar_image", run_head, prefix="lidar/"),
-    Case("transformer_vs_lidar_image", run_head, prefix="image/"),
-    Case("head_train", run_head_train),
-    Case("head_train_6task", run_head_train),
+    Case("image_branch", "image branch: ResNet, CP-FPN", run_image),
+    Case("image_branch_vov", "image branch: VoVNet, CP-FPN", run_image),
+    Case("backbone3d", "LiDAR branch: sparse encoder, SECOND, SECONDFPN", run_lidar),
+    Case("backbone3d_oob", "sparse encoder, voxels outside its shape", run_lidar_outside),
+    Case("head_eval", "head, fusion", run_head),
+    Case("head_eval_6task", "head, fusion, six tasks", run_head),
+    Case("transformer_vs_lidar_image", "head, LiDAR only", run_head, prefix="lidar/"),
+    Case("transformer_vs_lidar_image", "head, cameras only", run_head, prefix="image/"),
+    Case("head_train", "training step: losses and gradients", run_head_train),
+    Case("head_train_6task", "training step, six tasks", run_head_train),
 )
 
 
@@ -182,13 +183,18 @@ def ieee_arithmetic() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
         cuda.allow_tf32, cudnn.allow_tf32 = before[1:]
+        torch.set_float32_matmul_precision(before[0])
 
 
-def measure(case: Case, device: torch.device, autocast: torch.dtype | None = None) -> dict[str, Stage]:
-    """Run one case in float32, or with float32 weights under autocast; stages by name, in the order of comparison."""
-    golden = MeasuredGolden(case.path)
+def measure(
+    case: Case, device: torch.device, autocast: torch.dtype | None = None, golden: MeasuredGolden | None = None
+) -> dict[str, Stage]:
+    """Run one case in float32, or with float32 weights under autocast; stages by name, in the order of comparison.
+
+    A `golden` that is passed in keeps the stages before an exception.
+    """
+    golden = golden or MeasuredGolden(case.path)
     with ieee_arithmetic():
         case.run(golden, case.prefix, device, autocast)
     return golden.stages
@@ -198,15 +204,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.md", help="page to write")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="default: cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     options = parser.parse_args(arguments)
-    if options.device.type == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         print("error: no CUDA device (--device cpu runs the same stages on the CPU)", file=sys.stderr)
         return 2
     if not any(case.path.is_file() for case in CASES):
         print(f"error: no golden file in {golden_dir()} (set CMT_AQR_GOLDEN); nothing written", file=sys.stderr)
         return 2
-    page, is_good = make_page(options.device, f"{COMMAND} --device {options.device} --out {options.out.name}")
+    page, is_good = make_page(
+        torch.device(options.device), f"{COMMAND} --device {options.device} --out {options.out.name}"
+    )
     print(page)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(page, encoding="utf-8")
@@ -219,7 +227,7 @@ def make_page(device: torch.device, command: str) -> tuple[str, bool]:
     counts: dict[str, int] = defaultdict(int)
     sections = []
     for case in CASES:
-        sections += ["", f"## {case.name}", "", *make_section(case, device, counts)]
+        sections += ["", f"## {case.name} ({case.title})", "", *make_section(case, device, counts)]
     summary = ", ".join(f"{count} {word}" for word, count in counts.items())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     header = [
@@ -232,10 +240,11 @@ def make_page(device: torch.device, command: str) -> tuple[str, bool]:
         f"Result: {summary}.",
         "",
         "An error is max |ours - reference| / max |reference| against the original's float64 run, the largest of all",
-        "comparisons of a stage. *float32*: IEEE arithmetic (TF32 off for products and convolutions); the limit is",
-        f"{FORWARD_LIMIT:.0e} for forward stages and losses, {GRADIENT_LIMIT:.0e} for gradients. *bfloat16*: the same",
-        "float32 weights under autocast, no limit; where a rounded prediction changes the assignment, losses and",
-        "gradients are those of another assignment. *equal*: every element is the same, otherwise the part that differs.",
+        'comparisons of a stage. *float32*: IEEE arithmetic (`fp32_precision = "ieee"` for CUDA products and cuDNN',
+        f"convolutions); the limit is {FORWARD_LIMIT:.0e} for forward stages and losses, {GRADIENT_LIMIT:.0e} for",
+        "gradients. *bfloat16*: the same float32 weights under autocast, no limit; where a rounded prediction changes",
+        "the assignment, losses and gradients are those of another assignment. *equal*: every element is the same,",
+        "otherwise the part that differs.",
     ]
     return "\n".join(header + sections) + "\n", not any(counts[word] for word in ("FAIL", "broken"))
 
@@ -248,21 +257,23 @@ def make_section(case: Case, device: torch.device, counts: dict[str, int]) -> li
         return [f"Absent: no golden file `{case.path.name}`."]
     results, problems = [], []
     for autocast in PRECISIONS:
+        golden = None
         try:
-            results.append(measure(case, device, autocast))
+            golden = MeasuredGolden(case.path)
+            measure(case, device, autocast, golden)
         except pytest.skip.Exception as skipped:
             counts["skipped"] += 1
             return [f"Skipped: {skipped}"]
         except Exception as error:
             traceback.print_exc()
             counts["broken"] += 1
-            results.append({})
             message = " ".join(str(error).split())
             precision = "float32" if autocast is None else "bfloat16"
             problems.append(f"**Broken** in {precision}: {type(error).__name__}: {message[:300]}")
+        results.append(golden.stages if golden else {})
     exact, rounded = results
     lines = ["| stage | float32 (limit) | pass | bfloat16 autocast |", "|---|---|---|---|"]
-    for name in exact or rounded:
+    for name in {**exact, **rounded}:
         stage = exact.get(name)
         verdict = "" if stage is None else "pass" if stage.passes else "FAIL"
         if verdict:

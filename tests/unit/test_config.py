@@ -60,7 +60,7 @@ def test_every_kind_of_problem_is_reported_at_once():
         ("model.point_range=[54, -54, -5, -54, 54, 3]", "model.point_range: x_min 54 is not below x_max -54"),
         ("training.up_fraction=1.0", "training.up_fraction: must be below 1"),
         ("training.freeze=backbone", "training.freeze: expected a list, got str 'backbone'"),
-        ("training.compile=1", "training.compile: expected true or false, got int 1"),
+        ("data.class_balanced=1", "data.class_balanced: expected true or false, got int 1"),
         ("model.camera=3", "model.camera: expected a block of keys, got int 3"),
         ("training.lr=.nan", "training.lr: expected a finite number, got nan"),
     ],

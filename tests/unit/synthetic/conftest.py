@@ -3,8 +3,16 @@ import pytest
 from cmt_aqr.synthetic import generate_world
 
 SIZE = (320, 180)
-SETTINGS = {"scenes": 2, "val_scenes": 1, "seed": 11, "samples_per_scene": 4, "image_size": SIZE,
-            "sweeps_per_keyframe": 9, "lidar_columns": 1084, "progress": False}
+SETTINGS = {
+    "scenes": 2,
+    "val_scenes": 1,
+    "seed": 11,
+    "samples_per_scene": 4,
+    "image_size": SIZE,
+    "sweeps_per_keyframe": 9,
+    "lidar_columns": 1084,
+    "progress": False,
+}
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,7 @@ def images():
         rig = CameraRig(scene, SIZE, 3)
         actors = scene.nearby(0.5)
         return [camera.render(0.5, actors, np.random.default_rng(0)).image.astype(float) for camera in rig.cameras]
+
     return render
 
 

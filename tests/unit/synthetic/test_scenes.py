@@ -93,8 +93,10 @@ def test_nothing_drives_through_anything(index):
         for i, j in np.argwhere(gap < reach[:, None] + 3):
             for part in scene.parts[scene.part_actor == solid[j]]:
                 if part[4] < 2.0:
-                    where = furniture[j, :2] + [np.cos(furniture[j, 2]) * part[0] - np.sin(furniture[j, 2]) * part[1],
-                                                np.sin(furniture[j, 2]) * part[0] + np.cos(furniture[j, 2]) * part[1]]
+                    where = furniture[j, :2] + [
+                        np.cos(furniture[j, 2]) * part[0] - np.sin(furniture[j, 2]) * part[1],
+                        np.sin(furniture[j, 2]) * part[0] + np.cos(furniture[j, 2]) * part[1],
+                    ]
                     box = (*where, furniture[j, 2], 2 * part[2], 2 * part[3])
                     assert not overlaps(boxes[i], box), (time, boxes[i], box)
 

@@ -14,15 +14,28 @@ from tests.unit.synthetic.conftest import SETTINGS, SIZE
 nuscenes = pytest.importorskip("nuscenes")
 
 FOREIGN_KEYS = {
-    "instance": {"category_token": "category", "first_annotation_token": "sample_annotation",
-                 "last_annotation_token": "sample_annotation"},
+    "instance": {
+        "category_token": "category",
+        "first_annotation_token": "sample_annotation",
+        "last_annotation_token": "sample_annotation",
+    },
     "calibrated_sensor": {"sensor_token": "sensor"},
     "scene": {"log_token": "log", "first_sample_token": "sample", "last_sample_token": "sample"},
     "sample": {"scene_token": "scene", "prev": "sample", "next": "sample"},
-    "sample_data": {"sample_token": "sample", "ego_pose_token": "ego_pose", "prev": "sample_data",
-                    "calibrated_sensor_token": "calibrated_sensor", "next": "sample_data"},
-    "sample_annotation": {"sample_token": "sample", "instance_token": "instance", "visibility_token": "visibility",
-                          "prev": "sample_annotation", "next": "sample_annotation"},
+    "sample_data": {
+        "sample_token": "sample",
+        "ego_pose_token": "ego_pose",
+        "prev": "sample_data",
+        "calibrated_sensor_token": "calibrated_sensor",
+        "next": "sample_data",
+    },
+    "sample_annotation": {
+        "sample_token": "sample",
+        "instance_token": "instance",
+        "visibility_token": "visibility",
+        "prev": "sample_annotation",
+        "next": "sample_annotation",
+    },
 }
 
 
@@ -63,10 +76,20 @@ def test_samples_have_all_sensors_at_the_right_times(nusc, world_root):
             assert cv2.imread(str(world_root / data["filename"])).shape == (SIZE[1], SIZE[0], 3)
         lidar = nusc.get("sample_data", sample["data"]["LIDAR_TOP"])
         assert lidar["timestamp"] == sample["timestamp"]
-    delays = {channel: np.mean([nusc.get("sample_data", s["data"][channel])["timestamp"] - s["timestamp"]
-                                for s in nusc.sample]) for channel in CAMERAS}
-    assert sorted(delays, key=delays.get) == ["CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT",
-                                              "CAM_BACK", "CAM_BACK_LEFT"]
+    delays = {
+        channel: np.mean(
+            [nusc.get("sample_data", s["data"][channel])["timestamp"] - s["timestamp"] for s in nusc.sample]
+        )
+        for channel in CAMERAS
+    }
+    assert sorted(delays, key=delays.get) == [
+        "CAM_FRONT_LEFT",
+        "CAM_FRONT",
+        "CAM_FRONT_RIGHT",
+        "CAM_BACK_RIGHT",
+        "CAM_BACK",
+        "CAM_BACK_LEFT",
+    ]
 
 
 def test_sweeps_run_at_20_hz_between_key_frames(nusc):
@@ -116,12 +139,22 @@ def test_attributes_fit_the_class_and_the_motion(nusc):
         speed = np.linalg.norm(nusc.box_velocity(row["token"])[:2])
         if names:
             used.add(names[0])
-            limit = {"vehicle.parked": 1e-6, "cycle.without_rider": 1e-6, "pedestrian.standing": 0.6,
-                     "vehicle.stopped": 1.2}.get(names[0])
+            limit = {
+                "vehicle.parked": 1e-6,
+                "cycle.without_rider": 1e-6,
+                "pedestrian.standing": 0.6,
+                "vehicle.stopped": 1.2,
+            }.get(names[0])
             assert limit is None or not speed > limit, (names, speed)
             assert names[0] not in ("vehicle.moving", "pedestrian.moving") or not speed < 0.1
-    assert used >= {"vehicle.moving", "vehicle.parked", "pedestrian.moving", "pedestrian.standing", "cycle.with_rider",
-                    "cycle.without_rider"}
+    assert used >= {
+        "vehicle.moving",
+        "vehicle.parked",
+        "pedestrian.moving",
+        "pedestrian.standing",
+        "cycle.with_rider",
+        "cycle.without_rider",
+    }
 
 
 def test_descriptions_say_the_conditions(nusc):
@@ -141,13 +174,22 @@ def ground_truth(nusc, shift=0.0):
     for sample in nusc.sample:
         if nusc.get("scene", sample["scene_token"])["name"] in names:
             rows = [nusc.get("sample_annotation", token) for token in sample["anns"]]
-            results[sample["token"]] = [{
-                "sample_token": sample["token"], "size": row["size"], "rotation": row["rotation"],
-                "translation": [row["translation"][0] + shift, *row["translation"][1:]],
-                "velocity": nusc.box_velocity(row["token"])[:2].tolist(), "detection_score": 1.0,
-                "detection_name": category_to_detection_name(row["category_name"]),
-                "attribute_name": "".join(nusc.get("attribute", token)["name"] for token in row["attribute_tokens"]),
-            } for row in rows if row["num_lidar_pts"] > 0]
+            results[sample["token"]] = [
+                {
+                    "sample_token": sample["token"],
+                    "size": row["size"],
+                    "rotation": row["rotation"],
+                    "translation": [row["translation"][0] + shift, *row["translation"][1:]],
+                    "velocity": nusc.box_velocity(row["token"])[:2].tolist(),
+                    "detection_score": 1.0,
+                    "detection_name": category_to_detection_name(row["category_name"]),
+                    "attribute_name": "".join(
+                        nusc.get("attribute", token)["name"] for token in row["attribute_tokens"]
+                    ),
+                }
+                for row in rows
+                if row["num_lidar_pts"] > 0
+            ]
     used = {f"use_{name}": False for name in ("camera", "lidar", "radar", "map", "external")}
     return {"meta": used, "results": results}
 
@@ -158,8 +200,14 @@ def test_ground_truth_as_prediction_scores_full_marks(nusc, tmp_path, shift):
     from nuscenes.eval.detection.evaluate import DetectionEval
 
     (tmp_path / "results.json").write_text(json.dumps(ground_truth(nusc, shift)))
-    metrics, _ = DetectionEval(nusc, config_factory("detection_cvpr_2019"), str(tmp_path / "results.json"),
-                               "synthetic_val", str(tmp_path / "out"), verbose=False).evaluate()
+    metrics, _ = DetectionEval(
+        nusc,
+        config_factory("detection_cvpr_2019"),
+        str(tmp_path / "results.json"),
+        "synthetic_val",
+        str(tmp_path / "out"),
+        verbose=False,
+    ).evaluate()
     present = [name for name in CLASSES if metrics.mean_dist_aps[name] > 0]
     assert len(present) >= 9
     for name in present:

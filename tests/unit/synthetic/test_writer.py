@@ -8,16 +8,39 @@ import pytest
 from cmt_aqr.synthetic import __main__ as command
 from cmt_aqr.synthetic import generate_world, writer
 
-TINY = {"scenes": 1, "val_scenes": 1, "seed": 4, "samples_per_scene": 11, "image_size": (96, 54),
-        "sweeps_per_keyframe": 1, "lidar_columns": 90, "progress": False}
-SMALLEST = ["--val-scenes", "0", "--samples-per-scene", "1", "--image-size", "64x36", "--sweeps", "0",
-            "--lidar-columns", "36", "--workers", "0"]
+TINY = {
+    "scenes": 1,
+    "val_scenes": 1,
+    "seed": 4,
+    "samples_per_scene": 11,
+    "image_size": (96, 54),
+    "sweeps_per_keyframe": 1,
+    "lidar_columns": 90,
+    "progress": False,
+}
+SMALLEST = [
+    "--val-scenes",
+    "0",
+    "--samples-per-scene",
+    "1",
+    "--image-size",
+    "64x36",
+    "--sweeps",
+    "0",
+    "--lidar-columns",
+    "36",
+    "--workers",
+    "0",
+]
 
 
 def digest(root):
     """Hashes of all files by relative path."""
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_same_bytes_whatever_the_number_of_workers(tmp_path):
@@ -34,7 +57,8 @@ def test_same_bytes_whatever_the_number_of_workers(tmp_path):
     tables = ("sample", "sample_data", "ego_pose", "sample_annotation", "instance", "scene")
     assert all(first[f"v1.0-synthetic/{name}.json"] != third[f"v1.0-synthetic/{name}.json"] for name in tables)
     assert not {value for name, value in first.items() if name.startswith("s")} & {
-        value for name, value in third.items() if name.startswith("s") and name != "synthetic.json"}
+        value for name, value in third.items() if name.startswith("s") and name != "synthetic.json"
+    }
 
 
 def test_validation_scenes_do_not_depend_on_the_number_of_training_scenes(tmp_path):
@@ -71,18 +95,21 @@ def test_a_folder_with_something_else_is_refused(tmp_path, capsys):
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (["--image-size", "1600"], ["--image-size", "1600x900", "'1600'"]),
-    (["--image-size", "0x0"], ["image width", "0"]),
-    (["--scenes", "-1"], ["scenes", "-1"]),
-    (["--scenes", "0", "--val-scenes", "0"], ["nothing to write"]),
-    (["--scenes", "two"], ["--scenes", "'two'"]),
-    (["--sweeps", "99"], ["sweeps_per_keyframe", "99"]),
-    (["--samples-per-scene", "0"], ["samples_per_scene", "0"]),
-    (["--lidar-columns", "1"], ["lidar_columns", "1"]),
-    (["--workers", "-3"], ["workers", "-3"]),
-    (["--colour", "red"], ["--colour"]),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--image-size", "1600"], ["--image-size", "1600x900", "'1600'"]),
+        (["--image-size", "0x0"], ["image width", "0"]),
+        (["--scenes", "-1"], ["scenes", "-1"]),
+        (["--scenes", "0", "--val-scenes", "0"], ["nothing to write"]),
+        (["--scenes", "two"], ["--scenes", "'two'"]),
+        (["--sweeps", "99"], ["sweeps_per_keyframe", "99"]),
+        (["--samples-per-scene", "0"], ["samples_per_scene", "0"]),
+        (["--lidar-columns", "1"], ["lidar_columns", "1"]),
+        (["--workers", "-3"], ["workers", "-3"]),
+        (["--colour", "red"], ["--colour"]),
+    ],
+)
 def test_bad_options_are_one_sentence_and_status_2(tmp_path, capsys, options, words):
     try:
         status = command.main([str(tmp_path / "w"), *options])
@@ -118,6 +145,15 @@ def test_help_names_every_option_and_its_default(capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("--scenes N", "--val-scenes M", "--seed S", "--image-size WxH", "(default: 1600x900)",
-                  "(default: 1084)", "--workers W", "--sweeps K", "(default: 20)"):
+    for words in (
+        "--scenes N",
+        "--val-scenes M",
+        "--seed S",
+        "--image-size WxH",
+        "(default: 1600x900)",
+        "(default: 1084)",
+        "--workers W",
+        "--sweeps K",
+        "(default: 20)",
+    ):
         assert words in text
