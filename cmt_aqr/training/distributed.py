@@ -4,6 +4,7 @@ Every function also works, without any set-up, in a single process.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ def wrap(model: nn.Module, place: Processes) -> nn.Module:
     """
     if place.world_size == 1:
         return model
+    # Said of weights whose last side is 1, for which the two layouts are the same.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     ids = [place.device.index] if place.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 

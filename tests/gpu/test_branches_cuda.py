@@ -16,10 +16,7 @@ pytestmark = [
 ]
 SETTINGS = {"voxel_size": (0.1, 0.1, 0.2), "point_range": (-12.8, -12.8, -5.0, 12.8, 12.8, 3.0), "max_voxels": 20_000}
 # float16 rounds to 5e-4; its errors add up over the 21 convolutions.
-TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-2}
-# (worst entry, norm of the difference) of a weight's gradient. Where an activation lies within rounding of 0, its ReLU
-# can switch and one entry jumps: 2.4e-3 of the largest was seen in float32.
-GRADIENT_TOLERANCE = {torch.float32: (1e-2, 2e-3), torch.float16: (0.5, 0.2)}
+FORWARD = {torch.float32: 5e-6, torch.float16: 2e-2}
 
 
 @pytest.fixture(autouse=True)
@@ -55,29 +52,45 @@ def test_voxels_are_the_same_on_both_devices():
     assert torch.equal(cuda_features, voxelize(cloud.cuda(), **SETTINGS)[0])
 
 
+def gradients_of(encoder, out):
+    """Gradients of a fixed random weighting of the output, on the CPU in float64, by parameter name."""
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (out * weights.to(out)).sum().backward()
+    return {name: parameter.grad.cpu().double() for name, parameter in encoder.named_parameters()}
+
+
 @pytest.mark.parametrize("is_training", [False, True])
-@pytest.mark.parametrize("precision", TOLERANCE)
-def test_encoder(precision, is_training):
+def test_encoder_in_float32(is_training):
+    """CUDA is as far from float64 as the CPU is in float32: a ReLU within rounding of 0 switches on either."""
     torch.manual_seed(0)
-    reference = SparseEncoder(in_channels=5, sparse_shape=(41, 256, 256), precision=precision).double()
-    encoder = copy.deepcopy(reference).float().cuda()
-    assert encoder.conv_input[0].algo == select_algorithm(torch.device("cuda"))
-    assert encoder.cpu().conv_input[0].algo == select_algorithm(torch.device("cpu"))
-    encoder.cuda().train(is_training)
+    reference = SparseEncoder(in_channels=5, sparse_shape=(41, 256, 256)).double().train(is_training)
+    on_cpu, on_cuda = copy.deepcopy(reference).float(), copy.deepcopy(reference).float().cuda()
+    assert on_cuda.conv_input[0].algo == select_algorithm(torch.device("cuda"))
+    assert on_cpu.conv_input[0].algo == select_algorithm(torch.device("cpu"))
     voxels = random_voxels()
-    expected = reference.train(is_training)(voxels)
+    expected, out_cpu = reference(voxels), on_cpu(voxels)
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        out = encoder(to_cuda(voxels))
+        out = on_cuda(to_cuda(voxels))
     assert out.dtype == torch.float32
-    assert relative_error(out, expected) <= TOLERANCE[precision]
-    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (expected * weights).sum().backward()
-    (out * weights.float().cuda()).sum().backward()
-    for (name, actual), parameter in zip(encoder.named_parameters(), reference.named_parameters(), strict=True):
-        worst, overall = GRADIENT_TOLERANCE[precision]
-        assert relative_error(actual.grad, parameter[1].grad) <= worst, name
-        difference = (actual.grad.cpu().double() - parameter[1].grad).norm() / parameter[1].grad.norm()
-        assert difference <= overall, name
+    assert relative_error(out, expected) <= max(FORWARD[torch.float32], 2 * relative_error(out_cpu, expected))
+    wanted = gradients_of(reference, expected)
+    errors = [
+        {name: ((grad - wanted[name]).norm() / wanted[name].norm()).item() for name, grad in gradients.items()}
+        for gradients in (gradients_of(on_cuda, out), gradients_of(on_cpu, out_cpu))
+    ]
+    assert max(errors[0].values()) <= 3 * max(errors[1].values())
+
+
+def test_encoder_in_float16():
+    torch.manual_seed(0)
+    reference = SparseEncoder(in_channels=5, sparse_shape=(41, 256, 256), precision=torch.float16).double().eval()
+    encoder = copy.deepcopy(reference).float().cuda()
+    voxels = random_voxels()
+    expected, out = reference(voxels), encoder(to_cuda(voxels))
+    assert relative_error(out, expected) <= FORWARD[torch.float16]
+    wanted = gradients_of(reference, expected)
+    for name, gradient in gradients_of(encoder, out).items():
+        assert (gradient - wanted[name]).norm() <= 0.2 * wanted[name].norm(), name
 
 
 @pytest.mark.parametrize("num_voxels", [0, 1])
@@ -99,7 +112,7 @@ def test_voxels_outside_the_sparse_shape():
     with torch.no_grad():
         expected = encoder(voxels)
         out = encoder.cuda()(to_cuda(voxels))
-    assert relative_error(out, expected) <= TOLERANCE[torch.float32]
+    assert relative_error(out, expected) <= FORWARD[torch.float32]
     encoder = SparseEncoder(in_channels=5, sparse_shape=(41, 240, 240), out_of_range="alias").cuda()
     with pytest.raises(ValueError, match="alias"):
         encoder(to_cuda(voxels))
@@ -121,4 +134,4 @@ def test_image_branch():
     pixels = torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8)
     with torch.no_grad():
         expected, out = reference(pixels), branch(pixels.cuda())
-    assert relative_error(out, expected) <= TOLERANCE[torch.float32]
+    assert relative_error(out, expected) <= FORWARD[torch.float32]
