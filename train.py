@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cmt_aqr.build import PRECISIONS, build_criterion, build_detector, count_parameters, open_split, training_dataset
 from cmt_aqr.config import Config, ConfigError, load_config
+from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.loader import Loader, make_loader
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.data.sampling import TrainingSampler
@@ -112,12 +113,13 @@ def train(config: Config, place: Processes, arguments: argparse.Namespace) -> in
     seed_process(config.seed, deterministic=arguments.deterministic)
     with main_first(place):
         prepare_data(config, talk=place.is_main)
-        loader, steps_per_epoch = make_training_loader(config, place)
+        index = open_split(config.data, config.data.train_split)
+        loader, steps_per_epoch = make_training_loader(config, index, place)
         open_split(config.data, config.data.val_split)  # a wrong name must not wait for the first evaluation
 
     model = build_detector(config.model).to(place.device)
     if config.model.start == "local" and checkpoint is None:
-        start_reference_points(model, training_centres(config), config.model.point_range)
+        start_reference_points(model, training_centres(index), config.model.point_range)
     if config.training.init_from is not None and checkpoint is None:
         initialise(model, config.training.init_from)
     freeze(model, config.training.freeze)
@@ -207,9 +209,8 @@ def check_batch_size(config: Config, place: Processes) -> None:
         raise ConfigError([f"training.batch_size: {size} is not a multiple of the {place.world_size} processes"])
 
 
-def make_training_loader(config: Config, place: Processes) -> tuple[Loader, int]:
+def make_training_loader(config: Config, index: FrameIndex, place: Processes) -> tuple[Loader, int]:
     """Batches of this process, and how many of them make an epoch, whatever the number of processes."""
-    index = open_split(config.data, config.data.train_split)
 
     def sampler(rank: int, world_size: int) -> TrainingSampler:
         return TrainingSampler(
@@ -232,9 +233,8 @@ def make_training_loader(config: Config, place: Processes) -> tuple[Loader, int]
     return loader, max(1, steps_per_epoch)
 
 
-def training_centres(config: Config) -> Tensor:
+def training_centres(index: FrameIndex) -> Tensor:
     """Centres (N, 3) of all boxes of the training split that a sensor saw, metres, LiDAR frame."""
-    index = open_split(config.data, config.data.train_split)
     return torch.cat([index.frame(i).targets(valid_only=True).boxes[:, :3] for i in range(len(index))])
 
 

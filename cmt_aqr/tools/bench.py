@@ -19,12 +19,11 @@ import cv2
 import numpy as np
 import torch
 
-from cmt_aqr.data.dataset import FrameDataset, finish_images
-from cmt_aqr.data.files import image_size_of, load_points, read_views
-from cmt_aqr.data.image_transforms import fixed_image_draw
+from cmt_aqr.data.dataset import FrameDataset
+from cmt_aqr.data.files import load_points
 from cmt_aqr.data.index import Frame, FrameIndex
 from cmt_aqr.data.nuscenes import load_index
-from cmt_aqr.errors import USER_ERRORS, report_user_error
+from cmt_aqr.errors import report_errors
 from cmt_aqr.models.voxels import voxelize
 
 IMAGE_SIZES = {"r50_800x320": (320, 800), "vov_1600x640": (640, 1600)}
@@ -37,15 +36,16 @@ STD = np.array([57.375, 57.120, 58.395], np.float32)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def run() -> int:
         with tempfile.TemporaryDirectory() as temporary:
             index = load_index(
                 dataroot=options.dataroot, version=options.version, split=options.split, cache_dir=temporary
             )
             print(data_table(index, repeats=options.repeats))
-    except USER_ERRORS as error:
-        return report_user_error(error)
-    return 0
+        return 0
+
+    return report_errors(run)
 
 
 def data_table(index: FrameIndex, *, repeats: int) -> str:
@@ -55,7 +55,8 @@ def data_table(index: FrameIndex, *, repeats: int) -> str:
     frame = index.frame(len(index) - 1)
     rows = []
     for name, size in IMAGE_SIZES.items():
-        ours = best_time(lambda size=size: network_images(index, frame, size), repeats)
+        dataset = FrameDataset(index, final_size=size, num_clouds=None)
+        ours = best_time(lambda dataset=dataset: dataset[len(dataset) - 1], repeats)
         plain = best_time(lambda size=size: plain_images(index, frame, size), repeats)
         rows.append((f"six images, {name}", ours, plain))
     clouds = load_points(frame, index.dataroot, num_clouds=NUM_CLOUDS, close_radius=0.0)
@@ -72,13 +73,6 @@ def data_table(index: FrameIndex, *, repeats: int) -> str:
         other = ("-", "-") if plain is None else (f"{1e3 * plain:.1f}", f"{plain / ours:.1f}")
         lines.append(f"| {name} | {1e3 * ours:.1f} | {other[0]} | {other[1]} |")
     return "\n".join(lines)
-
-
-def network_images(index: FrameIndex, frame: Frame, size: tuple[int, int]) -> torch.Tensor:
-    """The images of a frame as a dataset gives them: (V, H, W, 3) uint8."""
-    dataset = FrameDataset(index, final_size=size, num_clouds=None)
-    draw = fixed_image_draw(image_size=image_size_of(frame), final_size=size)
-    return finish_images(dataset._bare_sample(frame), read_views(frame, index.dataroot), draw).images
 
 
 def plain_images(index: FrameIndex, frame: Frame, size: tuple[int, int]) -> np.ndarray:

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from cmt_aqr.build import open_split
 from cmt_aqr.config import load_config
 from cmt_aqr.training.distributed import Processes
 from tests.e2e.conftest import CONFIG, read_lines
@@ -117,7 +118,8 @@ def test_an_epoch_has_as_many_steps_as_with_one_process(world):
     for world_size in (1, 2):
         for rank in range(world_size):
             place = Processes(rank, world_size, torch.device("cpu"))
-            assert make_training_loader(config, place)[1] == 1
+            index = open_split(config.data, config.data.train_split)
+            assert make_training_loader(config, index, place)[1] == 1
 
 
 def test_process_zero_says_what_is_wrong_once(world, tmp_path):
