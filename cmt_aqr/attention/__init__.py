@@ -6,6 +6,7 @@ computes the attention. See docs/architecture.md and the example in README.md.
 
 from cmt_aqr.attention.bias import AttentionBias, bias_strength
 from cmt_aqr.attention.evaluate import Attend, Backend, attend, make_attend
+from cmt_aqr.attention.flex import padded_length
 from cmt_aqr.attention.layout import TokenLayout
 from cmt_aqr.attention.windows import QueryWindows, WindowSettings, query_windows
 
@@ -19,5 +20,6 @@ __all__ = [
     "attend",
     "bias_strength",
     "make_attend",
+    "padded_length",
     "query_windows",
 ]

@@ -76,9 +76,9 @@ class CodePlane:
 
     @property
     def outside(self) -> int:
-        """The bits of a difference that are 0 exactly inside the window."""
+        """The bits of a difference that are 0 exactly inside the window; not the sign, which is never set alone."""
         span = (1 << self.span_bits) - 1
-        return ~(span << self.shift | span)
+        return torch.iinfo(self.dtype).max & ~(span << self.shift | span)
 
 
 def code_plane(layout: TokenLayout, settings: WindowSettings) -> CodePlane:
@@ -104,7 +104,7 @@ def code_plane(layout: TokenLayout, settings: WindowSettings) -> CodePlane:
         radii=radii,
         first_row=tuple(first_row),
         nowhere=nowhere,
-        dtype=torch.int32 if nowhere < 2**31 else torch.int64,
+        dtype=torch.int32 if nowhere < 2**30 else torch.int64,
     )
 
 

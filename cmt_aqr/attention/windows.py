@@ -82,6 +82,11 @@ class QueryWindows:
         cells = self.camera_cells if self.bev_cells is None else self.bev_cells
         return cells.shape[0], cells.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the cells are."""
+        return (self.camera_cells if self.bev_cells is None else self.bev_cells).device
+
 
 def query_windows(
     reference_points: Tensor,

@@ -23,8 +23,6 @@ import torch
 from tests.parity.golden import MEASUREMENTS, REPOSITORY, Measurement, golden_dir
 
 COMMAND = "python -m tests.parity.report"
-# Golden files that no parity test reads, and why.
-LATER = {"lam_windows": "belongs to the AQR windows, which this version does not have yet"}
 PACKAGES = ("numpy", "scipy", "opencv-python-headless", "opencv-python", "pillow", "spconv", "spconv-cu121")
 
 
@@ -88,7 +86,7 @@ def format_report(measurements: Iterable[Measurement], outcomes: Outcomes) -> st
         lines += ["", f"## {name}", "", "| stage | comparisons | float64 | float32 | original's float32 |"]
         lines += ["|---|---|---|---|---|", *format_rows(groups[name])]
     lines += ["", "## Files without a comparison", ""]
-    lines += [f"- `{name}`: {LATER.get(name, 'no test read it')}" for name in unread_files(groups)] or ["None."]
+    lines += [f"- `{name}`: no test read it" for name in unread_files(groups)] or ["None."]
     return "\n".join(lines) + "\n"
 
 

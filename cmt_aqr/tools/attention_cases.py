@@ -1,0 +1,81 @@
+"""Attention problems with the geometry of real frames, for benchmarks and tests: no data needed."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmt_aqr.attention import QueryWindows, TokenLayout, WindowSettings, query_windows
+from cmt_aqr.synthetic import calibration
+
+POINT_RANGE = (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)
+CELL_PIXELS = 16  # stride of the camera maps
+NUM_QUERIES = 900  # learned ones; what a case has more are denoising queries
+NUM_OBJECTS = 40  # that denoising queries gather around
+# How much samples of a batch are turned against each other, radians.
+TURN = 0.02
+
+
+def nuscenes_lidar2img(image_size: tuple[int, int]) -> Tensor:
+    """LiDAR frame -> pixels (6, 4, 4) of nuScenes' cameras, resized to this width, rows cut off at the bottom.
+
+    Args:
+        image_size: height, width in pixels.
+    """
+    scale = image_size[1] / calibration.FULL_IMAGE_SIZE[0]
+    lidar2ego = _pose(calibration.LIDAR_ROTATION, calibration.LIDAR_TRANSLATION)
+    matrices = []
+    for camera in calibration.CAMERAS:
+        intrinsic = np.eye(4)
+        intrinsic[:3, :3] = calibration.intrinsic_matrix(camera, calibration.FULL_IMAGE_SIZE)
+        resize = np.diag([scale, scale, 1.0, 1.0])
+        camera2ego = _pose(camera.rotation, camera.translation)
+        matrices.append(resize @ intrinsic @ np.linalg.inv(camera2ego) @ lidar2ego)
+    return torch.from_numpy(np.stack(matrices))
+
+
+def make_windows(
+    layout: TokenLayout,
+    batch_size: int,
+    num_queries: int,
+    *,
+    device: torch.device | str,
+    seed: int = 0,
+    settings: WindowSettings | None = None,
+) -> QueryWindows:
+    """Windows of random reference points: uniform ones, and, beyond 900, such around 40 objects as denoising makes.
+
+    Every sample of the batch has a calibration of its own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_learned = min(num_queries, NUM_QUERIES)
+    learned = torch.rand(num_learned, 3, generator=generator).expand(batch_size, -1, -1)
+    objects = torch.rand(batch_size, NUM_OBJECTS, 3, generator=generator)
+    repeats = math.ceil((num_queries - num_learned) / NUM_OBJECTS)
+    noised = objects.repeat(1, repeats, 1)[:, : num_queries - num_learned]
+    noised = (noised + 0.01 * torch.randn(noised.shape, generator=generator)).clamp(0, 1)
+    points = torch.cat((noised, learned), dim=1).to(device)
+    lidar2img, image_size = None, None
+    if layout.num_pv:
+        image_size = (layout.pv_rows * CELL_PIXELS, layout.pv_cols * CELL_PIXELS)
+        lidar2img = torch.stack([nuscenes_lidar2img(image_size) @ _turn(i * TURN) for i in range(batch_size)])
+        lidar2img = lidar2img[:, : layout.num_views].to(device)
+    return query_windows(
+        points, lidar2img, layout=layout, point_range=POINT_RANGE, image_size=image_size, settings=settings
+    )
+
+
+def _pose(rotation: tuple[float, ...], translation: tuple[float, ...]) -> np.ndarray:
+    pose = np.eye(4)
+    pose[:3, :3] = calibration.rotation_matrix(rotation)
+    pose[:3, 3] = translation
+    return pose
+
+
+def _turn(angle: float) -> Tensor:
+    """Rotation (4, 4) about z."""
+    turn = torch.eye(4, dtype=torch.float64)
+    turn[0, 0] = turn[1, 1] = math.cos(angle)
+    turn[0, 1], turn[1, 0] = -math.sin(angle), math.sin(angle)
+    return turn

@@ -1,0 +1,295 @@
+"""Time, memory and error of attention with the bias, beside attention without it and beside other ways to add it."""
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cmt_aqr.attention import AttentionBias, QueryWindows, TokenLayout, bias_strength, padded_length
+from cmt_aqr.attention.dense import dense_attention, dense_bias
+from cmt_aqr.attention.flex import flex_attention_with_bias, plan_flex
+from cmt_aqr.attention.lowrank import LowRankFactors, factored_attention, factorise
+from cmt_aqr.tools.attention_cases import make_windows
+
+R50, VOV = TokenLayout(128, 128, 6, 20, 50), TokenLayout(180, 180, 6, 40, 100)
+SHAPES = ((R50, 1, 900), (R50, 2, 1490), (VOV, 1, 900), (VOV, 2, 1800))
+HEADS, HEAD_DIM = 8, 32
+SCALE, MAX_BIAS = 2.5, 5.0
+DTYPE = torch.bfloat16
+ENERGIES = (0.90, 0.99)
+BASE = "FlashAttention-2, no bias"
+MEGABYTE = 2**20
+
+
+class DeviceError(RuntimeError):
+    """The machine has no GPU."""
+
+
+@dataclass
+class Problem:
+    """Leaves of one shape: q (B, M, Q, D), k, v (B, M, K, D) in DTYPE; weights (B, Q, 2), scale (1,) float32.
+
+    ``padded`` holds k and v with zeros behind them up to whole blocks, as the detector's tokens come.
+    """
+
+    windows: QueryWindows
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    weights: Tensor
+    scale: Tensor
+    grad_out: Tensor
+    padded: tuple[Tensor, Tensor]
+
+    def bias(self) -> AttentionBias:
+        """The bias as a function of weights and scale."""
+        return AttentionBias(self.windows, bias_strength(self.weights, self.scale, MAX_BIAS))
+
+
+@dataclass
+class Row:
+    """One line of the table: microseconds, MiB beyond the inputs at the peak, relative error; None: not measured."""
+
+    name: str
+    forward: float | None = None
+    both: float | None = None
+    memory: float | None = None
+    memory_both: float | None = None
+    error: float | None = None
+    note: str = ""
+
+
+def attention_tables(shapes: tuple[int, ...]) -> str:
+    """The tables of the chosen shapes, as Markdown."""
+    if not torch.cuda.is_available():
+        raise DeviceError("bench attention needs a CUDA GPU, and there is none")
+    head = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}, {HEADS} heads of {HEAD_DIM}"
+    return "\n\n".join([head, *(shape_table(*SHAPES[i]) for i in shapes)])
+
+
+def shape_table(layout: TokenLayout, batch_size: int, num_queries: int) -> str:
+    """Measure every way on one shape."""
+    problem = make_problem(layout, batch_size, num_queries)
+    reference = float64_output(problem)
+    rows = [measure_row(*way, problem, reference) for way in ways(problem)]
+    rows += lowrank_rows(problem, reference)
+    rows.append(Row("our schedule: sorting and runs, once for all layers", forward=run_time(plan(problem))))
+    base = rows[0]
+    lines = [
+        f"B{batch_size} Q{num_queries} K{layout.num_tokens}",
+        "",
+        "| | forward, us | ratio | forward + backward, us | ratio | memory, MiB: forward | both | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [f"{row.name}{row.note}"]
+        cells += [_number(row.forward), _ratio(row.forward, base.forward)]
+        cells += [_number(row.both), _ratio(row.both, base.both), _number(row.memory), _number(row.memory_both)]
+        cells.append("-" if row.error is None else f"{row.error:.1e}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def make_problem(layout: TokenLayout, batch_size: int, num_queries: int) -> Problem:
+    """Random content, windows with the geometry of nuScenes; memory laid out as linear projections leave it."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(length: int, zeros: int = 0) -> Tensor:
+        x = torch.randn(batch_size, length, HEADS, HEAD_DIM, device="cuda", generator=generator, dtype=DTYPE)
+        return F.pad(x, (0, 0, 0, 0, 0, zeros)).transpose(1, 2).detach().requires_grad_()
+
+    missing = padded_length(layout) - layout.num_tokens
+    padded = draw(layout.num_tokens, missing), draw(layout.num_tokens, missing)
+    k, v = (x.detach()[:, :, : layout.num_tokens].transpose(1, 2).contiguous().transpose(1, 2) for x in padded)
+    weights = torch.randn(batch_size, num_queries, 2, device="cuda", generator=generator).tanh()
+    return Problem(
+        windows=make_windows(layout, batch_size, num_queries, device="cuda"),
+        q=draw(num_queries),
+        k=k.requires_grad_(),
+        v=v.requires_grad_(),
+        weights=weights.requires_grad_(),
+        scale=torch.full((1,), SCALE, device="cuda", requires_grad=True),
+        grad_out=draw(num_queries).detach(),
+        padded=padded,
+    )
+
+
+Way = tuple[str, Callable[[], Tensor], tuple[Tensor, ...], bool]
+
+
+def ways(problem: Problem) -> list[Way]:
+    """Name, function, leaves of the backward pass, whether the bias is in it."""
+    p = problem
+    tokens, bias_leaves = (p.q, p.k, p.v), (p.weights, p.scale)
+    schedule = plan_flex(p.windows)
+
+    def plain(backend: SDPBackend) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*tokens)
+
+        return run
+
+    def ours() -> Tensor:
+        return flex_attention_with_bias(p.q, *p.padded, p.bias(), schedule)[0]
+
+    def ours_unpadded() -> Tensor:
+        return flex_attention_with_bias(*tokens, p.bias(), schedule)[0]
+
+    def masked() -> Tensor:
+        return F.scaled_dot_product_attention(*tokens, attn_mask=dense_bias(p.bias())[:, None].to(DTYPE))
+
+    ready = dense_bias(p.bias())[:, None].detach().to(DTYPE)
+    module = torch.nn.MultiheadAttention(HEADS * HEAD_DIM, HEADS, batch_first=True, device="cuda", dtype=DTYPE)
+    merged = [x.detach().transpose(1, 2).flatten(2).requires_grad_() for x in tokens]
+
+    def original() -> Tensor:
+        mask = dense_bias(p.bias()).to(DTYPE).repeat_interleave(HEADS, dim=0)
+        return module(*merged, attn_mask=mask, need_weights=False)[0]
+
+    return [
+        (BASE, plain(SDPBackend.FLASH_ATTENTION), tokens, False),
+        ("cuDNN, no bias", plain(SDPBackend.CUDNN_ATTENTION), tokens, False),
+        ("**flex (ours)**", ours, (p.q, *p.padded, *bias_leaves), True),
+        ("flex (ours), tokens not padded", ours_unpadded, (*tokens, *bias_leaves), True),
+        (
+            "SDPA, dense mask, mask ready",
+            lambda: F.scaled_dot_product_attention(*tokens, attn_mask=ready),
+            tokens,
+            True,
+        ),
+        ("SDPA, dense mask and its construction", masked, (*tokens, *bias_leaves), True),
+        ("nn.MultiheadAttention, mask and projections", original, (*merged, *bias_leaves), False),
+    ]
+
+
+def plan(problem: Problem) -> Callable[[], object]:
+    """The part of the work that all layers share."""
+    return lambda: plan_flex(problem.windows)
+
+
+def measure_row(
+    name: str,
+    function: Callable[[], Tensor],
+    leaves: tuple[Tensor, ...],
+    is_biased: bool,
+    problem: Problem,
+    reference: Tensor,
+) -> Row:
+    """Time, memory and error of one way; a way that the GPU cannot run says so."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function()
+
+    def both() -> tuple[Tensor, ...]:
+        out = function()
+        grad = problem.grad_out
+        return torch.autograd.grad(out, leaves, grad if grad.shape == out.shape else grad.transpose(1, 2).flatten(2))
+
+    row = Row(name)
+    try:
+        if is_biased:
+            row.error = relative_error(forward(), reference)
+        row.forward, row.memory = run_time(forward), extra_memory(forward)
+        row.both, row.memory_both = run_time(both), extra_memory(both)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        row.note = f" ({str(error).splitlines()[0][:60]})"
+        torch.cuda.empty_cache()
+    return row
+
+
+def lowrank_rows(problem: Problem, reference: Tensor) -> list[Row]:
+    """Low-rank factors at both energies: their SVD, and the attention with them (forward only)."""
+    rows = []
+    for energy in ENERGIES:
+        bias = AttentionBias(problem.windows, problem.bias().strength.detach())
+        torch.cuda.synchronize()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        factors = factorise(bias, energy)
+        stop.record()
+        torch.cuda.synchronize()
+        svd = start.elapsed_time(stop) * 1e3
+
+        def forward(factors: LowRankFactors = factors) -> Tensor:
+            with torch.no_grad():
+                return factored_attention(problem.q, problem.k, problem.v, factors)[0]
+
+        row = Row(f"low rank, {energy:.0%} energy: rank {factors.rank}; SVD {svd / 1e3:.0f} ms")
+        row.error, row.forward, row.memory = (
+            relative_error(forward(), reference),
+            run_time(forward),
+            extra_memory(forward),
+        )
+        rows.append(row)
+    return rows
+
+
+def float64_output(problem: Problem) -> Tensor:
+    """The dense evaluator in float64 on the same rounded inputs, one sample at a time, on the GPU."""
+    with torch.no_grad():
+        q, k, v = (x.detach().double() for x in (problem.q, problem.k, problem.v))
+        return dense_attention(q, k, v, problem.bias(), query_chunk=64)[0]
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    """max |out - reference| / max |reference|."""
+    return ((out.double() - reference).abs().max() / reference.abs().max()).item()
+
+
+def run_time(function: Callable[[], object], *, inner: int = 10, repeats: int = 10) -> float:
+    """Median microseconds on the GPU, from a CUDA graph of ``inner`` calls; from plain calls where capture fails."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+
+    def plain() -> None:
+        for _ in range(inner):
+            function()
+
+    run = plain
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            plain()
+        run = graph.replay
+    except RuntimeError:
+        torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / inner * 1e3)
+    return statistics.median(times)
+
+
+def extra_memory(function: Callable[[], object]) -> float:
+    """Peak MiB during a call beyond what was there before; results are in it."""
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MEGABYTE
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:,.0f}".replace(",", " ")
+
+
+def _ratio(value: float | None, base: float | None) -> str:
+    return "-" if value is None or not base else f"{value / base:.2f}"
