@@ -6,7 +6,13 @@ from functools import cache
 import cv2
 import numpy as np
 
-from cmt_aqr.synthetic.calibration import FULL_IMAGE_SIZE, CameraMount, intrinsic_matrix, rotation_matrix
+from cmt_aqr.synthetic.calibration import (
+    FULL_IMAGE_SIZE,
+    CameraMount,
+    intrinsic_matrix,
+    inverse_intrinsic,
+    rotation_matrix,
+)
 from cmt_aqr.synthetic.conditions import Conditions
 from cmt_aqr.synthetic.layout import (
     BIKE_EDGE,
@@ -73,55 +79,71 @@ def scene_light(conditions: Conditions) -> Light:
 
 def headlight_gain(light: Light, forward: np.ndarray, left: np.ndarray) -> np.ndarray:
     """Brightness factor of things at ego coordinates forward, left (m): ambient light plus the ego's headlights."""
-    if light.headlight == 0:
-        return np.full(np.shape(forward), light.ambient + _FLAT_SUN * light.sun)
     distance = np.hypot(forward, left) + 1e-6
     beam = np.clip((forward / distance - 0.75) / 0.2, 0.0, 1.0) * np.exp(-((distance / 32.0) ** 2))
-    return light.ambient + _FLAT_SUN * light.sun + light.headlight * beam
+    return _daylight(light) + light.headlight * beam
+
+
+def _daylight(light: Light) -> float:
+    """Brightness factor of level ground without the headlights."""
+    return light.ambient + _FLAT_SUN * light.sun
 
 
 class Ground:
-    """A top-view picture of the street, projected into cameras by a homography. Four channels, the last one zero."""
+    """A top-view picture of the street in daylight or, for cameras to light it, at its full brightness when the ego has
+    its headlights on. Cameras project it by a homography. Four channels, the last one zero; outside is its colour
+    beyond the borders.
+    """
 
     def __init__(
-        self, road: Road, stretch: tuple[float, float], crossings: tuple[float, ...], rng: np.random.Generator
+        self,
+        road: Road,
+        stretch: tuple[float, float],
+        crossings: tuple[float, ...],
+        light: Light,
+        rng: np.random.Generator,
     ):
         s = np.arange(stretch[0] - GROUND_REACH, stretch[1] + GROUND_REACH, 1.0)
         x, y, _ = road.place(s, np.zeros_like(s))
         self._low = np.array([x.min(), y.min()]) - 30.0
         size = np.ceil((np.array([x.max(), y.max()]) + 30.0 - self._low) / METRES_PER_TEXEL).astype(int)
-        self.image = np.empty((size[1], size[0], 4), dtype=np.uint8)
-        self.image[:] = (*_GRASS, 0)
+        self.image = _plain((size[1], size[0]), _GRASS)
         for lateral, colour in ((SIDEWALK_END, _WALK), (CURB, _PARKING), (BIKE_EDGE, _BIKE), (LANE_EDGE, _ASPHALT)):
-            self._fill(road, s, -lateral, lateral, colour)
-        for lateral in (CURB, BIKE_EDGE, LANE_EDGE):
-            for side in (-1, 1):
-                self._line(road, s, side * lateral, 0.15 if lateral != CURB else 0.3)
-        self._line(road, s, 0.0, 0.25)
-        middle = (INNER_LANE + OUTER_LANE) / 2
-        for start in np.arange(s[0], s[-1], 9.0):
-            for side in (-1, 1):
-                self._line(road, np.linspace(start, start + 3.5, 5), side * middle, 0.2)
+            self._fill(road, s[None], [-lateral], [lateral], colour)
+        edges = [side * lateral for lateral in (BIKE_EDGE, LANE_EDGE) for side in (-1, 1)]
+        self._line(road, s[None], edges, 0.15)
+        self._line(road, s[None], [-CURB, CURB], 0.3)
+        self._line(road, s[None], [0.0], 0.25)
+        dashes = np.arange(s[0], s[-1], 9.0)[:, None] + np.linspace(0, 3.5, 5)
+        for side in (-1, 1):
+            self._line(road, dashes, np.full(len(dashes), side * (INNER_LANE + OUTER_LANE) / 2), 0.2)
+        bars = np.arange(-LANE_EDGE + 0.3, LANE_EDGE - 0.5, 1.0)
         for at in crossings:
-            for lateral in np.arange(-LANE_EDGE + 0.3, LANE_EDGE - 0.5, 1.0):
-                bar = np.array([at - CROSSING_HALF_WIDTH + 0.5, at + CROSSING_HALF_WIDTH - 0.5])
-                self._fill(road, bar, lateral, lateral + 0.5, _PAINT)
+            ends = np.array([[at - CROSSING_HALF_WIDTH + 0.5, at + CROSSING_HALF_WIDTH - 0.5]])
+            self._fill(road, ends, bars, bars + 0.5, _PAINT)
         self._roughen(rng)
+        is_lit_here = light.headlight == 0
+        if is_lit_here:
+            cv2.convertScaleAbs(self.image, dst=self.image, alpha=_daylight(light))
+        self.outside = tuple(value * (_daylight(light) if is_lit_here else 1.0) for value in _GRASS)
 
     def to_texels(self) -> np.ndarray:
         """Matrix (3, 3) from homogeneous global ground coordinates (x, y, 1) to texel coordinates."""
         scale = 1.0 / METRES_PER_TEXEL
         return np.array([[scale, 0, -self._low[0] * scale], [0, scale, -self._low[1] * scale], [0, 0, 1.0]])
 
-    def _points(self, road: Road, s: np.ndarray, lateral: float) -> np.ndarray:
-        x, y, _ = road.place(s, np.full_like(s, lateral, dtype=np.float64))
+    def _points(self, road: Road, s: np.ndarray, lateral: np.ndarray) -> np.ndarray:
+        x, y, _ = road.place(*np.broadcast_arrays(s, np.asarray(lateral)[:, None]))
         return np.rint((np.stack([x, y], -1) - self._low) / METRES_PER_TEXEL * 16).astype(np.int32)
 
-    def _fill(self, road: Road, s: np.ndarray, right: float, left: float, colour) -> None:
-        outline = np.concatenate([self._points(road, s, right), self._points(road, s, left)[::-1]])
-        cv2.fillPoly(self.image, [outline], (*colour, 0), cv2.LINE_8, 4)
+    def _fill(self, road: Road, s: np.ndarray, right, left, colour) -> None:
+        """Paint k strips that run along s (k or 1, n) from lateral offsets right (k,) to left (k,)."""
+        outlines = np.concatenate([self._points(road, s, right), self._points(road, s, left)[:, ::-1]], axis=1)
+        for outline in outlines:
+            cv2.fillPoly(self.image, [outline], (*colour, 0), cv2.LINE_8, 4)
 
-    def _line(self, road: Road, s: np.ndarray, lateral: float, width: float) -> None:
+    def _line(self, road: Road, s: np.ndarray, lateral, width: float) -> None:
+        lateral = np.asarray(lateral)
         self._fill(road, s, lateral - width / 2, lateral + width / 2, _PAINT)
 
     def _roughen(self, rng: np.random.Generator) -> None:
@@ -138,10 +160,12 @@ class Ground:
 
 @dataclass(frozen=True)
 class _Rays:
-    """Where each pixel of a camera looks, float32: up (H, W), sine of the elevation; forward, left (H - top, W), ego
-    coordinates (m) of the ground seen in the rows from top on; reach, its distance (m) from the camera."""
+    """Where each pixel of a camera looks, float32. is_sky (H, W); zenith (H', W): how much of the zenith's colour is in
+    the sky of the rows that have any; forward, left (H - top, W): ego coordinates (m) of the ground seen in the rows
+    from top on; reach: its distance (m) from the camera."""
 
-    up: np.ndarray
+    is_sky: np.ndarray
+    zenith: np.ndarray
     top: int
     forward: np.ndarray
     left: np.ndarray
@@ -152,14 +176,18 @@ class _Rays:
 def _rays(mount: CameraMount, image_size: tuple[int, int]) -> _Rays:
     width, height = image_size
     column, row = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    matrix = (rotation_matrix(mount.rotation) @ np.linalg.inv(intrinsic_matrix(mount, image_size))).astype(np.float32)
+    matrix = rotation_matrix(mount.rotation) @ inverse_intrinsic(intrinsic_matrix(mount, image_size))
+    matrix = matrix.astype(np.float32)
     x, y, z = (matrix[axis, 0] * column + matrix[axis, 1] * row + matrix[axis, 2] for axis in range(3))
     length = np.sqrt(x * x + y * y + z * z)
     up = z / length
     top = int(np.argmax((up < -_HORIZON).any(axis=1)))
     reach = mount.translation[2] / np.maximum(-up[top:], _HORIZON)
     forward, left = x[top:] / length[top:] * reach, y[top:] / length[top:] * reach
-    return _Rays(up, top, forward + mount.translation[0], left + mount.translation[1], reach)
+    is_sky = up > -_HORIZON
+    last_sky = int(height - np.argmax(is_sky.any(axis=1)[::-1])) if is_sky.any() else 0
+    zenith = np.clip(up[:last_sky] / np.float32(0.35), 0.0, 1.0) ** np.float32(0.6)
+    return _Rays(is_sky, zenith, top, forward + mount.translation[0], left + mount.translation[1], reach)
 
 
 class Backdrop:
@@ -168,50 +196,42 @@ class Backdrop:
     def __init__(self, mount: CameraMount, image_size: tuple[int, int], light: Light):
         rays = _rays(mount, image_size)
         self._size, self._top = image_size, rays.top
-        is_sky = rays.up > -_HORIZON
-        self._last_sky = int(image_size[1] - np.argmax(is_sky.any(axis=1)[::-1])) if is_sky.any() else 0
-        up = rays.up[: self._last_sky]
-        blend = (np.clip(up / np.float32(0.35), 0.0, 1.0) ** np.float32(0.6))[..., None]
-        self._sky = np.zeros((*up.shape, 4), dtype=np.uint8)
-        horizon, zenith = (np.array(colour, dtype=np.float32) for colour in (light.horizon, light.zenith))
-        self._sky[..., :3] = horizon + (zenith - horizon) * blend
-        self._sky_mask = is_sky[: self._last_sky].astype(np.uint8)
+        self._last_sky = len(rays.zenith)
+        self._sky = np.zeros((*rays.zenith.shape, 4), dtype=np.uint8)
+        for channel, (horizon, zenith) in enumerate(zip(light.horizon, light.zenith, strict=True)):
+            self._sky[..., channel] = horizon + (zenith - horizon) * rays.zenith
+        self._sky_mask = rays.is_sky[: self._last_sky].astype(np.uint8)
         clear = np.exp(-rays.reach / np.float32(light.visibility))
         far_rows = np.flatnonzero((clear < _CLEAR_ENOUGH).any(axis=1))
         self._hazy = self._top + (int(far_rows[-1]) + 1 if len(far_rows) else 0)
         self._clear = clear[: self._hazy - self._top]
-        self._haze = np.empty((*self._clear.shape, 4), dtype=np.uint8)
-        self._haze[:] = (*np.rint(light.horizon).astype(int), 0)
+        self._dim = 1.0 - self._clear
+        self._haze = _plain(self._clear.shape, np.rint(light.horizon))
+        self._gain = None
         if light.headlight > 0:
-            gain = headlight_gain(light, rays.forward, rays.left).astype(np.float32)
-            self._gain = np.repeat(gain[..., None], 4, axis=2)
-        else:
-            self._gain = None
-        self._flat_gain = light.ambient + _FLAT_SUN * light.sun
+            self._gain = cv2.merge([headlight_gain(light, rays.forward, rays.left).astype(np.float32)] * 4)
 
-    def draw(self, ground: np.ndarray, to_texels: np.ndarray) -> np.ndarray:
-        """Image (H, W, 4) uint8, last channel 0. ground: texture; to_texels (3, 3): pixels to its texels."""
+    def draw(self, ground: Ground, to_texels: np.ndarray) -> np.ndarray:
+        """Image (H, W, 4) uint8, last channel 0. to_texels (3, 3): from pixels to the ground's texels."""
         width, height = self._size
         image = np.empty((height, width, 4), dtype=np.uint8)
         image[: self._top] = self._sky[: self._top]
         below = image[self._top :]
-        shifted = to_texels @ np.array([[1, 0, 0], [0, 1, self._top], [0, 0, 1.0]])
+        shifted = np.column_stack([to_texels[:, :2], to_texels[:, 1] * self._top + to_texels[:, 2]])
         cv2.warpPerspective(
-            ground,
+            ground.image,
             shifted,
             (width, height - self._top),
             dst=below,
             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_CONSTANT,
-            borderValue=(*_GRASS, 0),
+            borderValue=(*ground.outside, 0),
         )
-        if self._gain is None:
-            cv2.convertScaleAbs(below, dst=below, alpha=self._flat_gain)
-        else:
+        if self._gain is not None:
             cv2.multiply(below, self._gain, dst=below, dtype=cv2.CV_8U)
         hazy = image[self._top : self._hazy]
         if len(hazy):
-            cv2.blendLinear(hazy, self._haze, self._clear, 1.0 - self._clear, dst=hazy)
+            cv2.blendLinear(hazy, self._haze, self._clear, self._dim, dst=hazy)
         horizon = slice(self._top, self._last_sky)
         if self._last_sky > self._top:
             cv2.copyTo(self._sky[horizon], self._sky_mask[horizon], image[horizon])
@@ -243,7 +263,8 @@ class Spoiler:
             image = cv2.blendLinear(image, mud, clean, 1.0 - clean)
         if self._glow is not None:
             image = cv2.add(image, self._glow)
-        return cv2.subtract(cv2.add(image, self._grain_up[window]), self._grain_down[window])
+        image = cv2.add(image, self._grain_up[window])
+        return cv2.subtract(image, self._grain_down[window], dst=image)
 
 
 @cache
@@ -288,9 +309,14 @@ def _dirt(image_size: tuple[int, int], scale: float, rng: np.random.Generator) -
         axes = (int(rng.uniform(30, 170) * scale), int(rng.uniform(30, 130) * scale))
         cv2.ellipse(mask, centre, axes, float(rng.uniform(0, 180)), 0, 360, 1.0, -1)
     mask = cv2.GaussianBlur(mask, (0, 0), 22 * scale) * np.float32(0.93)
-    mud = np.empty((height, width, 3), dtype=np.uint8)
-    mud[:] = (48, 62, 74)
+    mud = cv2.cvtColor(_plain((height, width), (48, 62, 74)), cv2.COLOR_BGRA2BGR)
     return 1.0 - mask, mud
+
+
+def _plain(shape: tuple[int, int], colour) -> np.ndarray:
+    """A picture (H, W, 4) uint8 of one colour BGR, last channel 0."""
+    pixel = np.array([*colour, 0]).astype(np.uint8).view(np.uint32)
+    return np.full(shape, pixel).view(np.uint8).reshape(*shape, 4)
 
 
 def release() -> None:
@@ -304,6 +330,8 @@ def ground_homography(to_global: np.ndarray, position: np.ndarray, intrinsic: np
 
     to_global (3, 3): camera axes in the global frame; position (3,): camera centre, m.
     """
-    rotation = to_global.T
-    to_pixels = intrinsic @ np.column_stack([rotation[:, 0], rotation[:, 1], -rotation @ position])
-    return np.linalg.inv(to_pixels)
+    # The ray r of a pixel meets the ground at position - position[2] / r[2] * r; times r[2] that is linear in r.
+    rays = to_global @ inverse_intrinsic(intrinsic)
+    ground = position[:, None] * rays[2] - position[2] * rays
+    ground[2] = rays[2]
+    return ground

@@ -4,6 +4,7 @@ Frames: ego is x forward, y left, z up with z = 0 on the ground; a camera is x r
 x right, y forward, z up. Every rotation is a quaternion (w, x, y, z) that takes sensor vectors to ego vectors.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,7 +108,7 @@ def rotation_matrix(rotation: tuple[float, float, float, float]) -> np.ndarray:
 
 def yaw_quaternion(yaw: float) -> list[float]:
     """Quaternion (w, x, y, z) of a turn by yaw radians about the z axis."""
-    return [float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))]
+    return [math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)]
 
 
 def intrinsic_matrix(camera: CameraMount, image_size: tuple[int, int]) -> np.ndarray:
@@ -121,3 +122,9 @@ def intrinsic_matrix(camera: CameraMount, image_size: tuple[int, int]) -> np.nda
             [0.0, 0.0, 1.0],
         ]
     )
+
+
+def inverse_intrinsic(matrix: np.ndarray) -> np.ndarray:
+    """Inverse (3, 3) of an intrinsic matrix, in closed form: numpy's inverse wakes threads that keep a core busy."""
+    (fx, _, cx), (_, fy, cy), _ = matrix
+    return np.array([[1.0 / fx, 0.0, -cx / fx], [0.0, 1.0 / fy, -cy / fy], [0.0, 0.0, 1.0]])

@@ -1,36 +1,42 @@
-"""A 32-beam spinning LiDAR, ray-cast against upright boxes and a flat ground.
+"""A 32-beam spinning LiDAR in rain, fog and clear air: what the cast rays return.
 
-The range image is (columns, beams): columns turn clockwise seen from above, as nuScenes' LiDAR does. The sensor stands
-upright, so one column is a vertical plane: a box is first cut by every column it spans (a two-dimensional slab test),
-then the beams that hit it follow from the two cutting distances. Motion within one turn is ignored.
+The geometry is in raycast.py; here are the ground, the ego's own body, losses, noise, ghosts and intensities.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from cmt_aqr.synthetic.calibration import LIDAR_TRANSLATION
 from cmt_aqr.synthetic.conditions import Conditions
+from cmt_aqr.synthetic.raycast import BEAM_COS, BEAM_SLOPE, BEAMS, RayCaster, column_azimuth
 
-BEAMS = 32
-LOWEST_BEAM_DEG, HIGHEST_BEAM_DEG = -30.67, 10.67
 HEIGHT = LIDAR_TRANSLATION[2]
 """Height (m) of the sensor above the ground."""
 
 NOISE_LIMIT = 0.05
 """Range noise is clipped at this (m), below shapes.INSET, so that no object point ever leaves its annotation box."""
 
-FROM_GROUND, FROM_AIR = -1, -2
-"""Values of Scan.part for points on the ground or the ego itself, and for drops and fog in the air."""
+FROM_AIR = -1
+"""Value of Scan.part for drops and fog in the air; the ground and the ego itself have lower ones."""
+
+# Targets: what a ray may end on. The ground, one target per beam because a beam always meets level ground at the same
+# distance; then the ego's body, the air, and the parts.
+_EGO, _AIR, _FIRST_PART = BEAMS, BEAMS + 1, BEAMS + 2
+_TARGET_MASK = (1 << 32) - 1
 
 # Body and roof of the ego in the ego frame: x and y spans, top (m).
 _EGO_BODY = (((-0.75, 3.45), (-0.88, 0.88), 0.95), ((-0.45, 2.05), (-0.72, 0.72), 1.52))
 
 _GROUND_REFLECTIVITY = 0.12
 _GHOST_RANGE = (2.0, 9.0)
+_SPECKLE = (0.75, 1.25)
 _GHOST_REFLECTIVITY = 0.05
 _INTENSITY_SCALE, _FALL_OFF = 110.0, 60.0
-_NOISE_TABLE = 4096
+_SHIFTS = 1024
+"""The noise is fixed pictures, each shifted by one of so many columns from turn to turn."""
+
 _NOTHING = 1e6
 """Distance (m) of the sky, from which nothing ever returns."""
 
@@ -56,13 +62,20 @@ _WEATHERS = {
 
 @dataclass(frozen=True)
 class Scan:
-    """One turn. points (n, 5) float32: x y z (m, sensor frame), intensity 0..255, ring; part (n,): what was hit.
+    """One turn. points (n, 5) float32: x y z (m, sensor frame), intensity 0..255, ring.
 
-    part is an index into the parts that were cast, or FROM_GROUND or FROM_AIR.
+    target (rays,): what each ray of the turn ended on; kept (n,): the rays that returned.
     """
 
     points: np.ndarray
-    part: np.ndarray
+    target: np.ndarray
+    kept: np.ndarray
+
+    @property
+    def part(self) -> np.ndarray:
+        """What each point (n,) is from: an index into the parts that were cast, or FROM_AIR, or less for the ground and
+        the ego itself. Worked out when asked for, because only key frames need it."""
+        return self.target.take(self.kept) - _FIRST_PART
 
 
 class Lidar:
@@ -71,25 +84,18 @@ class Lidar:
     def __init__(self, columns: int, conditions: Conditions):
         self.columns = columns
         self._weather = _WEATHERS[conditions.weather]
-        elevation = np.deg2rad(np.linspace(LOWEST_BEAM_DEG, HIGHEST_BEAM_DEG, BEAMS))
-        self._slope = np.tan(elevation).astype(np.float32)
-        self._inverse_slope = (1.0 / np.tan(elevation)).astype(np.float32)
-        self._first, self._spacing = elevation[0], elevation[1] - elevation[0]
-        azimuth = column_azimuth(columns)
-        self._cos, self._sin = np.cos(azimuth).astype(np.float32), np.sin(azimuth).astype(np.float32)
-        self._cos_of_cell, self._sin_of_cell = np.repeat(self._cos, BEAMS), np.repeat(self._sin, BEAMS)
-        self._slope_of_cell = np.tile(self._slope, columns)
-        self._ring_of_cell = np.tile(np.arange(BEAMS, dtype=np.float32), columns)
-        self._per_range = np.tile(np.cos(elevation).astype(np.float32), columns)
-        self._background, ego = self._cast_background()
-        self._ground_chance = self._return_chance(_GROUND_REFLECTIVITY, self._background, self._weather.ground_reach)
-        self._ground_chance[ego] = 65535
+        self._caster = RayCaster(columns, HEIGHT)
+        self._cos_of_cell, self._sin_of_cell = np.repeat(self._caster.cos, BEAMS), np.repeat(self._caster.sin, BEAMS)
+        self._slope_of_cell = np.tile(BEAM_SLOPE, columns)
+        down = np.where(BEAM_SLOPE < 0, -1.0 / BEAM_SLOPE, _NOTHING)
+        self._background = self._cast_background(down)
+        self._ground_chance = self._return_chance(_GROUND_REFLECTIVITY, HEIGHT * down, self._weather.ground_reach)
+        self._seeing = None
         if conditions.lidar_blind is not None:
-            self._blind = np.repeat(_in_sector(azimuth, conditions.lidar_blind), BEAMS)
-        else:
-            self._blind = None
-        noise = np.random.default_rng(0).standard_normal(_NOISE_TABLE) * self._weather.noise
-        self._noise = np.clip(noise, -NOISE_LIMIT, NOISE_LIMIT).astype(np.float32)
+            self._seeing = ~np.repeat(_in_sector(column_azimuth(columns), conditions.lidar_blind), BEAMS)
+        self._noise = _Noise(columns, self._weather)
+        self._turn = np.empty((columns * BEAMS, 5), dtype=np.float32)
+        self._turn[:, 4] = np.tile(np.arange(BEAMS), columns)
 
     def scan(self, parts: np.ndarray, reflectivity: np.ndarray, rng: np.random.Generator) -> Scan:
         """Turn once.
@@ -97,128 +103,106 @@ class Lidar:
         parts (P, 7): centre x, centre y (m, sensor frame at ground level), yaw (rad, sensor frame), half length, half
         width, bottom, top (m above the ground). reflectivity (P,) in 0..1.
         """
-        distance = self._background.copy()
-        cell, hit, part = self._cast(parts.astype(np.float32))
-        np.minimum.at(distance, cell, hit)
-        owner = np.full(distance.shape, FROM_GROUND, dtype=np.int32)
-        won = distance.take(cell) == hit
-        owner[cell.compress(won)] = part.compress(won)
-        return self._measure(distance, owner, parts, reflectivity, rng)
+        return next(self.scans(parts[None], reflectivity, rng))
 
-    def _cast_background(self) -> tuple[np.ndarray, np.ndarray]:
-        """Horizontal distance (columns * BEAMS,) to the ground or the ego's own body, and where it is the body."""
-        down = np.where(self._slope < 0, -1.0 / self._slope, _NOTHING)
+    def scans(self, parts: np.ndarray, reflectivity: np.ndarray, rng: np.random.Generator) -> Iterator[Scan]:
+        """Turn T times: parts (T, P, 7) are for each turn as in scan. They may move, but not up or down."""
+        distance = np.hypot(parts[..., 0], parts[..., 1])
+        chances = self._return_chance(reflectivity, distance, self._weather.reach)
+        always = np.array([65535, 0], dtype=np.uint16)
+        bright = np.concatenate(
+            [np.full(BEAMS + 1, _GROUND_REFLECTIVITY), [_GHOST_REFLECTIVITY], reflectivity], dtype=np.float32
+        )
+        for chance, (cell, hit, part) in zip(chances, self._caster.crossings(parts), strict=True):
+            nearest = self._background.copy()
+            np.minimum.at(nearest, cell, _ranked(hit, part + _FIRST_PART))
+            distance = (nearest >> 32).astype(np.int32).view(np.float32)
+            target = nearest & _TARGET_MASK
+            yield self._measure(distance, target, np.concatenate([self._ground_chance, always, chance]), bright, rng)
+
+    def _cast_background(self, down: np.ndarray) -> np.ndarray:
+        """The ground or the ego's own body as every ray meets it, ranked (columns * BEAMS,).
+
+        down (BEAMS,): horizontal metres per metre that a beam sinks.
+        """
         distance = np.tile(HEIGHT * down, self.columns)
-        ego = np.zeros(distance.shape, dtype=bool)
+        target = np.tile(np.arange(BEAMS), self.columns)
         for x_span, y_span, top in _EGO_BODY:
             # The sensor stands above the body, inside its outline: rays can only meet its top.
-            reach = (HEIGHT - top) * down
-            forward, left = self._sin[:, None] * reach + LIDAR_TRANSLATION[0], -self._cos[:, None] * reach
+            reach = np.tile((HEIGHT - top) * down, self.columns)
+            forward, left = self._sin_of_cell * reach + LIDAR_TRANSLATION[0], -self._cos_of_cell * reach
             inside = (x_span[0] < forward) & (forward < x_span[1]) & (y_span[0] < left) & (left < y_span[1])
-            distance = np.where(inside.ravel(), np.minimum(distance, np.tile(reach, self.columns)), distance)
-            ego |= inside.ravel()
-        return distance.astype(np.float32), ego
-
-    def _cast(self, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All crossings of rays and parts: cell (n,) in the flat range image, horizontal distance (m), part."""
-        part, column = self._columns_of(parts)
-        enter, leave = self._cut(parts, part, column)
-        low, high = parts[:, 5] - np.float32(HEIGHT), parts[:, 6] - np.float32(HEIGHT)
-        bottom, top = low[part], high[part]
-        near, far = 1.0 / enter, 1.0 / leave
-        lowest = np.arctan(np.minimum(bottom * near, bottom * far))
-        highest = np.arctan(np.maximum(top * near, top * far))
-        to_ring = np.float32(1.0 / self._spacing)
-        first = np.ceil((lowest - np.float32(self._first)) * to_ring).astype(np.int32).clip(0, BEAMS)
-        last = np.floor((highest - np.float32(self._first)) * to_ring).astype(np.int32).clip(-1, BEAMS - 1)
-        count = np.maximum(last - first + 1, 0)
-        # A ray enters through a side, or through the top (bottom) where it is still above (below) at the side.
-        lid = np.where(high < 0, high, np.where(low > 0, low, np.float32(0.0)))[part]
-        pair = np.repeat(np.arange(len(count), dtype=np.int32), count)
-        run_start = np.cumsum(count, dtype=np.int32) - count
-        cell = (column * BEAMS + first - run_start).take(pair)
-        cell += np.arange(len(pair), dtype=np.int32)
-        hit = np.maximum(enter.take(pair), lid.take(pair) * self._inverse_slope.take(cell & (BEAMS - 1)))
-        return cell, hit, part.take(pair)
-
-    def _columns_of(self, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which columns look at which part: two equally long index arrays (part, column)."""
-        x, y, yaw, half_length, half_width = parts[:, :5].T
-        cos, sin = np.cos(yaw), np.sin(yaw)
-        centre = np.arctan2(y, x)
-        u_x, u_y = np.cos(centre), np.sin(centre)
-        along = np.array([1, 1, -1, -1], dtype=np.float32)[:, None] * half_length
-        across = np.array([1, -1, 1, -1], dtype=np.float32)[:, None] * half_width
-        corner_x, corner_y = x + along * cos - across * sin, y + along * sin + across * cos
-        spread = np.arctan2(corner_y * u_x - corner_x * u_y, corner_x * u_x + corner_y * u_y)
-        step = 2 * np.pi / self.columns
-        first = np.ceil((np.pi - centre - spread.max(0)) / step - 0.5).astype(np.int64)
-        last = np.floor((np.pi - centre - spread.min(0)) / step - 0.5).astype(np.int64)
-        count = np.maximum(last - first + 1, 0)
-        part = np.repeat(np.arange(len(parts), dtype=np.int32), count)
-        column = np.arange(len(part)) + (first - np.cumsum(count) + count)[part]
-        return part, (column % self.columns).astype(np.int32)
-
-    def _cut(self, parts: np.ndarray, part: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Horizontal distances (m) at which a column's plane enters and leaves the outline of a part."""
-        x, y, yaw, half_length, half_width = parts[:, :5].T
-        cos, sin = np.cos(yaw), np.sin(yaw)
-        origin_x, origin_y = -(x * cos + y * sin), x * sin - y * cos
-        ray_x, ray_y = self._cos[column], self._sin[column]
-        cos, sin = cos[part], sin[part]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            inverse_x = 1.0 / (ray_x * cos + ray_y * sin)
-            inverse_y = 1.0 / (ray_y * cos - ray_x * sin)
-        middle_x, middle_y = -origin_x[part] * inverse_x, -origin_y[part] * inverse_y
-        extent_x, extent_y = half_length[part] * np.abs(inverse_x), half_width[part] * np.abs(inverse_y)
-        enter = np.maximum(middle_x - extent_x, middle_y - extent_y)
-        leave = np.minimum(middle_x + extent_x, middle_y + extent_y)
-        return enter, np.maximum(leave, enter)
+            distance = np.where(inside, np.minimum(distance, reach), distance)
+            target[inside] = _EGO
+        return _ranked(distance.astype(np.float32), target)
 
     def _return_chance(self, reflectivity: np.ndarray, distance: np.ndarray, reach: float) -> np.ndarray:
         """Probability of a return, in units of 1 / 65536."""
-        ratio = distance / (reach * np.sqrt(np.asarray(reflectivity) / 0.4).clip(0.5, 1.5))
-        return np.floor((1.0 - self._weather.lost) / (1.0 + ratio**6) * 65535).astype(np.uint16)
+        square = (distance / (reach * np.sqrt(np.asarray(reflectivity) / 0.4).clip(0.5, 1.5))) ** 2
+        return np.floor((1.0 - self._weather.lost) / (1.0 + square * square * square) * 65535).astype(np.uint16)
 
     def _measure(
         self,
         distance: np.ndarray,
-        owner: np.ndarray,
-        parts: np.ndarray,
-        reflectivity: np.ndarray,
+        target: np.ndarray,
+        chance: np.ndarray,
+        bright: np.ndarray,
         rng: np.random.Generator,
     ) -> Scan:
-        """Turn ideal distances into returns: losses, noise, ghosts in the air, intensity."""
-        draws = np.frombuffer(rng.bytes(4 * len(distance)), dtype=np.uint16).reshape(2, -1)
-        # One row per part, and last the ground's, which index -1 (FROM_GROUND) picks.
-        part_chance = self._return_chance(reflectivity, np.hypot(parts[:, 0], parts[:, 1]), self._weather.reach)
-        alive = np.append(part_chance, np.uint16(0)).take(owner, mode="wrap")
-        alive = draws[0] < np.where(owner == FROM_GROUND, self._ground_chance, alive)
-        if self._blind is not None:
-            alive &= ~self._blind
+        """Turn ideal distances into returns: losses, noise, ghosts in the air, intensity.
+
+        chance and bright: of every target, the probability of a return (see _return_chance) and the reflectivity.
+        """
+        loss, error, speckle, air = self._noise.draw(rng)
+        alive = loss < chance.take(target)
+        if self._seeing is not None:
+            alive &= self._seeing
         if self._weather.ghost > 0:
-            is_ghost = rng.random(len(distance), dtype=np.float32) < self._weather.ghost
-            near = rng.uniform(*_GHOST_RANGE, len(distance)).astype(np.float32)
-            is_ghost &= near < distance
-            distance = np.where(is_ghost, near, distance)
-            owner = np.where(is_ghost, FROM_AIR, owner)
-        distance = distance + self._noise.take(draws[1] & (_NOISE_TABLE - 1)) * self._per_range
-        bright = np.append(reflectivity, [_GHOST_REFLECTIVITY, _GROUND_REFLECTIVITY]).astype(np.float32)
-        # The high bits of the draw that chose the noise are as good as another draw.
-        speckle = (draws[1] >> 12) * np.float32(0.5 / 15) + np.float32(0.75)
-        points = np.empty((len(distance), 5), dtype=np.float32)
+            is_ghost = air < distance
+            distance = np.where(is_ghost, air, distance)
+            target = np.where(is_ghost, _AIR, target)
+        distance = distance + error
+        points = self._turn
         np.multiply(distance, self._cos_of_cell, out=points[:, 0])
         np.multiply(distance, self._sin_of_cell, out=points[:, 1])
         np.multiply(distance, self._slope_of_cell, out=points[:, 2])
-        intensity = _INTENSITY_SCALE * bright.take(owner, mode="wrap") * speckle / (1.0 + distance / _FALL_OFF)
+        intensity = bright.take(target) * speckle
+        intensity /= distance * np.float32(1.0 / _FALL_OFF) + np.float32(1.0)
         np.floor(intensity, out=points[:, 3])
-        points[:, 4] = self._ring_of_cell
-        return Scan(points.compress(alive, axis=0), owner.compress(alive))
+        kept = np.flatnonzero(alive)
+        return Scan(points.take(kept, axis=0, mode="clip"), target, kept)
 
 
-def column_azimuth(columns: int) -> np.ndarray:
-    """Azimuth (rad, from the sensor's x axis, counter-clockwise) of every column: the turn starts on the left."""
-    return np.pi - (np.arange(columns) + 0.5) * (2 * np.pi / columns)
+class _Noise:
+    """What chance does to each ray of a turn, flat like the range image.
+
+    loss: uint16, of which the ray's chance of a return must be more; error: of the horizontal distance, m; speckle:
+    factor on reflectivity that gives the intensity at close range; air: horizontal distance (m) of a drop, if any.
+    """
+
+    def __init__(self, columns: int, weather: _Weather):
+        rng = np.random.default_rng(0)
+        self._columns, shape = columns, (columns + _SHIFTS, BEAMS)
+        error = rng.standard_normal(shape, dtype=np.float32) * np.float32(weather.noise)
+        error = np.clip(error, -NOISE_LIMIT, NOISE_LIMIT) * BEAM_COS
+        loss = rng.integers(0, 65536, shape, dtype=np.uint16)
+        speckle = _INTENSITY_SCALE * rng.uniform(*_SPECKLE, shape).astype(np.float32)
+        is_ghost = rng.random(shape, dtype=np.float32) < weather.ghost
+        air = np.where(is_ghost, rng.uniform(*_GHOST_RANGE, shape), _NOTHING).astype(np.float32)
+        self._pictures = loss, error, speckle, air
+
+    def draw(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """loss, error, speckle, air of another turn."""
+        starts = rng.integers(0, _SHIFTS, len(self._pictures)).tolist()
+        return [
+            picture[start : start + self._columns].reshape(-1)
+            for picture, start in zip(self._pictures, starts, strict=True)
+        ]
+
+
+def _ranked(distance: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Distances (n,) float32 and targets (n,) int64 as one number each, ordered by distance and then by target."""
+    return (distance.view(np.int32).astype(np.int64) << 32) | target
 
 
 def _in_sector(azimuth: np.ndarray, sector: tuple[int, int]) -> np.ndarray:
@@ -226,15 +210,20 @@ def _in_sector(azimuth: np.ndarray, sector: tuple[int, int]) -> np.ndarray:
     return (np.rad2deg(azimuth) - start) % 360.0 < width
 
 
-def parts_in_sensor_frame(parts: np.ndarray, poses: np.ndarray, sensor: tuple[float, float, float]) -> np.ndarray:
+def parts_in_sensor_frame(parts: np.ndarray, poses: np.ndarray, sensor: np.ndarray) -> np.ndarray:
     """Parts as Lidar.scan takes them.
 
-    parts (P, 6) as in Shape, in their actors' frames; poses (P, 3) global x, y, yaw of the actor of each part; sensor:
-    global x (m), y (m) and yaw (rad, of its x axis). Returns (P, 7).
+    parts (P, 6) as in Shape, in their actors' frames; poses (..., P, 3) global x, y, yaw of the actor of each part;
+    sensor (..., 3): global x (m), y (m) and yaw (rad, of its x axis). Returns (..., P, 7).
     """
-    x, y, yaw = poses.T
+    x, y, yaw = np.moveaxis(poses, -1, 0)
+    sensor_x, sensor_y, sensor_yaw = np.moveaxis(np.asarray(sensor)[..., None, :], -1, 0)
     cos, sin = np.cos(yaw), np.sin(yaw)
-    dx = x + parts[:, 0] * cos - parts[:, 1] * sin - sensor[0]
-    dy = y + parts[:, 0] * sin + parts[:, 1] * cos - sensor[1]
-    cos, sin = np.cos(sensor[2]), np.sin(sensor[2])
-    return np.column_stack([dx * cos + dy * sin, dy * cos - dx * sin, yaw - sensor[2], parts[:, 2:]])
+    dx = x + parts[:, 0] * cos - parts[:, 1] * sin - sensor_x
+    dy = y + parts[:, 0] * sin + parts[:, 1] * cos - sensor_y
+    cos, sin = np.cos(sensor_yaw), np.sin(sensor_yaw)
+    out = np.empty((*dx.shape, 7))
+    out[..., 0], out[..., 1] = dx * cos + dy * sin, dy * cos - dx * sin
+    out[..., 2] = yaw - sensor_yaw
+    out[..., 3:] = parts[:, 2:]
+    return out

@@ -57,12 +57,13 @@ _PAINTS = {
 
 def draw_size(name: str, rng: np.random.Generator, *, has_rider: bool = False) -> tuple[float, float, float]:
     """A random width, length, height (m) of a class, in whole millimetres."""
-    mean, spread = _SIZES[name]
-    size = np.array(mean) + np.clip(rng.standard_normal(3), -2.0, 2.0) * spread
+    width, length, height = (
+        mean + min(max(deviation, -2.0), 2.0) * spread
+        for mean, spread, deviation in zip(*_SIZES[name], rng.standard_normal(3).tolist(), strict=True)
+    )
     if has_rider:
-        size[2] += _RIDER_HEIGHT
-    width, length, height = (round(float(value), 3) for value in size)
-    return width, length, height
+        height += _RIDER_HEIGHT
+    return round(width, 3), round(length, 3), round(height, 3)
 
 
 def draw_shape(
@@ -94,9 +95,12 @@ def _class_model(name: str, has_rider: bool, worker: bool) -> Model:
 
 
 def _pick(palette: str, rng: np.random.Generator) -> Colour:
-    base = np.array(_PAINTS[palette][int(rng.integers(len(_PAINTS[palette])))], dtype=np.float64)
-    blue, green, red = np.clip(base * rng.uniform(0.85, 1.1) + rng.uniform(-10, 10, 3), 5, 250)
-    return float(blue), float(green), float(red)
+    base = _PAINTS[palette][int(rng.integers(len(_PAINTS[palette])))]
+    brightness, shifts = rng.uniform(0.85, 1.1), rng.uniform(-10, 10, 3).tolist()
+    blue, green, red = (
+        min(max(value * brightness + shift, 5.0), 250.0) for value, shift in zip(base, shifts, strict=True)
+    )
+    return blue, green, red
 
 
 def _wheels(*centres: float, radius: float = 0.09, top: float = 0.35) -> list:

@@ -1,8 +1,9 @@
 """Driving through one scene with all sensors on: the files of some samples, and their table rows."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -48,9 +49,13 @@ class World:
 
     def token(self, *words: object) -> str:
         """A token of this world; a world with more scenes keeps those of the scenes it shares with a smaller one."""
-        return token(
-            self.seed, self.samples_per_scene, *self.image_size, self.sweeps_per_keyframe, self.lidar_columns, *words
-        )
+        return token(self._salt, *words)
+
+    @cached_property
+    def _salt(self) -> str:
+        """What sets this world's tokens apart."""
+        parameters = (self.seed, self.samples_per_scene, *self.image_size, self.sweeps_per_keyframe, self.lidar_columns)
+        return "/".join(map(str, parameters))
 
 
 def scene_name(index: int) -> str:
@@ -59,8 +64,7 @@ def scene_name(index: int) -> str:
     return f"synthetic-{split}-{number:04d}"
 
 
-@dataclass(frozen=True)
-class Sighting:
+class Sighting(NamedTuple):
     """One annotation: an actor in a sample.
 
     label: index of CLASSES; size: width, length, height (m); position x y z (m, global); yaw (rad); visible: share 0..1
@@ -141,8 +145,9 @@ class _Recorder:
     def _key_stamp(self, sample: int) -> int:
         return int(self._stamps[sample * (self.world.sweeps_per_keyframe + 1)])
 
-    def _seconds(self, stamp: int) -> float:
-        return (int(stamp) - self._start_stamp()) * 1e-6
+    def _seconds(self, stamp):
+        """Time in the scene (s) of time stamps, an integer or an array of them."""
+        return (stamp - self._start_stamp()) * 1e-6
 
     def _sample_token(self, sample: int) -> str:
         exists = 0 <= sample < self.world.samples_per_scene
@@ -152,14 +157,14 @@ class _Recorder:
         """Write the turns since the last key frame; returns that of this sample's key frame, the last."""
         turn = self.world.sweeps_per_keyframe + 1
         numbers = range(max(sample * turn - turn + 1, 0), sample * turn + 1)
-        times = np.array([self._seconds(self._stamps[number]) for number in numbers])
+        times = self._seconds(self._stamps[numbers.start : numbers.stop])
+        egos, poses = self.scene.ego_poses(times).tolist(), self.scene.poses(times, actors)
         chosen, slot = parts_of(self.scene, actors)
-        parts, reflectivity = self.scene.parts[chosen], self.scene.part_reflectivity[chosen]
-        for number, time, poses in zip(numbers, times, self.scene.poses(times, actors), strict=True):
-            ego = self.scene.ego_pose(time)
-            sensor = lidar_pose(ego)
-            rng = np.random.default_rng([self.world.seed, self.index, 6, number])
-            scan = self._lidar.scan(parts_in_sensor_frame(parts, poses[slot], sensor), reflectivity, rng)
+        sensors = np.stack([lidar_pose(ego) for ego in egos])
+        parts = parts_in_sensor_frame(self.scene.parts[chosen], poses.take(slot, axis=1), sensors)
+        rng = np.random.default_rng([self.world.seed, self.index, 6, sample])
+        scans = self._lidar.scans(parts, self.scene.part_reflectivity[chosen], rng)
+        for number, ego, scan in zip(numbers, egos, scans, strict=True):
             path = self._add_data(
                 LIDAR_CHANNEL,
                 number,
@@ -169,19 +174,19 @@ class _Recorder:
                 ego,
                 is_key=number % turn == 0,
             )
-            scan.points.tofile(path)
+            path.write_bytes(scan.points)
         return scan
 
     def _record_images(self, sample: int, actors: np.ndarray) -> np.ndarray:
         """Write the six images. Returns the visible share (N,) of every actor of the scene over all of them."""
         drawn, visible = np.zeros(len(self.scene.s)), np.zeros(len(self.scene.s))
-        for number, camera in enumerate(self._rig.cameras):
-            stamp = int(self._camera_stamps[sample, number])
-            rng = np.random.default_rng([self.world.seed, self.index, 7, sample, number])
-            view = camera.render(self._seconds(stamp), actors, rng)
+        stamps = self._camera_stamps[sample]
+        rng = np.random.default_rng([self.world.seed, self.index, 7, sample])
+        views = self._rig.render(self._seconds(stamps), actors, rng)
+        for mount, stamp, view in zip(CAMERAS, stamps.tolist(), views, strict=True):
             drawn[view.actors] += view.drawn
             visible[view.actors] += view.visible
-            path = self._add_data(camera.mount.channel, sample, self.world.samples_per_scene, sample, stamp, view.ego)
+            path = self._add_data(mount.channel, sample, self.world.samples_per_scene, sample, stamp, view.ego)
             _, data = cv2.imencode(".jpg", view.image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
             path.write_bytes(data)
         return (visible / np.maximum(drawn, 1)).clip(0.0, 1.0)
@@ -236,29 +241,20 @@ class _Recorder:
     def _annotate(self, sample: int, time: float, actors: np.ndarray, scan: Scan, visible: np.ndarray) -> None:
         scene = self.scene
         x, y, yaw = scene.ego_pose(time)
-        labelled = actors[scene.label[actors] != NO_LABEL]
-        poses = scene.poses(np.array([time]), labelled)[0]
-        speeds = np.linalg.norm(scene.velocities(np.array([time]), labelled)[0], axis=-1)
-        near = np.hypot(poses[:, 0] - x, poses[:, 1] - y) < ANNOTATION_RANGE
         chosen, _ = parts_of(scene, actors)
-        hits = np.bincount(scene.part_actor[chosen][scan.part[scan.part >= 0]], minlength=len(scene.s))
-        hits[labelled] += _ghosts_in_boxes(scan, scene.size[labelled], poses, lidar_pose((x, y, yaw)))
-        for actor, pose, speed in zip(labelled[near], poses[near], speeds[near], strict=True):
-            position = (round(float(pose[0]), 5), round(float(pose[1]), 5), round(scene.centre_height(actor), 5))
-            size = tuple(scene.size[actor].tolist())
-            self.sightings.append(
-                Sighting(
-                    int(actor),
-                    sample,
-                    int(scene.label[actor]),
-                    size,
-                    position,
-                    float(pose[2]),
-                    scene.attribute(actor, speed),
-                    int(hits[actor]),
-                    float(visible[actor]),
-                )
-            )
+        part = scan.part
+        hits = np.bincount(scene.part_actor[chosen][part[part >= 0]], minlength=len(scene.s))
+        actors = actors[scene.label[actors] != NO_LABEL]
+        poses = scene.poses(np.array([time]), actors)[0]
+        near = np.hypot(poses[:, 0] - x, poses[:, 1] - y) < ANNOTATION_RANGE
+        actors, poses = actors[near], poses[near]
+        points = hits[actors] + _ghosts_in_boxes(scan, scene.size[actors], poses, lidar_pose((x, y, yaw)))
+        speeds = np.linalg.norm(scene.velocities(np.array([time]), actors)[0], axis=-1)
+        columns = (actors, scene.label[actors], scene.size[actors], poses, speeds, points, visible[actors])
+        for actor, label, size, (x, y, yaw), speed, count, share in zip(*(c.tolist() for c in columns), strict=True):
+            position = (round(x, 5), round(y, 5), round(scene.centre_height(actor), 5))
+            attribute = scene.attribute(actor, speed)
+            self.sightings.append(Sighting(actor, sample, label, tuple(size), position, yaw, attribute, count, share))
 
 
 def lidar_pose(ego: tuple[float, float, float]) -> tuple[float, float, float]:

@@ -1,6 +1,7 @@
 """A scene: one street, everything in it, and where all of it is at any time."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -83,15 +84,37 @@ class Scene:
 
     def ego_pose(self, time: float) -> tuple[float, float, float]:
         """Global x (m), y (m) and yaw (rad) of the ego's origin at a time (s from the first key frame)."""
-        s = self.profiles.distance_at(time)[EGO_PROFILE]
+        x, y, yaw = self.ego_poses(np.array([time]))[0].tolist()
+        return x, y, yaw
+
+    def ego_poses(self, times: np.ndarray) -> np.ndarray:
+        """Poses (T, 3) of the ego at times (T,), as in ego_pose."""
+        s = self.profiles.distance_at(times)[:, EGO_PROFILE]
         sway, wave = 0.25, 15.0
         lateral = EGO_LATERAL + sway * np.sin(s / wave)
         x, y, heading = self.road.place(s, lateral)
         slope = sway / wave * np.cos(s / wave) / (1.0 - self.road.curvature(s) * lateral)
-        return float(x), float(y), float(heading + np.arctan(slope))
+        return np.stack([x, y, heading + np.arctan(slope)], axis=-1)
 
     def poses(self, times: np.ndarray, actors: np.ndarray) -> np.ndarray:
         """Where actors (n,) indices are at times (T,): (T, n, 3) global x (m), y (m), yaw (rad)."""
+        poses = np.empty((len(times), len(actors), 3))
+        poses[:] = self._first_poses[actors]
+        moving = np.flatnonzero(self._moves[actors])
+        poses[:, moving] = self._poses_on_track(times, actors[moving])
+        return poses
+
+    @cached_property
+    def _moves(self) -> np.ndarray:
+        """Which of all actors (N,) ever move: most never do."""
+        return (self.gain != 0) | (self.lateral_speed != 0)
+
+    @cached_property
+    def _first_poses(self) -> np.ndarray:
+        """Poses (N, 3) of all actors at time 0."""
+        return self._poses_on_track(np.zeros(1), np.arange(len(self.s)))[0]
+
+    def _poses_on_track(self, times: np.ndarray, actors: np.ndarray) -> np.ndarray:
         s, lateral, _ = self.track(times, actors)
         x, y, heading = self.road.place(s, lateral)
         return np.stack([x, y, heading + self.turn[actors]], axis=-1)
@@ -232,7 +255,10 @@ def _add_crossing_people(layout: Layout, scene: Scene, duration: float) -> None:
     """People who cross the street where and when nothing comes near them."""
     rng = layout.rng
     times = np.arange(-0.5, duration + 0.6, 0.1)
-    paths = {at: _traffic_at(scene, times, at) for at in layout.crossings}
+    ego = scene.ego_poses(times)
+    ego[:, 0] += _EGO_CENTRE * np.cos(ego[:, 2])
+    ego[:, 1] += _EGO_CENTRE * np.sin(ego[:, 2])
+    paths = {at: _traffic_at(scene, times, at, ego) for at in layout.crossings}
     taken: list[float] = []
     for _ in range(_CROSSING_TRIES):
         crossing = float(rng.choice(layout.crossings))
@@ -249,21 +275,20 @@ def _add_crossing_people(layout: Layout, scene: Scene, duration: float) -> None:
             return
 
 
-def _traffic_at(scene: Scene, times: np.ndarray, crossing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Poses (T, n, 3) and half sizes (n, 2) width, length of whatever comes near a crossing, the ego last."""
+def _traffic_at(scene: Scene, times: np.ndarray, crossing: float, ego: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whatever comes near a crossing, and last the ego (T, 3): x, y, cosine and sine of yaw (4, T, n); half width and
+    half length (2, n)."""
     labelled = np.flatnonzero(scene.label != NO_LABEL)
     s, _, _ = scene.track(times, labelled)
     near = labelled[(np.abs(s - crossing) < 14.0).any(0)]
-    ego = np.array([scene.ego_pose(time) for time in times])
-    ego[:, 0] += _EGO_CENTRE * np.cos(ego[:, 2])
-    ego[:, 1] += _EGO_CENTRE * np.sin(ego[:, 2])
-    places = np.concatenate([scene.poses(times, near), ego[:, None]], axis=1)
-    return places, np.concatenate([scene.size[near, :2], [_EGO_SIZE[:2]]]) / 2
+    x, y, yaw = np.moveaxis(np.concatenate([scene.poses(times, near), ego[:, None]], axis=1), -1, 0)
+    half = np.concatenate([scene.size[near, :2], [_EGO_SIZE[:2]]]).T / 2
+    return np.stack([x, y, np.cos(yaw), np.sin(yaw)]), half
 
 
 def _is_clear(x: np.ndarray, y: np.ndarray, places: np.ndarray, half: np.ndarray, margin: float = 0.5) -> bool:
-    """Whether points x, y (T,) stay at least margin m (per axis) off boxes places (T, N, 3) of half width, length."""
-    dx, dy = x[:, None] - places[..., 0], y[:, None] - places[..., 1]
-    cos, sin = np.cos(places[..., 2]), np.sin(places[..., 2])
+    """Whether points x, y (T,) stay at least margin m (per axis) off the boxes of _traffic_at."""
+    dx, dy = x[:, None] - places[0], y[:, None] - places[1]
+    cos, sin = places[2:]
     along, across = np.abs(dx * cos + dy * sin), np.abs(dy * cos - dx * sin)
-    return not np.any((along < half[:, 1] + margin) & (across < half[:, 0] + margin))
+    return not np.any((along < half[1] + margin) & (across < half[0] + margin))

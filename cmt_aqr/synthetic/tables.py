@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from bisect import bisect_left
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ ATTRIBUTES = (
     "pedestrian.moving",
 )
 VISIBILITY_LEVELS = (("1", "v0-40", 0.4), ("2", "v40-60", 0.6), ("3", "v60-80", 0.8), ("4", "v80-100", 1.0))
+_VISIBILITY_TOPS = [top for _, _, top in VISIBILITY_LEVELS]
 
 TABLES = (
     "category",
@@ -51,6 +54,7 @@ LOG_NAME = "synthetic"
 MAP_FILE = "maps/blank.png"
 
 
+@lru_cache(maxsize=4096)
 def token(*words: object) -> str:
     """A 32-digit token that depends on the words alone."""
     return hashlib.md5("/".join(map(str, words)).encode(), usedforsecurity=False).hexdigest()
@@ -123,16 +127,13 @@ def _calibration(channel: str, translation, rotation, image_size, intrinsic) -> 
 
 def visibility_level(fraction: float) -> str:
     """Token of the visibility row for a visible share of 0..1."""
-    return next(level for level, _, top in VISIBILITY_LEVELS if fraction <= top + 1e-9)
+    return VISIBILITY_LEVELS[bisect_left(_VISIBILITY_TOPS, fraction - 1e-9)][0]
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
-    """Write rows as a JSON list, one row a line."""
-    encode = json.JSONEncoder(allow_nan=False).encode
-    with path.open("w", encoding="utf-8") as file:
-        file.write("[\n")
-        file.write(",\n".join(map(encode, rows)))
-        file.write("\n]\n")
+    """Write rows as a JSON list, one row a line. Rows hold no objects, and no text that looks like the end of one."""
+    text = json.dumps(rows, allow_nan=False)  # all at once: an encoder a row takes twice as long
+    path.write_text("[\n" + text[1:-1].replace("}, {", "},\n{") + "\n]\n", encoding="utf-8")
 
 
 def blank_map() -> np.ndarray:

@@ -30,7 +30,7 @@ from cmt_aqr.synthetic.tables import (
     write_table,
 )
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Raised whenever the same parameters would give other bytes."""
 
 MANIFEST = "synthetic.json"

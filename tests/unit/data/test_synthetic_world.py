@@ -51,9 +51,10 @@ def test_point_counts(synthetic):
 def test_standing_objects_keep_their_points_over_the_sweeps(synthetic):
     """Sweep points of standing objects fall into their boxes; without ego motion compensation they would not.
 
-    Objects close to the vehicle are left out: how many points they get changes within the half second.
+    Objects close to the vehicle are left out: how many points they get changes within the half second. In the first
+    scene's fog chance would decide: there are only some fifty points a sweep.
     """
-    frame = synthetic.frame(2)
+    frame = synthetic.frame(4)
     assert len(frame.sweeps) == 10
     targets = frame.targets(valid_only=True)
     distance = targets.boxes[:, :2].norm(dim=1)
@@ -63,8 +64,8 @@ def test_standing_objects_keep_their_points_over_the_sweeps(synthetic):
     inside = points_in_boxes(points, targets.boxes[standing]).any(dim=1)
     lag = points[inside, 4]
     per_sweep = torch.stack([(lag == value).sum() for value in lag.unique()]).float()
-    assert len(per_sweep) == 10
-    assert ((per_sweep - per_sweep[0]).abs() < 0.5 * per_sweep[0]).all()
+    assert len(per_sweep) == 10 and per_sweep[0] > 500
+    assert ((per_sweep - per_sweep[0]).abs() < 0.3 * per_sweep[0]).all()
 
 
 def test_velocities_are_the_motion_of_the_instances(synthetic):

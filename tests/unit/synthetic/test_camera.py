@@ -6,6 +6,7 @@ import pytest
 
 from cmt_aqr.classes import CAMERAS
 from cmt_aqr.synthetic import Conditions
+from cmt_aqr.synthetic.backdrop import ground_homography
 from cmt_aqr.synthetic.camera import CameraRig
 from cmt_aqr.synthetic.scenes import NO_LABEL, build_scene
 from tests.unit.synthetic.conftest import SETTINGS, SIZE
@@ -20,10 +21,10 @@ def test_boxes_project_onto_what_was_drawn(nusc):
         rig = CameraRig(scene, SIZE, SETTINGS["seed"])
         sample = nusc.get("sample", nusc.scene[number]["last_sample_token"])
         actors = scene.nearby((sample["timestamp"] - start) * 1e-6)
-        for channel, camera in zip(CAMERAS, rig.cameras, strict=True):
-            data = nusc.get("sample_data", sample["data"][channel])
-            time = (data["timestamp"] - start) * 1e-6
-            view = camera.render(time, actors, np.random.default_rng(0))
+        rows = [nusc.get("sample_data", sample["data"][channel]) for channel in CAMERAS]
+        times = np.array([(data["timestamp"] - start) * 1e-6 for data in rows])
+        views = rig.render(times, actors, np.random.default_rng(0))
+        for data, time, view in zip(rows, times, views, strict=True):
             stored = cv2.imread(f"{nusc.dataroot}/{data['filename']}").astype(float)
             assert np.abs(stored - view.image).mean() < 8
             poses = scene.poses(np.array([time]), view.actors)[0]
@@ -62,6 +63,16 @@ def box_pixels(nusc, data, size, height, pose):
     return view_points(corners, np.array(mount["camera_intrinsic"]), normalize=True)[:2].T
 
 
+def test_ground_homography_undoes_the_projection():
+    intrinsic = np.array([[1266.0, 0, 816], [0, 1250, 491], [0, 0, 1]])
+    axes = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]
+    position = np.array([1013.0, 640.5, 1.6])
+    ground = np.array([[1020.0, 655, 0], [1001, 630, 0], [1013.5, 640, 0]])
+    pixels = (ground - position) @ axes @ intrinsic.T
+    back = pixels / pixels[:, 2:] @ ground_homography(axes, position, intrinsic).T
+    assert np.allclose(back[:, :2] / back[:, 2:], ground[:, :2], rtol=0, atol=1e-6)
+
+
 def test_visibility_is_lower_for_what_is_hidden(nusc):
     """An object without LiDAR points is mostly hidden; one with many points is mostly visible."""
     hidden = [row["visibility_token"] for row in nusc.sample_annotation if row["num_lidar_pts"] == 0]
@@ -76,8 +87,8 @@ def images():
     def render(**conditions):
         scene = build_scene(3, 0, 4, Conditions(**conditions))
         rig = CameraRig(scene, SIZE, 3)
-        actors = scene.nearby(0.5)
-        return [camera.render(0.5, actors, np.random.default_rng(0)).image.astype(float) for camera in rig.cameras]
+        views = rig.render(np.full(6, 0.5), scene.nearby(0.5), np.random.default_rng(0))
+        return [view.image.astype(float) for view in views]
 
     return render
 
@@ -109,7 +120,7 @@ def test_glare_and_dirt_spoil_one_camera_only(images):
 def test_classes_differ_in_colour(images):
     """A cone, a bus, a pedestrian and so on can be told apart by colour: mean drawn colours spread widely."""
     scene = build_scene(3, 0, 4, Conditions())
-    view = CameraRig(scene, (800, 450), 3).cameras[0].render(0.5, scene.nearby(0.5), np.random.default_rng(0))
+    view = next(CameraRig(scene, (800, 450), 3).render(np.full(6, 0.5), scene.nearby(0.5), np.random.default_rng(0)))
     means = {}
     for mark, slot in enumerate(view.mark_owner):
         if slot >= 0 and (view.marks == mark).sum() > 30:

@@ -5,6 +5,7 @@ import pytest
 
 from cmt_aqr.synthetic import Conditions
 from cmt_aqr.synthetic.lidar import FROM_AIR, NOISE_LIMIT, Lidar, parts_in_sensor_frame
+from cmt_aqr.synthetic.raycast import BEAM_SLOPE, BEAMS, RayCaster, column_azimuth
 from cmt_aqr.synthetic.recording import lidar_pose, parts_of
 from cmt_aqr.synthetic.scenes import build_scene
 from tests.unit.synthetic.conftest import SETTINGS
@@ -138,6 +139,49 @@ def street():
     poses = scene.poses(np.array([0.5]), actors)[0][slot]
     parts = parts_in_sensor_frame(scene.parts[chosen], poses, lidar_pose(scene.ego_pose(0.5)))
     return parts, scene.part_reflectivity[chosen]
+
+
+def nearest(crossings, columns):
+    """Horizontal distance of the nearest crossing of every ray, inf where there is none."""
+    cell, distance, _ = crossings
+    out = np.full(columns * BEAMS, np.inf, dtype=np.float32)
+    np.minimum.at(out, cell, distance)
+    return out
+
+
+def test_every_ray_meets_the_box_that_brute_force_says(street):
+    """Without noise, and for turns on different ground at once: each box once more, nearer, farther, low and high."""
+    columns, origin = 360, np.array([0, 0, HEIGHT])
+    turned = street[0] * [-1, -1, 1, 1, 1, 1, 1]
+    azimuth = np.repeat(column_azimuth(columns), BEAMS)
+    rays = np.stack([np.cos(azimuth), np.sin(azimuth), np.tile(BEAM_SLOPE.astype(float), columns)], -1)
+    length = np.linalg.norm(rays, axis=1)
+    turns = list(RayCaster(columns, HEIGHT).crossings(np.stack([street[0], turned])))
+    for parts, crossings in zip((street[0], turned), turns, strict=True):
+        shapes = np.column_stack([np.zeros((len(parts), 2)), parts[:, 3:]])
+        ground = np.where(rays[:, 2] < 0, -HEIGHT / np.minimum(rays[:, 2], -1e-9), np.inf)
+        expected = cast(origin, rays / length[:, None], shapes, parts[:, :3]) / length
+        found = np.minimum(nearest(crossings, columns), ground)
+        hit = np.isfinite(expected)
+        assert hit.mean() > 0.8 and (expected < 0.99 * ground).mean() > 0.2
+        # A ray that just touches an edge may go either way in single precision.
+        agrees = np.where(hit, np.abs(found - np.where(hit, expected, 0)) < 1e-3, ~np.isfinite(found))
+        assert agrees.mean() > 0.999
+        alone = next(RayCaster(columns, HEIGHT).crossings(parts[None]))
+        assert all(np.array_equal(a, b) for a, b in zip(crossings, alone, strict=True))
+
+
+def test_no_two_turns_have_the_same_noise(street):
+    parts, reflectivity = street
+    lidar = Lidar(1084, Conditions())
+    first, second = lidar.scans(np.stack([parts, parts]), reflectivity, np.random.default_rng(0))
+    assert len(first.points) != len(second.points)
+    cells = np.intersect1d(first.kept, second.kept)
+    a, b = (turn.points[np.isin(turn.kept, cells)] for turn in (first, second))
+    difference = np.linalg.norm(a[:, :3], axis=1) - np.linalg.norm(b[:, :3], axis=1)
+    assert np.abs(difference).max() < 2 * NOISE_LIMIT + 1e-3
+    assert difference.std() == pytest.approx(0.012 * np.sqrt(2), rel=0.05)
+    assert abs(np.corrcoef(difference[1:], difference[:-1])[0, 1]) < 0.03
 
 
 def scan(street, **conditions):

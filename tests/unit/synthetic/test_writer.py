@@ -61,6 +61,13 @@ def test_same_bytes_whatever_the_number_of_workers(tmp_path):
     }
 
 
+@pytest.mark.parametrize("name", ["inv", "solve", "lstsq", "qr", "svd", "det"])
+def test_nothing_wakes_the_threads_of_linear_algebra(tmp_path, monkeypatch, name):
+    """On a matrix of any size they start one thread a core, which then waits by spinning: half the samples a second."""
+    monkeypatch.setattr(f"numpy.linalg.{name}", None)
+    generate_world(tmp_path / "w", **{**TINY, "samples_per_scene": 1})
+
+
 def test_validation_scenes_do_not_depend_on_the_number_of_training_scenes(tmp_path):
     small = {**TINY, "samples_per_scene": 2}
     generate_world(tmp_path / "a", **small)
