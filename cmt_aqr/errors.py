@@ -5,12 +5,17 @@ import sys
 from collections.abc import Callable
 
 from cmt_aqr.data.sample import DataError
+from cmt_aqr.evaluation.pictures import PictureError
 from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.losses.matcher import NonFiniteError
 from cmt_aqr.strict_yaml import ConfigError
 from cmt_aqr.training.checkpoint import CheckpointError
+from cmt_aqr.training.logs import LogError
 
-USER_ERRORS = (CheckpointError, ConfigError, DataError, EvaluationError, NonFiniteError, FileExistsError)
+# OSError: a full disk or a missing permission that no room met with a sentence of its own.
+USER_ERRORS = (
+    CheckpointError, ConfigError, DataError, EvaluationError, LogError, NonFiniteError, PictureError, OSError,
+)  # fmt: skip
 
 
 def report_user_error(error: BaseException) -> int:
@@ -33,27 +38,7 @@ def report_errors(run: Callable[[], int], *others: type[Exception]) -> int:
         return run()
     except (*USER_ERRORS, *others) as error:
         return report_user_error(error)
-    except (OSError, ValueError) as error:
-        failure = _failure_of_system(error)
-        if failure is None:
-            raise
-        return report_user_error(failure)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr, flush=True)
         return 130
-
-
-def _failure_of_system(error: BaseException | None) -> BaseException | None:
-    """The sentence about a full disk, a missing permission and the like; None for a mistake of the program.
-
-    Closing a file on a full disk fails once more, without naming it: the earlier sentence is the better one.
-    """
-    found = None
-    while error is not None:
-        if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):
-            return error
-        if isinstance(error, OSError):
-            found = found or error
-        error = error.__context__
-    return found

@@ -2,12 +2,12 @@
 
 import fcntl
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from cmt_aqr.data.sample import DataError
+from cmt_aqr.files import atomic_path
 
 _HASH_BLOCK = 1 << 22
 
@@ -27,11 +27,17 @@ def exclusive_lock(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path` and rename it (file or folder) onto `path` when the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    yield temporary
-    os.replace(temporary, path)
+def new_cache(path: Path) -> Iterator[Path]:
+    """`files.atomic_path` for a cache file or folder.
+
+    Raises:
+        DataError: the disk is full or cannot be written.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise DataError(f"{path}: the cache cannot be written: {error.strerror}") from None
 
 
 def fingerprint(files: Mapping[str, Path], previous: Mapping[str, Sequence] | None = None) -> dict[str, list]:

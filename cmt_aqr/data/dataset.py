@@ -1,6 +1,6 @@
 """Frames of an index -> Samples: read the sensors that are used, augment, hand over."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -134,6 +134,7 @@ class FrameDataset(Dataset[Sample]):
         if self._final_size is not None and not drop_images:
             views = read_views(frame, self.index.dataroot)
         if augmentation.gt_sampler is not None and key.epoch < augmentation.gt_sampling_epochs:
+            views = None if views is None else list(views)
             sample = augmentation.gt_sampler.paste(sample, views, paste_rng)
         if drop_points:
             sample = replace(sample, points=torch.zeros_like(sample.points))
@@ -174,10 +175,14 @@ class FrameDataset(Dataset[Sample]):
         return load_points(frame, self.index.dataroot, num_clouds=self._num_clouds, close_radius=self._close_radius)
 
 
-def finish_images(sample: Sample, views: Sequence[np.ndarray] | None, draw: ImageDraw) -> Sample:
+def finish_images(sample: Sample, views: Iterable[np.ndarray] | None, draw: ImageDraw) -> Sample:
     """Bring the views to the network's size; `lidar2img` follows. `views` None (sensor dropped) gives black images."""
     left, top, right, bottom = draw.crop
-    images = np.zeros((len(sample.lidar2img), bottom - top, right - left, 3), dtype=np.uint8)
-    for out, view in zip(images, views or (), strict=False):
-        transform_image(view, draw, out)
+    shape = (len(sample.lidar2img), bottom - top, right - left, 3)
+    if views is None:
+        images = np.zeros(shape, dtype=np.uint8)
+    else:
+        images = np.empty(shape, dtype=np.uint8)
+        for out, view in zip(images, views, strict=True):
+            transform_image(view, draw, out)
     return replace(sample, images=torch.from_numpy(images), lidar2img=image_matrix(draw) @ sample.lidar2img)

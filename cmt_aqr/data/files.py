@@ -1,21 +1,18 @@
 """Sensor files: LiDAR .bin and camera JPEG into tensors, with every way a file can be wrong said in one sentence."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from cmt_aqr.data.index import Frame
+from cmt_aqr.data.jpeg import decode, find_damage
 from cmt_aqr.data.sample import DataError
 
 # nuScenes LiDAR files: x, y, z, intensity, ring index, float32 each.
 POINT_SIZE = 5
-# Last marker of a JPEG, and how far before the end of the file it may stand (some writers pad).
-_JPEG_END = b"\xff\xd9"
-_JPEG_TAIL = 1024
 _COLUMNS = ("x", "y", "z", "intensity", "ring")
 
 
@@ -107,16 +104,15 @@ def read_image(path: Path, *, size: tuple[int, int]) -> np.ndarray:
         size: (height, width) that the tables state.
 
     Returns:
-        (height, width, 3) uint8 BGR, the decoder's order: turning it costs less once the image is small.
+        (height, width, 3) uint8 RGB.
 
     Raises:
         DataError: missing, truncated or corrupt file, or another size than `size`.
     """
     data = _read_bytes(path, "image")
-    # The decoder fills the missing part of a truncated file with grey and says nothing.
-    if _JPEG_END not in data[-_JPEG_TAIL:]:
-        raise DataError(f"image file {path} is truncated: none of its {len(data)} bytes end a JPEG, expected ff d9")
-    image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR)
+    if damage := find_damage(data):
+        raise DataError(f"image file {path} {damage}")
+    image = decode(data)
     if image is None:
         raise DataError(
             f"image file {path} is corrupt: its {len(data)} bytes, starting {data[:4].hex(' ')}, are no JPEG"
@@ -149,11 +145,10 @@ def image_size_of(frame: Frame) -> tuple[int, int]:
     return next(iter(sizes))
 
 
-def read_views(frame: Frame, dataroot: Path) -> list[np.ndarray]:
-    """All views as on disk, (height, width, 3) uint8 BGR each; a missing view is black."""
-    return [
-        np.zeros((camera.height, camera.width, 3), dtype=np.uint8)
-        if camera.file is None
-        else read_image(dataroot / camera.file, size=(camera.height, camera.width))
-        for camera in frame.cameras
-    ]
+def read_views(frame: Frame, dataroot: Path) -> Iterator[np.ndarray]:
+    """The views as on disk, (height, width, 3) uint8 RGB each, read as they are asked for; a missing view is black."""
+    for camera in frame.cameras:
+        if camera.file is None:
+            yield np.zeros((camera.height, camera.width, 3), dtype=np.uint8)
+        else:
+            yield read_image(dataroot / camera.file, size=(camera.height, camera.width))

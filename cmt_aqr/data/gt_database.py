@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from cmt_aqr.boxes import box_corners, points_in_boxes
 from cmt_aqr.classes import CLASSES
-from cmt_aqr.data.cache import atomic_path, exclusive_lock
+from cmt_aqr.data.cache import exclusive_lock, new_cache
 from cmt_aqr.data.files import POINT_SIZE, load_points, read_views
 from cmt_aqr.data.index import FrameIndex
+from cmt_aqr.data.jpeg import decode
 from cmt_aqr.data.sample import DataError
 from cmt_aqr.geometry import transform_points
 
@@ -68,12 +69,11 @@ class GtDatabase:
         return points
 
     def patch(self, index: int) -> np.ndarray | None:
-        """(h, w, 3) uint8 BGR, the object as its largest view shows it; None when no camera shows it."""
+        """(h, w, 3) uint8 RGB, the object as its largest view shows it; None when no camera shows it."""
         start, stop = (int(offset) for offset in self.patch_offsets[index : index + 2])
         if start == stop:
             return None
-        data = np.frombuffer(self._read("patches.bin", start, stop), dtype=np.uint8)
-        return cv2.imdecode(data, cv2.IMREAD_COLOR)
+        return decode(self._read("patches.bin", start, stop))
 
     def _read(self, name: str, start: int, stop: int) -> bytearray:
         # Opened anew each time: no handle has to survive the way into a worker process.
@@ -125,7 +125,7 @@ def open_gt_database(
         with exclusive_lock(folder):
             if not folder.is_dir():
                 frames = _FrameObjects(index, num_clouds, close_radius, with_patches, min_points)
-                with atomic_path(folder) as temporary:
+                with new_cache(folder) as temporary:
                     _write(frames, temporary, num_workers)
     with np.load(folder / "objects.npz", allow_pickle=False) as arrays:
         return GtDatabase(folder, *(arrays[name] for name in ("labels", "boxes", "point_offsets", "patch_offsets")))
@@ -230,7 +230,7 @@ class _FrameObjects(Dataset):
             yield int(targets.labels[i]), targets.boxes[i], own, patches[i]
 
 
-def _cut_patches(boxes: Tensor, lidar2img: Tensor, views: Sequence[np.ndarray]) -> list[bytes]:
+def _cut_patches(boxes: Tensor, lidar2img: Tensor, views: Iterable[np.ndarray]) -> list[bytes]:
     """JPEG of each box in the view that shows it largest; empty where none does."""
     best: list[tuple[int, np.ndarray | None]] = [(0, None)] * len(boxes)
     for matrix, view in zip(lidar2img, views, strict=True):
@@ -243,7 +243,8 @@ def _cut_patches(boxes: Tensor, lidar2img: Tensor, views: Sequence[np.ndarray]) 
 
 
 def _encode(patch: np.ndarray) -> bytes:
-    return cv2.imencode(".jpg", patch, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes()
+    bgr = cv2.cvtColor(patch, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes()
 
 
 def _write(frames: _FrameObjects, folder: Path, num_workers: int) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cmt_aqr.boxes import BOX_SIZE, Targets
-from cmt_aqr.data.cache import atomic_path, exclusive_lock, fingerprint, same_content
+from cmt_aqr.data.cache import exclusive_lock, fingerprint, new_cache, same_content
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def open_index(
             "frame_labels": [sorted(set(frame.targets(valid_only=True).labels.tolist())) for frame in frames],
         }
         lines = [frame.to_json().encode() for frame in frames]
-        with atomic_path(path) as temporary, gzip.open(temporary, "wb", compresslevel=4) as file:
+        with new_cache(path) as temporary, gzip.open(temporary, "wb", compresslevel=4) as file:
             file.write(json.dumps(header, separators=(",", ":")).encode() + b"\n")
             file.writelines(line + b"\n" for line in lines)
         logger.info("index %s: %d frames, %.1f MB", path, len(lines), path.stat().st_size / 1e6)

@@ -37,6 +37,10 @@ _FRONT_FACE = [1, 2, 6, 5]
 _MIN_LABELLED = 14
 
 
+class PictureError(ValueError):
+    """A picture that cannot be written; one sentence with the file."""
+
+
 def draw_detections(
     images: ArrayLike | Tensor | None,
     points: ArrayLike | Tensor | None,
@@ -85,7 +89,8 @@ def write_picture(path: str | os.PathLike, picture: np.ndarray) -> Path:
     """Write an RGB picture (H, W, 3) as .png or .jpg (quality 92); its folder is made.
 
     Raises:
-        ValueError: another suffix, or the file cannot be written.
+        PictureError: the file cannot be written.
+        ValueError: another suffix.
     """
     path = Path(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
@@ -96,7 +101,7 @@ def write_picture(path: str | os.PathLike, picture: np.ndarray) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data.tobytes())
     except OSError as error:
-        raise ValueError(f"{path}: the picture cannot be written: {error.strerror}") from error
+        raise PictureError(f"{path}: the picture cannot be written: {error.strerror}") from error
     return path
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cmt_aqr.boxes import Detections
-from cmt_aqr.evaluation.nuscenes_eval import Metrics, evaluate_submission
+from cmt_aqr.evaluation.nuscenes_eval import Metrics, Tables, evaluate_submission
 from cmt_aqr.evaluation.pictures import draw_detections, write_picture
 from cmt_aqr.evaluation.postprocess import postprocess
 from cmt_aqr.evaluation.submission import detections_to_submission, write_submission
@@ -130,8 +130,7 @@ def evaluate(
     results: list[FrameResult],
     *,
     folder: Path,
-    dataroot: str,
-    version: str,
+    tables: Tables,
     split: str,
     velocity_file: str | None,
     use_camera: bool,
@@ -143,4 +142,6 @@ def evaluate(
         EvaluationError: one sentence on what is wrong with the data or the disk.
     """
     path = save_submission(results, folder / SUBMISSION_FILE, use_camera=use_camera, use_lidar=use_lidar)
-    return evaluate_submission(dataroot, version, split, path, folder, velocity_file=velocity_file)
+    return evaluate_submission(
+        tables.dataroot, tables.version, split, path, folder, nusc=tables.nusc, velocity_file=velocity_file
+    )

@@ -17,6 +17,7 @@ from pyquaternion import Quaternion
 
 from cmt_aqr.boxes import Detections
 from cmt_aqr.classes import CLASSES
+from cmt_aqr.files import atomic_path
 
 # Metres from the ego vehicle within which the benchmark scores a class (configuration detection_cvpr_2019).
 CLASS_RANGE = {
@@ -176,18 +177,14 @@ def write_submission(
     meta = {
         "use_camera": use_camera, "use_lidar": use_lidar, "use_radar": False, "use_map": False, "use_external": False,
     }  # fmt: skip
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8") as file:
+        with atomic_path(path) as part, open(part, "w", encoding="utf-8") as file:
             file.write(f'{{"meta": {json.dumps(meta)}, "results": {{')
             # A sample at a time: json.dump would be several times slower, one json.dumps would need the memory twice.
             for i, (token, rows) in enumerate(results.items()):
                 file.write(f"{',' if i else ''}\n{json.dumps(token)}: {json.dumps(rows)}")
             file.write("\n}}\n")
-        os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise EvaluationError(f"{path}: the submission cannot be written: {error.strerror}") from error
     return path
 

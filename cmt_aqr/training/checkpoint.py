@@ -1,6 +1,5 @@
 """Checkpoints: written atomically, read without running code from the file."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from cmt_aqr.files import atomic_path
 
 FORMAT = "cmt_aqr checkpoint 1"
 
@@ -27,16 +28,10 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
         CheckpointError: the disk is full or cannot be written; the previous file is untouched.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with atomic_path(path) as partial, open(partial, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         kept = "; the previous checkpoint is untouched" if path.exists() else ""
         raise CheckpointError(f"{path}: could not be saved: {error}{kept}") from None
 

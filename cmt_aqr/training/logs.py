@@ -19,6 +19,8 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from cmt_aqr.files import atomic_path
+
 LOG_FILE = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 # Seconds between two progress lines when nobody watches a terminal.
@@ -27,6 +29,10 @@ PLAIN_PERIOD = 30.0
 SMOOTHING = 0.02
 
 Values = Mapping[str, Any]
+
+
+class LogError(ValueError):
+    """A log that cannot be written, read or gone on with; one sentence with the file."""
 
 
 class RunLog:
@@ -52,7 +58,7 @@ class RunLog:
             plain_period: seconds between progress lines where stderr is no terminal.
 
         Raises:
-            ValueError: the log cannot be written, or a line of the log to go on with is not JSON.
+            LogError: the log cannot be written, or a line of the log to go on with is not JSON.
         """
         self.path = Path(work_dir) / LOG_FILE
         self._is_main = is_main
@@ -68,7 +74,7 @@ class RunLog:
                 _keep_until(self.path, resume_step)
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         except OSError as error:
-            raise ValueError(f"{self.path}: the log cannot be written: {error.strerror}") from error
+            raise self._unwritable(error) from error
         if tensorboard:
             # Imported here: it takes a second, and only the main process of a training run needs it.
             from torch.utils.tensorboard import SummaryWriter
@@ -91,7 +97,8 @@ class RunLog:
             values: numbers, tensors of one element, text, None, or mappings of these.
 
         Raises:
-            ValueError: the line cannot be written.
+            LogError: the line cannot be written.
+            ValueError: a value of another kind.
         """
         if not self._is_main:
             return
@@ -104,7 +111,7 @@ class RunLog:
                     self._writer.add_scalar(name, number, step)
                 self._writer.flush()
         except OSError as error:
-            raise ValueError(f"{self.path}: the log cannot be written: {error.strerror}") from error
+            raise self._unwritable(error) from error
 
     def say(self, text: str) -> None:
         """Print a line to stdout without tearing a progress bar."""
@@ -133,12 +140,22 @@ class RunLog:
         return self._is_main
 
     def close(self) -> None:
-        """Close the files; no record may follow."""
+        """Close the files; no record may follow.
+
+        Raises:
+            LogError: what is left cannot be written.
+        """
         if not self._is_main:
             return
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            self._file.close()
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> LogError:
+        return LogError(f"{self.path}: the log cannot be written: {error.strerror}")
 
 
 class Progress:
@@ -211,12 +228,12 @@ def read_log(path: str | os.PathLike) -> list[dict]:
     """Lines of a ``log.jsonl``. A last line without its end, of a run that was killed while writing, is left out.
 
     Raises:
-        ValueError: no such file, or a line that is no JSON object with a step.
+        LogError: no such file, or a line that is no JSON object with a step.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{path}: the log cannot be read: {error.strerror}") from error
+        raise LogError(f"{path}: the log cannot be read: {error.strerror}") from error
     lines = []
     # What follows the last line end is empty or torn.
     for number, text_line in enumerate(text.split("\n")[:-1], start=1):
@@ -224,7 +241,7 @@ def read_log(path: str | os.PathLike) -> list[dict]:
             line = json.loads(text_line)
             int(line["step"])
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: line {number} is no record of a log: {text_line[:60]!r}") from error
+            raise LogError(f"{path}: line {number} is no record of a log: {text_line[:60]!r}") from error
         lines.append(line)
     return lines
 
@@ -248,11 +265,10 @@ def _set_aside(path: Path) -> None:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of later steps, at once for all: a neighbour file, then a rename."""
+    """Drop the lines of later steps, at once for all."""
     kept = [line for line in read_log(path) if line["step"] <= step]
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in kept), encoding="utf-8")
-    os.replace(part, path)
+    with atomic_path(path) as part:
+        part.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in kept), encoding="utf-8")
 
 
 def _smoothed(mean: float | None, value: float) -> float:

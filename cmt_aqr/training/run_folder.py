@@ -18,7 +18,7 @@ RUN_STATE = ("config", "model", "optimizer", "scaler", "step")
 # Keys that may change when a run goes on: where things are, how often to look, how fast; not what is learnt.
 MAY_CHANGE = (
     "name", "data.root", "data.index_dir", "data.workers", "data.val_split", "data.synthetic.workers", "evaluation",
-    "model.camera.activation_checkpointing", "training.eval_every", "training.init_from",
+    "model.attention", "model.camera.activation_checkpointing", "training.eval_every", "training.init_from",
     "training.keep_checkpoints", "training.log_every", "training.save_every",
 )  # fmt: skip
 

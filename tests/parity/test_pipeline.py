@@ -68,7 +68,7 @@ def _transform(views, draw: ImageDraw) -> np.ndarray:
 
 
 def _check_pixels(golden: Golden, prefix: str, images_bgr: np.ndarray) -> None:
-    """Equal, not close: the same decoder and the same integer resize."""
+    """Equal, not close: the same pixels decoded and the same integer resize."""
     assert list(images_bgr.shape[1:]) == golden[f"{prefix}/shape"].tolist()
     for v, image in enumerate(images_bgr):
         rows, cols = golden[f"{prefix}/rows"][v].astype(int), golden[f"{prefix}/cols"][v].astype(int)
@@ -108,7 +108,7 @@ def test_decoded_images(golden, frame):
     for v, image in enumerate(frame["views"]):
         rows, cols = golden["raw/rows"][v].astype(int), golden["raw/cols"][v].astype(int)
         values = golden.tensor("raw/values")[v]
-        golden.check_equal("decoded pixels", torch.from_numpy(image[rows, cols]).float(), values)
+        golden.check_equal("decoded pixels", torch.from_numpy(image[rows, cols, ::-1].copy()).float(), values)
 
 
 def test_evaluation_draws_and_matrices(golden):

@@ -67,8 +67,8 @@ def test_database_of_the_tiny_world(world, tmp_path):
         assert (points[:30, 4] == 0).all() and (points[30:, 4] > 0).all()
     visible = [database.patch(i) for i in range(3) if database.patch(i) is not None]
     assert visible and all(min(patch.shape[:2]) > 10 for patch in visible)
-    colours = [np.array(view_colour(camera)[::-1]) for camera in CAMERAS]
-    for patch in visible:  # one camera's colour, as BGR
+    colours = [np.array(view_colour(camera)) for camera in CAMERAS]
+    for patch in visible:  # one camera's colour, as RGB
         assert min(np.abs(patch.mean((0, 1)) - colour).max() for colour in colours) < 4
     with_workers = open_gt_database(index, cache_dir=tmp_path / "other", num_workers=2, **BUILD)
     for name in ("objects.npz", "points.bin", "patches.bin"):

@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -49,13 +50,45 @@ def test_pixels_and_matrix_move_alike(draw):
     assert expected[2:].tolist() == [3, 1]
 
 
-def test_colours_become_rgb_and_the_outside_black():
-    image = np.zeros((10, 20, 3), dtype=np.uint8)
-    image[:] = (1, 2, 3)  # BGR
-    out = np.empty((12, 20, 3), dtype=np.uint8)
+def test_outside_of_the_image_is_black():
+    image = np.full((10, 20, 3), (1, 2, 3), dtype=np.uint8)
+    out = np.full((12, 20, 3), 77, dtype=np.uint8)
     transform_image(image, ImageDraw(1.0, (20, 10), (5, -2, 25, 10), True, 0.0), out)
-    assert (out[2:, 5:] == (3, 2, 1)).all()
+    assert (out[2:, 5:] == (1, 2, 3)).all()
     assert not out[:2].any() and not out[:, :5].any()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("rotate", [0.0, 7.0])
+@pytest.mark.parametrize(
+    ("size", "crop"),
+    [
+        ((100, 60), (0, 28, 100, 60)),
+        ((100, 60), (13, 5, 90, 41)),
+        ((100, 60), (-3, 28, 97, 60)),
+        ((100, 60), (30, 20, 130, 70)),
+        ((99, 60), (0, 28, 99, 60)),
+        ((100, 59), (0, 28, 100, 59)),
+        ((200, 120), (13, 70, 173, 120)),
+    ],
+)
+def test_pixels_are_those_of_the_whole_image_resized(size, crop, flip, rotate):
+    image = np.random.default_rng(0).integers(0, 256, (120, 200, 3), dtype=np.uint8)
+    left, top, right, bottom = crop
+    expected = np.zeros((bottom - top, right - left, 3), dtype=np.uint8)
+    resized = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)[max(top, 0) : bottom, max(left, 0) : right]
+    expected[max(-top, 0) :, max(-left, 0) :][: resized.shape[0], : resized.shape[1]] = resized
+    if flip:
+        expected = np.ascontiguousarray(expected[:, ::-1])
+    if rotate:
+        centre = ((right - left) / 2, (bottom - top) / 2)
+        turn = cv2.getRotationMatrix2D(centre, rotate, scale=1.0)
+        expected = cv2.warpAffine(expected, turn, (right - left, bottom - top))
+    images = np.full((3, *expected.shape), 77, dtype=np.uint8)
+    untouched = image.copy()
+    transform_image(image, ImageDraw(size[0] / 200, size, crop, flip, rotate), images[1])
+    np.testing.assert_array_equal(images[1], expected)
+    assert (images[[0, 2]] == 77).all() and (image == untouched).all()
 
 
 def test_fixed_draw_keeps_bottom_and_middle():

@@ -233,6 +233,20 @@ def test_missing_pieces_are_named(world, tmp_path):
         index_of(world, tmp_path / "cache")
 
 
+def test_full_disk_is_one_sentence(world, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        with pytest.raises(
+            DataError, match=r"index-.*\.jsonl\.gz: the cache cannot be written: No space left on device$"
+        ):
+            index_of(world, tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+    assert len(index_of(world, tmp_path / "cache")) > 0
+
+
 def test_rotation_matrix_against_scipy():
     from scipy.spatial.transform import Rotation
 

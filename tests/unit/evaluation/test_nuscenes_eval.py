@@ -11,7 +11,9 @@ from nuscenes.eval.detection.evaluate import DetectionEval
 
 from cmt_aqr.boxes import Detections
 from cmt_aqr.classes import CLASSES
-from cmt_aqr.evaluation.nuscenes_eval import evaluate_submission, format_table, load_nuscenes, split_tokens
+from cmt_aqr.evaluation import nuscenes_eval
+from cmt_aqr.evaluation.nuscenes_eval import Tables, evaluate_submission, format_table, load_nuscenes, split_tokens
+from cmt_aqr.evaluation.run import FrameResult, evaluate
 from cmt_aqr.evaluation.submission import EvaluationError, detections_to_submission, write_submission
 from tests.unit.evaluation import frame, tiny_world
 
@@ -166,6 +168,31 @@ def test_devkit_is_silent_unless_asked(world, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     score(world, perfect(), tmp_path, verbose=True)
     assert "bike rack" in capsys.readouterr().out
+
+
+def test_tables_are_loaded_once_for_many_evaluations(world, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(nuscenes_eval, "NuScenes", lambda **options: loaded.append(options) or world)
+    tables = Tables(world.dataroot, world.version)
+    assert not loaded  # processes that do not evaluate have nothing to load
+    frames = [
+        FrameResult(
+            token, Detections(torch.zeros(0, 9), torch.zeros(0), torch.zeros(0).long()), *torch.eye(4).repeat(2, 1, 1)
+        )
+        for token in ("one-0", "one-1")
+    ]
+    for folder in ("epoch_1", "epoch_2"):
+        metrics = evaluate(
+            frames,
+            folder=tmp_path / folder,
+            tables=tables,
+            split="first",
+            velocity_file=None,
+            use_camera=True,
+            use_lidar=True,
+        )
+        assert metrics.mean_ap == 0 and sum(metrics.num_ground_truth.values()) > 0
+    assert [options["dataroot"] for options in loaded] == [str(world.dataroot)]
 
 
 def test_split_tokens(world):

@@ -16,6 +16,7 @@ from cmt_aqr.evaluation.pictures import (
     GAP,
     TILE_HEIGHT,
     TITLE_HEIGHT,
+    PictureError,
     draw_detections,
     project_box_edges,
     write_picture,
@@ -207,7 +208,7 @@ def test_written_colours_are_rgb(tmp_path):
         assert np.abs(cv2.imread(str(path))[4, 4].astype(int) - (0, 0, 200)).max() < 6
     with pytest.raises(ValueError, match=r"a\.gif: a picture must end in"):
         write_picture(tmp_path / "a.gif", picture)
-    with pytest.raises(ValueError, match="the picture cannot be written"):
+    with pytest.raises(PictureError, match="the picture cannot be written"):
         write_picture(tmp_path / "a.png" / "b.png", picture)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cmt_aqr.training import logs
-from cmt_aqr.training.logs import RunLog, duration, read_log
+from cmt_aqr.training.logs import LogError, RunLog, duration, read_log
 
 
 class Clock:
@@ -139,31 +139,51 @@ def test_duration(seconds, text):
 
 def test_errors_are_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"log\.jsonl: the log cannot be written: "):
+    with pytest.raises(LogError, match=r"log\.jsonl: the log cannot be written: "):
         quiet(tmp_path / "file")
-    with pytest.raises(ValueError, match="the log cannot be read: No such file"):
+    with pytest.raises(LogError, match="the log cannot be read: No such file"):
         read_log(tmp_path / "log.jsonl")
     (tmp_path / "log.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"log\.jsonl: line 2 is no record of a log: 'nonsense'"):
+    with pytest.raises(LogError, match=r"log\.jsonl: line 2 is no record of a log: 'nonsense'"):
         quiet(tmp_path, resume_step=1)
-    with quiet(tmp_path / "run") as log, pytest.raises(ValueError, match="a log takes numbers, text"):
+    with quiet(tmp_path / "run") as log, pytest.raises(ValueError, match="a log takes numbers, text") as mistake:
         log.record("train", 1, values=[1, 2])
+    assert not isinstance(mistake.value, LogError)
 
 
 def test_full_disk_is_one_sentence(tmp_path):
+    class Full:
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            raise OSError(28, "No space left on device")
+
+    sentence = r"log\.jsonl: the log cannot be written: No space left on device"
+    log = quiet(tmp_path)
+    log._file.close()
+    log._file = Full()
+    with pytest.raises(LogError, match=sentence):
+        log.record("train", 1)
+    # Leaving the block fails once more; that must not hide which file it was.
+    with pytest.raises(LogError, match=sentence), log:
+        log.record("train", 1)
+
+
+def test_a_failed_resume_leaves_the_log_whole(tmp_path, monkeypatch):
     with quiet(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.record("train", step)
+    before = log.path.read_bytes()
 
-        class Full:
-            def write(self, _):
-                raise OSError(28, "No space left on device")
+    def full(*_):
+        raise OSError(28, "No space left on device")
 
-            def close(self):
-                pass
-
-        log._file.close()
-        log._file = Full()
-        with pytest.raises(ValueError, match="the log cannot be written: No space left on device"):
-            log.record("train", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        with pytest.raises(LogError, match="the log cannot be written: No space left on device"):
+            quiet(tmp_path, resume_step=1)
+    assert log.path.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 def test_import_is_light():
