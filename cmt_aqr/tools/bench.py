@@ -1,11 +1,15 @@
 """Measure what the documentation claims.
 
     python -m cmt_aqr.tools.bench data --dataroot data/nuscenes --version v1.0-mini --split mini_val
+    python -m cmt_aqr.tools.bench attention
 
-``data`` times, on one thread and after a warm-up, the parts of a training sample: the images of one frame to the
-network's input for both official sizes, beside a plain pipeline with the original's steps (decode, float32, resize,
-crop, normalise, pad, transpose); ten LiDAR clouds read and brought into one frame; voxelisation. The best of the
-repeats is shown: on a shared machine the others measure the neighbours.
+``data`` measures, on one thread and after a warm-up, the parts of a sample: the images of one frame to the network's
+input for both official sizes, beside a plain pipeline with the original's steps (decode, float32, resize, crop,
+normalise, pad, transpose); ten LiDAR clouds read and brought into one frame; voxelisation. Times are of the CPU and the
+best of the repeats: on a shared machine the others measure the neighbours.
+
+``attention`` times, on a GPU, the cross-attention with the bias, with gradients of the weights and the scale, beside
+attention without a bias and beside other ways to add one, with peak memory and the error against float64.
 """
 
 import argparse
@@ -18,6 +22,7 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 import torch
+import torchvision
 
 from cmt_aqr.data.dataset import FrameDataset
 from cmt_aqr.data.files import load_points
@@ -25,6 +30,7 @@ from cmt_aqr.data.index import Frame, FrameIndex
 from cmt_aqr.data.nuscenes import load_index
 from cmt_aqr.errors import report_errors
 from cmt_aqr.models.voxels import voxelize
+from cmt_aqr.tools.bench_attention import SHAPES, DeviceError, attention_tables
 
 IMAGE_SIZES = {"r50_800x320": (320, 800), "vov_1600x640": (640, 1600)}
 NUM_CLOUDS = 10
@@ -38,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def run() -> int:
+        if options.command == "attention":
+            for table in attention_tables(tuple(options.shapes)):
+                print(table, flush=True)
+            return 0
         with tempfile.TemporaryDirectory() as temporary:
             index = load_index(
                 dataroot=options.dataroot, version=options.version, split=options.split, cache_dir=temporary
@@ -45,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(data_table(index, repeats=options.repeats))
         return 0
 
-    return report_errors(run)
+    return report_errors(run, DeviceError)
 
 
 def data_table(index: FrameIndex, *, repeats: int) -> str:
@@ -64,7 +74,8 @@ def data_table(index: FrameIndex, *, repeats: int) -> str:
     rows.append((f"{1 + min(len(frame.sweeps), NUM_CLOUDS - 1)} LiDAR clouds, {len(clouds)} points", read, None))
     rows.append(("voxelise them at 0.1 m", best_time(lambda: voxelize(clouds, **VOXELS), repeats), None))
     lines = [
-        f"one thread, best of {repeats}; torch {torch.__version__}, OpenCV {cv2.__version__}, {os.uname().machine}",
+        f"CPU time of one thread, best of {repeats}; torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"OpenCV {cv2.__version__}, {os.uname().machine}",
         "",
         "| part of a sample | ms | plain pipeline, ms | ratio |",
         "|---|---|---|---|",
@@ -91,13 +102,13 @@ def plain_images(index: FrameIndex, frame: Frame, size: tuple[int, int]) -> np.n
 
 
 def best_time(run: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of ``repeats`` runs, after one that warms up."""
+    """CPU seconds of the fastest of ``repeats`` runs, after one that warms up."""
     run()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
@@ -110,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--dataroot", required=True, help="nuScenes-format folder")
     data.add_argument("--version", required=True, help="such as v1.0-mini")
     data.add_argument("--split", required=True, help="such as mini_val; the last frame is measured")
+    attention = commands.add_parser("attention", help="the cross-attention, on a GPU")
+    choices = range(len(SHAPES))
+    shown = ", ".join(f"{i}: B{b} Q{q} K{layout.num_tokens}" for i, (layout, b, q) in enumerate(SHAPES))
+    attention.add_argument(
+        "--shapes", nargs="+", type=int, choices=choices, default=list(choices), help=f"{shown} (default: all)"
+    )
     data.add_argument("--repeats", type=int, default=15, help="runs of each part (default: %(default)s)")
     return parser
 

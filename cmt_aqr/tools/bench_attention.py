@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -64,12 +64,13 @@ class Row:
     note: str = ""
 
 
-def attention_tables(shapes: tuple[int, ...]) -> str:
-    """The tables of the chosen shapes, as Markdown."""
+def attention_tables(shapes: tuple[int, ...]) -> Iterator[str]:
+    """What was measured on, then the table of every chosen shape, as Markdown."""
     if not torch.cuda.is_available():
         raise DeviceError("bench attention needs a CUDA GPU, and there is none")
-    head = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}, {HEADS} heads of {HEAD_DIM}"
-    return "\n\n".join([head, *(shape_table(*SHAPES[i]) for i in shapes)])
+    yield f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}, {HEADS} heads of {HEAD_DIM}\n"
+    for index in shapes:
+        yield shape_table(*SHAPES[index]) + "\n"
 
 
 def shape_table(layout: TokenLayout, batch_size: int, num_queries: int) -> str:

@@ -102,8 +102,11 @@ def test_half_precision_is_as_good_as_dense(name, dtype):
     expected = run(windows, leaves, "dense", torch.float64)
     dense = run(windows, leaves, "dense", dtype)
     actual = run(windows, leaves, "flex", dtype)
-    for mine, theirs, reference in zip(actual, dense, expected, strict=True):
-        assert error(mine, reference) <= 1.5 * error(theirs, reference)
+    for i, (mine, theirs, reference) in enumerate(zip(actual, dense, expected, strict=True)):
+        if i == 1:  # lse: q is rounded once more after scaling, coherently for all scores of a query
+            assert (mine - reference).abs().max() <= 2 * torch.finfo(dtype).eps
+        else:
+            assert error(mine, reference) <= 1.5 * error(theirs, reference), i
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])

@@ -1,0 +1,104 @@
+"""The detector with AQR on CUDA: one graph for the whole decoder, the numbers of the dense evaluator, gradients."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmt_aqr.boxes import Targets
+from cmt_aqr.build import build_detector
+from cmt_aqr.config import load_config
+from cmt_aqr.losses.criterion import Criterion, total_loss
+from cmt_aqr.models.denoising import make_denoising
+from cmt_aqr.tools.attention_cases import nuscenes_lidar2img
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+CONFIG = load_config(Path(__file__).parents[2] / "configs" / "ablation" / "v3.yaml").model
+IMAGE_SIZE = (256, 704)
+
+
+def make_inputs(seed, counts):
+    """Maps, calibration and targets of two samples; every seed has other contents, calibration and boxes."""
+    generator = torch.Generator().manual_seed(seed)
+    bev_map = torch.randn(2, 256, 64, 64, generator=generator).cuda()
+    pv_maps = torch.randn(2, 6, CONFIG.hidden_dim, 16, 44, generator=generator).cuda()
+    angle = 0.1 * seed
+    turn = torch.eye(4, dtype=torch.float64)
+    turn[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    lidar2img = (nuscenes_lidar2img(IMAGE_SIZE) @ turn).expand(2, -1, -1, -1).cuda()
+    targets = []
+    for count in counts:
+        boxes = torch.rand(count, 9, generator=generator) * 60 - 30
+        boxes[:, 3:6] = boxes[:, 3:6].abs() / 10 + 0.5
+        targets.append(Targets(boxes.cuda(), torch.randint(0, 10, (count,), generator=generator).cuda()))
+    noise = torch.rand(2, CONFIG.denoising.num_dn, 3, generator=generator).cuda()
+    denoising = make_denoising(
+        targets,
+        num_queries=CONFIG.num_queries,
+        num_dn=CONFIG.denoising.num_dn,
+        point_range=CONFIG.point_range,
+        max_groups=4,
+        noise=noise,
+    )
+    return (bev_map, pv_maps, lidar2img, IMAGE_SIZE, denoising), targets
+
+
+def make_detector(backend="auto"):
+    torch.manual_seed(0)
+    detector = build_detector(CONFIG).cuda().train()
+    torch.nn.init.normal_(detector.aqr.generator.linear.weight, std=0.5)
+    detector.aqr.backend = backend
+    return detector
+
+
+def train_step(detector, forward, inputs, targets):
+    detector.zero_grad()
+    predictions = forward(*inputs)
+    criterion = Criterion(classes=detector.head.classes)
+    total_loss(criterion(predictions, targets, inputs[-1])).backward()
+    return predictions, {name: p.grad.clone() for name, p in detector.named_parameters() if p.grad is not None}
+
+
+def test_one_graph_without_recompiling_and_gradients_of_the_weights():
+    torch._dynamo.reset()
+    detector = make_detector()
+    compiled = torch.compile(detector.forward_features, fullgraph=True, dynamic=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed, counts in enumerate(((3, 5), (20, 0), (0, 0))):
+            inputs, targets = make_inputs(seed, counts)
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                _, grads = train_step(detector, compiled, inputs, targets)
+            assert grads["aqr.scale.value"].abs().item() > 0
+            assert all(g.abs().max() > 0 for name, g in grads.items() if name.startswith("aqr.generator.linear"))
+    torch._dynamo.reset()
+
+
+def test_flex_equals_dense_in_float32():
+    torch._dynamo.reset()
+    inputs, targets = make_inputs(0, (3, 5))
+    results = {}
+    for backend in ("flex", "dense"):
+        detector = make_detector(backend)
+        results[backend] = train_step(detector, detector.forward_features, inputs, targets)
+    (flex, flex_grads), (dense, dense_grads) = results["flex"], results["dense"]
+    torch.testing.assert_close(flex.codes(0), dense.codes(0), rtol=1e-4, atol=1e-4)
+    for name in ("aqr.scale.value", "aqr.generator.linear.weight", "reference_points.weight"):
+        error = (flex_grads[name] - dense_grads[name]).abs().max() / dense_grads[name].abs().max()
+        assert error <= 1e-3, name
+    torch._dynamo.reset()
+
+
+def test_plain_and_compiled_detector_agree():
+    """Without a compiled detector the attention is compiled by itself."""
+    torch._dynamo.reset()
+    detector = make_detector()
+    inputs, _ = make_inputs(0, (3, 5))
+    with torch.no_grad():
+        plain = detector.forward_features(*inputs)
+        compiled = torch.compile(detector.forward_features, fullgraph=True, dynamic=False)(*inputs)
+    torch.testing.assert_close(plain.codes(0), compiled.codes(0), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
