@@ -18,7 +18,7 @@ from cmt_aqr.config import Config, load_config, to_tree
 from cmt_aqr.data.loader import make_loader
 from cmt_aqr.data.sampling import EvaluationSampler
 from cmt_aqr.errors import report_errors
-from cmt_aqr.evaluation.nuscenes_eval import Metrics, format_table
+from cmt_aqr.evaluation.nuscenes_eval import Metrics, Tables, format_table
 from cmt_aqr.evaluation.run import Decoding, Pictures, evaluate, predict
 from cmt_aqr.strict_yaml import differences
 from cmt_aqr.synthetic import generate_world
@@ -65,7 +65,10 @@ def test(config: Config, place: Processes, arguments: argparse.Namespace) -> int
         prepare_data(config, talk=place.is_main)
         open_split(config.data, split)
     with RunLog(folder, place.is_main, tensorboard=False) as log:
-        metrics = evaluate_split(model.to(place.device), config, split, place, folder, log)
+        if model.aqr is not None:
+            log.say(model.aqr.describe(place.device))
+        tables = Tables(config.data.root, config.data.version)
+        metrics = evaluate_split(model.to(place.device), config, split, place, folder, log, tables)
         if metrics is not None:
             log.record("test", 0, checkpoint=arguments.checkpoint, split=split, **metrics.scalars())
             log.say(format_table(metrics))
@@ -77,6 +80,8 @@ def load_model(model: nn.Module, config: Config, path: str) -> None:
     """Load weights strictly, after comparing the configuration they were trained with where the file has one."""
     trained = read_config(path)
     changed = [] if trained is None else differences(trained["model"], to_tree(config.model), "model")
+    # The evaluator of the attention is a matter of speed, not of the model.
+    changed = [change for change in changed if not change.startswith("model.attention")]
     if changed:
         raise CheckpointError(f"{path}: trained with another model: {'; '.join(changed[:3])} (checkpoint against now)")
     load_into(model, load_weights(path), path)
@@ -105,9 +110,12 @@ def prepare_data(config: Config, *, talk: bool) -> None:
 
 
 def evaluate_split(
-    model: nn.Module, config: Config, split: str, place: Processes, folder: Path, log: RunLog
+    model: nn.Module, config: Config, split: str, place: Processes, folder: Path, log: RunLog, tables: Tables
 ) -> Metrics | None:
-    """Predict a split with all processes, then score and draw it in the main one; the others return None."""
+    """Predict a split with all processes, then score and draw it in the main one; the others return None.
+
+    ``tables`` are those of the configuration's data set; only the main process loads them.
+    """
     index = open_split(config.data, split)
     loader = make_loader(
         evaluation_dataset(config, index),
@@ -145,15 +153,13 @@ def evaluate_split(
         return None
     rank_of = {token: i for i, token in enumerate(index.tokens)}
     results.sort(key=lambda result: rank_of[result.token])  # the same file however many processes
-    root = Path(config.data.root)
     velocities = config.data.velocity_file
     return evaluate(
         results,
         folder=folder,
-        dataroot=str(root),
-        version=config.data.version,
+        tables=tables,
         split=split,
-        velocity_file=None if velocities is None else str(root / velocities),
+        velocity_file=None if velocities is None else str(Path(config.data.root) / velocities),
         use_camera=config.model.camera is not None,
         use_lidar=config.model.lidar is not None,
     )

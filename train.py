@@ -27,7 +27,7 @@ from cmt_aqr.data.loader import Loader, make_loader
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.data.sampling import TrainingSampler
 from cmt_aqr.errors import report_errors
-from cmt_aqr.evaluation.nuscenes_eval import format_table
+from cmt_aqr.evaluation.nuscenes_eval import Tables, format_table
 from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.losses.criterion import Criterion, total_loss
 from cmt_aqr.models.denoising import make_denoising
@@ -107,8 +107,10 @@ def parse_arguments() -> argparse.Namespace:
 def train(config: Config, place: Processes, arguments: argparse.Namespace) -> int:
     """Prepare everything, then run the epochs that are left; returns the exit status."""
     work_dir = arguments.work_dir or Path("runs") / config.name
-    check_batch_size(config, place)
+    check_settings(config, place)
     checkpoint = find_checkpoint(work_dir, config, resume=arguments.resume, overwrite=arguments.overwrite)
+    if checkpoint is None:
+        check_start(config)
     make_work_dir(work_dir)
     seed_process(config.seed, deterministic=arguments.deterministic)
     with main_first(place):
@@ -120,13 +122,15 @@ def train(config: Config, place: Processes, arguments: argparse.Namespace) -> in
     model = build_detector(config.model).to(place.device)
     if config.model.start == "local" and checkpoint is None:
         start_reference_points(model, training_centres(index), config.model.point_range)
+    start = ""
     if config.training.init_from is not None and checkpoint is None:
-        initialise(model, config.training.init_from)
+        start = initialise(model, config.training.init_from)
     freeze(model, config.training.freeze)
     criterion = build_criterion(config, reduce_mean=reduce_mean, num_processes=place.world_size)
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(place.device.type, enabled=config.training.precision == "fp16")
     parallel = wrap(model, place)
+    tables = Tables(config.data.root, config.data.version)  # for all evaluations of this run
 
     total_steps = steps_per_epoch * config.training.epochs
     last_step = min(total_steps, arguments.max_steps or total_steps)
@@ -137,10 +141,12 @@ def train(config: Config, place: Processes, arguments: argparse.Namespace) -> in
         remove_run(work_dir)
     with RunLog(work_dir, place.is_main, resume_step=step or None) as log:
         describe(config, place, model, steps_per_epoch, step, work_dir, log)
+        if start:
+            log.say(start)
         if arguments.resume and checkpoint is None:
             log.say(f"{work_dir} holds no {LATEST} to resume from: starting anew")
         if checkpoint is not None:
-            evaluate_epoch(model, config, place, step, steps_per_epoch, work_dir, log)
+            evaluate_epoch(model, config, place, step, steps_per_epoch, work_dir, log, tables)
         with log.progress("train", total_steps, step) as progress:
             while step < last_step:
                 epoch, first = divmod(step, steps_per_epoch)
@@ -169,7 +175,7 @@ def train(config: Config, place: Processes, arguments: argparse.Namespace) -> in
                 if is_interrupted:
                     log.say(f"stopped after step {step}; go on with --resume --work-dir {work_dir}")
                     return 130
-                evaluate_epoch(model, config, place, step, steps_per_epoch, work_dir, log)
+                evaluate_epoch(model, config, place, step, steps_per_epoch, work_dir, log, tables)
         if step < total_steps:
             log.say(f"stopped after step {step} (--max-steps); go on with --resume --work-dir {work_dir}")
         else:
@@ -178,7 +184,14 @@ def train(config: Config, place: Processes, arguments: argparse.Namespace) -> in
 
 
 def evaluate_epoch(
-    model: nn.Module, config: Config, place: Processes, step: int, steps_per_epoch: int, work_dir: Path, log: RunLog
+    model: nn.Module,
+    config: Config,
+    place: Processes,
+    step: int,
+    steps_per_epoch: int,
+    work_dir: Path,
+    log: RunLog,
+    tables: Tables,
 ) -> None:
     """Evaluate where an evaluation is due after this step and the log has none: also after a stop in the middle of one.
 
@@ -192,7 +205,8 @@ def evaluate_epoch(
         return
     share_buffers(model)
     try:
-        metrics = evaluate_split(model, config, config.data.val_split, place, work_dir / "eval" / f"epoch_{epoch}", log)
+        folder = work_dir / "eval" / f"epoch_{epoch}"
+        metrics = evaluate_split(model, config, config.data.val_split, place, folder, log, tables)
     except EvaluationError as error:
         log.say(f"epoch {epoch} could not be evaluated: {error}")
         log.record("eval", step, epoch=epoch, error=str(error))
@@ -202,11 +216,20 @@ def evaluate_epoch(
         log.say(format_table(metrics))
 
 
-def check_batch_size(config: Config, place: Processes) -> None:
-    """Refuse a batch that the processes cannot share equally."""
+def check_settings(config: Config, place: Processes) -> None:
+    """Refuse a batch that the processes cannot share equally, and an attention that AQR cannot learn through."""
+    if config.model.aqr is not None and config.model.attention.backend == "lowrank":
+        raise ConfigError(["model.attention.backend: 'lowrank' gives AQR no gradient; it is for test.py only"])
     size = config.training.batch_size
     if size % place.world_size:
         raise ConfigError([f"training.batch_size: {size} is not a multiple of the {place.world_size} processes"])
+
+
+def check_start(config: Config) -> None:
+    """Refuse to prepare hours of data for a run whose first weights are not there."""
+    path = config.training.init_from
+    if path is not None and not Path(path).is_file():
+        raise CheckpointError(f"training.init_from {path}: no such file")
 
 
 def make_training_loader(config: Config, index: FrameIndex, place: Processes) -> tuple[Loader, int]:
@@ -238,8 +261,8 @@ def training_centres(index: FrameIndex) -> Tensor:
     return torch.cat([index.frame(i).targets(valid_only=True).boxes[:, :3] for i in range(len(index))])
 
 
-def initialise(model: nn.Module, path: str) -> None:
-    """Start from a checkpoint of this project, or from backbone weights (torchvision's names)."""
+def initialise(model: nn.Module, path: str) -> str:
+    """Start from a checkpoint of this project, or from backbone weights (torchvision's names); says how much of it."""
     weights = load_weights(path)
     own = model.state_dict()
     prefix = next((p for p in ("", "image_branch.backbone.") if any(p + name in own for name in weights)), None)
@@ -247,6 +270,7 @@ def initialise(model: nn.Module, path: str) -> None:
         raise CheckpointError(f"training.init_from {path}: no tensor in it has a name of this model")
     fitting = {prefix + name: value for name, value in weights.items() if prefix + name in own}
     load_into(model, {**own, **fitting}, path)
+    return f"init_from {path}: {len(fitting)} of {len(own)} tensors of the model taken"
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -284,7 +308,7 @@ def train_step(
     *,
     names: nn.Module,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One optimizer step; returns the loss terms, with their sum as ``loss``, and the norm of the gradient."""
+    """One optimizer step; returns the loss terms, their sum as ``loss`` and figures of AQR, and the gradient's norm."""
     set_training_mode(names, (*config.training.freeze, *config.training.norm_eval))
     shared_rng = seed_step(config.seed, step, place.rank)
     batch = batch.to(place.device, non_blocking=True)
@@ -304,7 +328,8 @@ def train_step(
     grad_norm = nn.utils.clip_grad_norm_(parallel.parameters(), config.training.grad_clip)
     scaler.step(optimizer)
     scaler.update()
-    return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}, grad_norm
+    figures = {} if predictions.aqr_weights is None else names.aqr.figures(predictions.aqr_weights)
+    return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}, **figures}, grad_norm
 
 
 def noise_targets(batch: Batch, config: Config, place: Processes, step: int) -> DenoisingQueries | None:
@@ -366,6 +391,8 @@ def describe(
         f"{config.training.precision}, {config.training.epochs} epochs of {steps_per_epoch} steps, "
         f"results in {work_dir}"
     )
+    if model.aqr is not None:
+        log.say(model.aqr.describe(place.device))
     if step:
         log.say(f"resuming after step {step}")
 

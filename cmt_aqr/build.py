@@ -7,6 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cmt_aqr.aqr.module import AQR, neutral_weight
+from cmt_aqr.aqr.scale import Scale
+from cmt_aqr.aqr.weights import WeightGenerator
+from cmt_aqr.attention import WindowSettings
 from cmt_aqr.classes import CAMERAS
 from cmt_aqr.config import CameraConfig, Config, DataConfig, LidarConfig, ModelConfig
 from cmt_aqr.data.dataset import FrameDataset, TrainingAugmentation
@@ -15,6 +19,7 @@ from cmt_aqr.data.gt_sampling import GtSampler
 from cmt_aqr.data.image_transforms import ImageAugmentation
 from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.nuscenes import load_index
+from cmt_aqr.data.sample import DataError
 from cmt_aqr.data.scene_transforms import ModalityDropout, SceneAugmentation
 from cmt_aqr.losses.criterion import Criterion
 from cmt_aqr.models.decoder import Decoder
@@ -64,10 +69,44 @@ def build_detector(config: ModelConfig) -> Detector:
             kernel=config.head_kernel,
             cls_prior=config.cls_prior,
         ),
+        aqr=build_aqr(config),  # last: all else starts from the same random numbers with AQR and without
     )
     if config.start == "local" and not detector.reference_points.weight.is_meta:
         start_local(detector)
     return detector
+
+
+def build_aqr(config: ModelConfig) -> AQR | None:
+    """Weight generator and bias, or None for the plain detector."""
+    aqr = config.aqr
+    if aqr is None:
+        return None
+    scale = None
+    if aqr.design == "bias":
+        scale = Scale(value=aqr.scale, is_learned=aqr.learn_scale, limits=aqr.scale_range)
+    return AQR(
+        design=aqr.design,
+        generator=WeightGenerator(
+            dim=config.hidden_dim,
+            num_heads=config.num_heads,
+            ffn_dim=config.ffn_dim,
+            num_layers=aqr.num_layers,
+            activation=aqr.activation,
+            neutral=neutral_weight(aqr.design),
+        ),
+        windows=WindowSettings(
+            bev=aqr.bev_window,
+            camera=aqr.camera_window,
+            camera_assignment=aqr.camera_assignment,
+            unseen=aqr.unseen,
+            is_local=aqr.local,
+        ),
+        point_range=config.point_range,
+        scale=scale,
+        max_bias=aqr.max_bias,
+        backend=config.attention.backend,
+        lowrank_energy=config.attention.lowrank_energy,
+    )
 
 
 def build_lidar_branch(config: LidarConfig, point_range: tuple[float, ...]) -> LidarBranch:
@@ -136,8 +175,14 @@ def build_criterion(config: Config, *, reduce_mean: Callable[[Tensor], Tensor] |
 
 
 def open_split(config: DataConfig, split: str) -> FrameIndex:
-    """The index file of a split, built when it is missing or stale."""
+    """The index file of a split, built when it is missing or stale.
+
+    Raises:
+        DataError: one sentence on what is wrong with the data set.
+    """
     root = Path(config.root)
+    if not root.is_dir():
+        raise DataError(f"data.root {root} does not exist or is no folder")
     return load_index(
         dataroot=root,
         version=config.version,

@@ -14,6 +14,11 @@ from cmt_aqr.boxes import CODE_SIZE
 from cmt_aqr.classes import CLASSES
 from cmt_aqr.strict_yaml import ConfigError, apply_overrides, build, limits, read_yaml, to_tree
 
+# FlexAttention refuses narrower heads.
+MIN_FLEX_HEAD = 16
+# Parameter-name prefix of AQR's learnt scale.
+AQR_SCALE = "aqr.scale"
+
 Range6 = tuple[float, float, float, float, float, float]
 Triple = tuple[float, float, float]
 
@@ -129,6 +134,33 @@ class DenoisingConfig:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    """How the cross-attention with AQR's bias is computed: a matter of speed, but for lowrank, which approximates."""
+
+    backend: Literal["auto", "flex", "dense", "lowrank"]  # auto: flex on a GPU, dense elsewhere
+    lowrank_energy: float = limits(above=0, high=1)  # of lowrank: share of the bias's squared singular values it keeps
+
+
+@dataclass(frozen=True)
+class AqrConfig:
+    """AQR: every query weighs LiDAR and cameras, in windows around its reference point."""
+
+    design: Literal["bias", "v1", "v2"]  # a bias of the cross-attention, or the earlier maps on token features
+    num_layers: int = limits(low=1, high=4)  # of the weight generator
+    activation: Literal["tanh", "sigmoid"]  # weights in [-1, 1] or in [0, 1]
+    bev_window: int = limits(low=1)  # cells; size w reaches w // 2 cells to every side
+    camera_window: int = limits(low=1)
+    camera_assignment: Literal["first", "all"]  # a window in the first camera that sees the point, or in every one
+    unseen: Literal["none", "corner"]  # corner: a point that no camera sees has one at view 0, cell 0 (Quirk Q11)
+    local: bool  # false: the bias acts on the whole modality
+    # The bias is clamp(scale * weight, -max_bias, max_bias); the designs v1 and v2 use none of these four.
+    scale: float
+    learn_scale: bool
+    scale_range: tuple[float, float] = limits(low=0)
+    max_bias: float | None = limits(above=0)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The detector."""
 
@@ -148,6 +180,8 @@ class ModelConfig:
     lidar: LidarConfig | None
     camera: CameraConfig | None
     denoising: DenoisingConfig
+    attention: AttentionConfig
+    aqr: AqrConfig | None
 
 
 @dataclass(frozen=True)
@@ -306,6 +340,42 @@ def _check_classes(config: Config) -> Found:
         yield f"data.gt_sampling.per_class.{name}", f"no such class; the classes are {', '.join(CLASSES)}"
 
 
+def _check_aqr(config: Config) -> Found:
+    model, aqr = config.model, config.model.aqr
+    if aqr is None:
+        return
+    if model.lidar is None or model.camera is None:
+        yield (
+            "model.aqr",
+            f"weighs LiDAR against cameras, but model.{'lidar' if model.lidar is None else 'camera'} is null",
+        )
+    if aqr.design != "bias":
+        if aqr.activation != "sigmoid":
+            yield "model.aqr.activation", f"the design {aqr.design} needs 'sigmoid', got {aqr.activation!r}"
+        if not aqr.local:
+            yield "model.aqr.local", f"the design {aqr.design} draws its maps in windows and needs true, got false"
+        return
+    low, high = aqr.scale_range
+    if low >= high:
+        yield "model.aqr.scale_range", f"its lower end {low:g} is not below its upper end {high:g}"
+    elif not low <= aqr.scale <= high:
+        yield "model.aqr.scale", f"{aqr.scale:g} lies outside model.aqr.scale_range {low:g} to {high:g}"
+    if model.attention.backend in ("auto", "flex") and model.hidden_dim // model.num_heads < MIN_FLEX_HEAD:
+        yield (
+            "model.attention.backend",
+            f"{model.attention.backend!r} needs heads of {MIN_FLEX_HEAD} channels or more on a GPU, but "
+            f"model.hidden_dim {model.hidden_dim} / model.num_heads {model.num_heads} gives "
+            f"{model.hidden_dim // model.num_heads}; use 'dense'",
+        )
+
+
+def _check_scale_decay(config: Config) -> Found:
+    aqr = config.model.aqr
+    has_scale = aqr is not None and aqr.design == "bias" and aqr.learn_scale
+    if has_scale and config.training.decay_mult.get(AQR_SCALE) != 0:
+        yield "training.decay_mult", f"must hold {AQR_SCALE}: 0.0, a learnt scale takes no weight decay"
+
+
 def _check_numbers(config: Config) -> Found:
     if len(config.loss.code_weights) != CODE_SIZE:
         count = len(config.loss.code_weights)
@@ -325,6 +395,18 @@ CHECKS = (
     (("model.lidar",), _check_lidar_lengths),
     (("model.lidar", "model.point_range"), _check_voxels),
     (("model.tasks", "data.gt_sampling"), _check_classes),
+    (
+        (
+            "model.aqr",
+            "model.lidar",
+            "model.camera",
+            "model.hidden_dim",
+            "model.num_heads",
+            "model.attention",
+        ),
+        _check_aqr,
+    ),
+    (("model.aqr", "training.decay_mult"), _check_scale_decay),
     (("loss.code_weights", "data.drop_lidar", "data.drop_cameras", "training.up_fraction"), _check_numbers),
 )
 

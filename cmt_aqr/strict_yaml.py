@@ -166,7 +166,7 @@ def differences(left: Any, right: Any, prefix: str = "") -> list[str]:
         for key in [*left, *(key for key in right if key not in left)]:
             found += differences(left.get(key), right.get(key), f"{prefix}.{key}" if prefix else str(key))
         return found
-    return [] if left == right else [f"{prefix}: {_show(left)} against {_show(right)}"]
+    return [] if left == right else [f"{prefix}: {_value(left)} against {_value(right)}"]
 
 
 def _convert(kind: Any, value: Any, path: str, problems: Problems) -> Any:
@@ -283,5 +283,10 @@ def _kind(value: Any) -> str:
 
 
 def _show(value: Any) -> str:
+    """Kind and value, for a value of the wrong kind."""
+    return "null" if value is None else f"{_kind(value)} {_value(value)}"
+
+
+def _value(value: Any) -> str:
     text = "null" if value is None else repr(value)
-    return f"{_kind(value)} {text if len(text) <= 60 else text[:57] + '...'}" if value is not None else text
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,16 +1,18 @@
-"""The detector: branches -> tokens -> queries -> decoder -> heads.
+"""The detector: branches -> tokens -> queries -> windows and weights (AQR) -> decoder -> heads.
 
 Shape letters: B batch, V views, P points, H, W rows and columns of a grid, K tokens, Q queries, C channels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from cmt_aqr.attention.layout import TokenLayout
-from cmt_aqr.models.decoder import Decoder
+from cmt_aqr.aqr.module import AQR
+from cmt_aqr.attention import QueryWindows, TokenLayout
+from cmt_aqr.models.decoder import Attend, Decoder
 from cmt_aqr.models.heads import Heads
 from cmt_aqr.models.position import BevEmbedding, Cameras, RayEmbedding, bev_positions, make_cameras, pv_positions
 from cmt_aqr.models.queries import Queries, ReferencePoints, query_positions
@@ -60,6 +62,7 @@ class Detector(nn.Module):
         image_branch: images -> camera maps, or None without cameras;
             ``forward(images (N, H, W, 3) uint8, *, mask) -> (N, C, h, w)``, N = B * V.
         ray_embedding: ray position of camera tokens and of queries; required with cameras.
+        aqr: weighs the sensors for every query; needs both. None: the plain CMT.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Detector(nn.Module):
         shared_conv: nn.Module | None = None,
         image_branch: nn.Module | None = None,
         ray_embedding: RayEmbedding | None = None,
+        aqr: AQR | None = None,
     ) -> None:
         super().__init__()
         if shared_conv is None and ray_embedding is None:
@@ -81,12 +85,16 @@ class Detector(nn.Module):
             raise ValueError("a detector with a lidar_branch needs a shared_conv")
         if image_branch is not None and ray_embedding is None:
             raise ValueError("a detector with an image_branch needs a ray_embedding")
+        if aqr is not None and (shared_conv is None or ray_embedding is None):
+            only = "LiDAR" if ray_embedding is None else "cameras"
+            raise ValueError(f"AQR weighs LiDAR against cameras, this detector has {only} only")
         self.image_branch = image_branch
         self.lidar_branch = lidar_branch
         self.shared_conv = shared_conv
         self.bev_embedding = bev_embedding
         self.ray_embedding = ray_embedding
         self.reference_points = reference_points
+        self.aqr = aqr
         self.decoder = decoder
         self.head = head
 
@@ -133,8 +141,15 @@ class Detector(nn.Module):
         cameras = self.make_cameras(pv_maps, lidar2img, image_size)
         tokens = self.make_tokens(bev_map, pv_maps, cameras)
         queries = self.make_queries(tokens.values.shape[0], cameras, denoising)
-        hidden = self.decoder(queries.positions, tokens.values, tokens.positions, attention_mask=queries.attention_mask)
-        return self.head(hidden, queries.reference_points, num_dn=queries.num_dn, is_live=queries.is_live)
+        windows = self.make_windows(queries, tokens.layout, lidar2img, image_size)
+        weights = self.make_weights(queries, tokens, windows)
+        tokens = self.modulate_tokens(tokens, windows, weights)
+        attend = self.make_attend(windows, weights)
+        hidden = self.decoder(
+            queries.positions, tokens.values, tokens.positions, attention_mask=queries.attention_mask, attend=attend
+        )
+        predictions = self.head(hidden, queries.reference_points, num_dn=queries.num_dn, is_live=queries.is_live)
+        return predictions if weights is None else replace(predictions, aqr_weights=weights.detach())
 
     def encode_images(self, images: Tensor | None, image_mask: Tensor | None = None) -> Tensor | None:
         """Images (B, V, H, W, 3) uint8 -> camera maps (B, V, C, h, w); None without an image_branch.
@@ -213,3 +228,43 @@ class Detector(nn.Module):
         matching = denoising.is_live.new_ones(self.reference_points.num_queries)
         is_live = torch.cat((denoising.is_live, matching))
         return Queries(points, positions, denoising.num_dn, denoising.attention_mask, is_live)
+
+    def make_windows(
+        self,
+        queries: Queries,
+        layout: TokenLayout,
+        lidar2img: Tensor | None,
+        image_size: tuple[int, int] | None,
+    ) -> QueryWindows | None:
+        """Windows of the queries that AQR gives weights (see ``AQR.first_query``); None without AQR.
+
+        ``lidar2img`` is that of the batch, not its copy in the model's dtype: windows are found in float64.
+        """
+        if self.aqr is None:
+            return None
+        points = queries.reference_points[:, self.aqr.first_query(queries.num_dn) :]
+        return self.aqr.windows(points, lidar2img, layout, image_size)
+
+    def make_weights(self, queries: Queries, tokens: Tokens, windows: QueryWindows | None) -> Tensor | None:
+        """AQR weights w_lidar, w_camera (B, Q', 2) of the Q' queries that have windows; None without AQR."""
+        if windows is None:
+            return None
+        positions = queries.positions[:, self.aqr.first_query(queries.num_dn) :]
+        return self.aqr.generator(positions, tokens.values, tokens.positions, windows)
+
+    def modulate_tokens(self, tokens: Tokens, windows: QueryWindows | None, weights: Tensor | None) -> Tokens:
+        """Tokens with their features modulated (AQR designs v1 and v2), else as they are."""
+        if windows is None or self.aqr.design == "bias":
+            return tokens
+        return replace(tokens, values=self.aqr.modulate(tokens.values, windows, weights))
+
+    def make_attend(self, windows: QueryWindows | None, weights: Tensor | None) -> Attend:
+        """The cross-attention of all decoder layers: with AQR's bias (design ``bias``), else plain."""
+        if windows is None or self.aqr.design != "bias":
+            return F.scaled_dot_product_attention
+        attend_with_lse = self.aqr.attend(self.aqr.bias(windows, weights))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend_with_lse(q, k, v)[0]
+
+        return attend

@@ -49,7 +49,8 @@ MAX_RAY_STRETCH = 1.8
 def start_local(detector: Detector) -> None:
     """Overwrite the position networks, the query and key projections, and the reference points of a fresh detector.
 
-    The reference points are put on a square grid over the ground, half-way up the point range.
+    The reference points are put on a square grid over the ground, half-way up the point range. AQR's weight generator,
+    whose heads are as many and as wide, gets the decoder's query and key projections.
     """
     num_heads = detector.decoder.layers[0].cross_attention.num_heads
     ground_heads, ray_heads = range(num_heads), range(0)
@@ -64,6 +65,8 @@ def start_local(detector: Detector) -> None:
     for layer in detector.decoder.layers:
         tie_projections(layer.self_attention, head_dim)
         tie_projections(layer.cross_attention, head_dim)
+    for layer in [] if detector.aqr is None else detector.aqr.generator.layers:
+        tie_projections(layer.attention, head_dim)
     detector.reference_points.weight.copy_(reference_grid(detector.reference_points.num_queries))
 
 

@@ -10,7 +10,6 @@ is 2. Files that need code to be run are refused.
 """
 
 import argparse
-import os
 import re
 import sys
 from collections import Counter
@@ -24,7 +23,8 @@ from torch import Tensor
 
 from cmt_aqr.build import build_detector
 from cmt_aqr.config import ModelConfig, load_config
-from cmt_aqr.errors import USER_ERRORS, report_user_error
+from cmt_aqr.errors import report_errors
+from cmt_aqr.files import atomic_path
 from cmt_aqr.tools.official_names import rename_official
 from cmt_aqr.training.checkpoint import CheckpointError, load_weights
 
@@ -182,9 +182,12 @@ def _in_backbone(name: str, prefix: str) -> str | None:
 
 
 def empty_state(config: ModelConfig) -> dict[str, Tensor]:
-    """State dict of the detector of a configuration, on the meta device: names, shapes and dtypes without memory."""
+    """State dict of the detector of a configuration, on the meta device: names, shapes and dtypes without memory.
+
+    Without AQR, which no official file has.
+    """
     with torch.device("meta"):
-        return build_detector(replace(config, start="official")).state_dict()
+        return build_detector(replace(config, start="official", aqr=None)).state_dict()
 
 
 def read_official(path: Path) -> Mapping[str, Tensor]:
@@ -212,17 +215,11 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
+    own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
-        with open(partial, "wb") as file:
-            file.write(save(own, metadata=dict(metadata)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with atomic_path(path) as partial:
+            partial.write_bytes(save(own, metadata=dict(metadata)))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: could not be saved: {error}") from None
 
 
@@ -240,8 +237,8 @@ def format_report(result: Imported) -> str:
     return "\n".join(lines)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Read, convert, report, write.
+def run(options: argparse.Namespace) -> int:
+    """Read, convert, report, write; returns the exit status.
 
     Raises:
         CheckpointError: the file cannot be read or does not fit; nothing is written then.
@@ -267,18 +264,16 @@ def run(options: argparse.Namespace) -> None:
     content = "image backbone" if options.backbone else "detector"
     metadata = {"format": "pt", "source": options.source.name, "config": config.name, "content": content}
     write_weights(options.out, result.weights, metadata)
-    use = f"training.init_from={options.out}" if options.backbone else f"test.py --checkpoint {options.out}"
+    is_start = options.backbone or config.model.aqr is not None
+    use = f"training.init_from={options.out}" if is_start else f"test.py --checkpoint {options.out}"
     print(f"written: {options.out}, for {use}")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        run(options)
-    except USER_ERRORS as error:
-        return report_user_error(error)
-    return 0
+    return report_errors(lambda: run(options))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -42,6 +42,7 @@ SMALL = (
     "model.camera.input_size=[32,96]",
     "model.camera.base_channels=8",
     "model.denoising.num_dn=80",
+    "model.attention.backend=dense",
     "training.epochs=2",
     "training.batch_size=2",
     "training.lr_mult={}",
@@ -52,6 +53,8 @@ SMALL = (
     "evaluation.max_detections=40",
     "evaluation.num_pictures=2",
 )
+# The same without AQR, which a model with one sensor must be.
+PLAIN = ("model.aqr=null", "training.decay_mult={}")
 
 
 @dataclass(frozen=True)

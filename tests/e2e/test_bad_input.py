@@ -142,7 +142,7 @@ def test_everything_frozen(train):
 
 def test_missing_data(train, tmp_path):
     root = tmp_path / "nowhere"
-    sentence(train(f"data.root={root}", "data.synthetic=null"), "dataroot", root, "does not exist")
+    sentence(train(f"data.root={root}", "data.synthetic=null"), "data.root", root, "does not exist")
 
 
 def test_another_version(train):
@@ -243,7 +243,7 @@ def test_box_without_size(broken):
 
 def test_test_script_on_a_checkpoint_of_another_model(world, call, checkpoint, tmp_path):
     arguments = world.arguments("--checkpoint", checkpoint, "--out", tmp_path, settings=("model.ffn_dim=48",))
-    sentence(call("test", *arguments), checkpoint, "model.ffn_dim: int 32 against int 48")
+    sentence(call("test", *arguments), checkpoint, "model.ffn_dim: 32 against 48")
 
 
 def test_missing_checkpoint(world, call, tmp_path):
@@ -325,14 +325,15 @@ def test_full_disk_while_saving_keeps_the_last_checkpoint(train, tmp_path, monke
     assert train(arguments=arguments).status == 0
     before = (tmp_path / "run" / "latest.pt").read_bytes()
 
-    def full(*_):
+    def full(_, file):
+        file.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(torch, "save", full)
     result = train(arguments=("--resume",))
     sentence(result, tmp_path / "run", "could not be saved", "No space left on device")
     assert (tmp_path / "run" / "latest.pt").read_bytes() == before
-    assert not list((tmp_path / "run").glob("*.partial"))
+    assert not list((tmp_path / "run").glob(".*"))
     monkeypatch.undo()
 
 

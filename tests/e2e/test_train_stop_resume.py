@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train as train_script
+from cmt_aqr.evaluation import nuscenes_eval
 from tests.e2e.conftest import one_thread, read_lines
 
 pytestmark = pytest.mark.e2e
@@ -149,10 +150,10 @@ def test_resuming_a_finished_run_changes_nothing(world, whole_run, call):
 @pytest.mark.parametrize(
     ("setting", "change"),
     [
-        ("model.ffn_dim=64", "model.ffn_dim: int 32 against int 64"),
-        ("training.epochs=5", "training.epochs: int 2 against int 5"),
-        ("seed=7", "seed: int 0 against int 7"),
-        ("loss.cls_weight=3.0", "loss.cls_weight: float 2.0 against float 3.0"),
+        ("model.ffn_dim=64", "model.ffn_dim: 32 against 64"),
+        ("training.epochs=5", "training.epochs: 2 against 5"),
+        ("seed=7", "seed: 0 against 7"),
+        ("loss.cls_weight=3.0", "loss.cls_weight: 2.0 against 3.0"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(world, whole_run, call, setting, change):
@@ -176,6 +177,26 @@ def test_overwriting_removes_the_old_run(world, tmp_path, call):
     assert [path.name for path in work_dir.glob("eval/*")] == ["epoch_1"]
     assert weights(work_dir)["step"] == 3
     assert [line["step"] for line in read_lines(work_dir / "log.jsonl", "train")] == [1, 2, 3]
+
+
+def test_a_start_from_weights_is_said_and_two_evaluations_load_the_tables_once(
+    world, whole_run, tmp_path, call, monkeypatch
+):
+    load, loaded = nuscenes_eval.load_nuscenes, []
+
+    def count(*arguments, **options):
+        loaded.append(arguments)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(nuscenes_eval, "load_nuscenes", count)
+    start = whole_run / "epoch_1.pt"
+    settings = (f"training.init_from={start}", "training.eval_every=1")
+    result = call("train", *world.arguments("--work-dir", tmp_path / "run", settings=settings))
+    assert (result.status, result.err) == (0, "")
+    count_all = len(torch.load(start, weights_only=True)["model"])
+    assert f"init_from {start}: {count_all} of {count_all} tensors of the model taken\n" in result.out
+    assert [line["epoch"] for line in read_lines(tmp_path / "run" / "log.jsonl", "eval")] == [1, 2]
+    assert len(loaded) == 1
 
 
 def test_ctrl_c_in_an_evaluation_is_made_up_for(world, tmp_path, call, monkeypatch):

@@ -127,7 +127,7 @@ def test_process_zero_says_what_is_wrong_once(world, tmp_path):
     result = world.run("train.py", "--work-dir", tmp_path / "run", settings=settings, processes=2)
     assert result.status != 0
     said = [line for line in result.err.splitlines() if line.startswith("error")]
-    assert said == [f"error: dataroot {tmp_path / 'nowhere'} does not exist or is no folder"]
+    assert said == [f"error: data.root {tmp_path / 'nowhere'} does not exist or is no folder"]
 
 
 def test_a_batch_that_cannot_be_shared(world, tmp_path):

@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from tests.e2e.conftest import read_lines
+from tests.e2e.conftest import PLAIN, read_lines
 
 VERSION = "v1.0-synthetic"
-SENSORS = {"fusion": (), "lidar": ("model.camera=null",), "camera": ("model.lidar=null",)}
+SENSORS = {"fusion": (), "lidar": ("model.camera=null", *PLAIN), "camera": ("model.lidar=null", *PLAIN)}
 FROZEN = ("training.epochs=1", "training.batch_size=2", "evaluation.batch_size=2")
 
 

@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from cmt_aqr.build import build_criterion, build_detector, count_parameters, training_dataset
+from cmt_aqr.build import build_criterion, build_detector, count_parameters, open_split, training_dataset
 from cmt_aqr.classes import CLASSES
 from cmt_aqr.config import Config, load_config
+from cmt_aqr.data.sample import DataError
 from cmt_aqr.models.heads import CLASS_BRANCH
+from cmt_aqr.training.optim import freeze
+from train import build_optimizer, initialise
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(FOLDER.rglob("*.yaml"))
 # Counted in the original program's models, built from its own configurations.
 OFFICIAL = {
     "cmt_r50_800x320": 40_919_572,
@@ -21,9 +26,12 @@ OFFICIAL = {
 }
 
 
+def name_of(path: Path) -> str:
+    return path.relative_to(FOLDER).with_suffix("").as_posix()
+
+
 def shipped(name: str, *overrides: str) -> Config:
-    (path,) = (path for path in CONFIGS if path.stem == name)
-    return load_config(path, overrides)
+    return load_config(FOLDER / f"{name}.yaml", overrides)
 
 
 def on_meta(config: Config) -> torch.nn.Module:
@@ -36,7 +44,7 @@ def test_the_official_settings_are_shipped():
     assert OFFICIAL.keys() <= {path.stem for path in CONFIGS}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_every_shipped_model_builds(path):
     config = load_config(path)
     model = on_meta(config)
@@ -44,7 +52,7 @@ def test_every_shipped_model_builds(path):
     assert (model.image_branch is None) == (config.model.camera is None)
     assert model.reference_points.num_queries == config.model.num_queries
     assert len(model.decoder.layers) == config.model.num_layers
-    assert config.name == path.stem
+    assert (model.aqr is None) == (config.model.aqr is None)
     if path.stem in OFFICIAL:
         assert count_parameters(model) == OFFICIAL[path.stem]
 
@@ -137,3 +145,118 @@ def test_what_is_null_is_off(augmentation_of):
     config = shipped("synthetic_tiny", "data.drop_lidar=0.1", "data.drop_cameras=0.2")
     dropout = augmentation_of(config)[0].dropout
     assert dataclasses.asdict(dropout) == {"image_probability": 0.2, "point_probability": 0.1}
+
+
+def test_a_missing_data_set_is_named_by_its_key(tmp_path):
+    config = shipped("cmt_r50_800x320", f"data.root={tmp_path / 'nowhere'}", f"data.index_dir={tmp_path / 'index'}")
+    with pytest.raises(DataError, match=r"^data\.root .*nowhere does not exist or is no folder$"):
+        open_split(config.data, "val")
+
+
+AQR_CONFIGS = [name_of(path) for path in CONFIGS if load_config(path).model.aqr is not None]
+
+
+def rates(config: Config) -> dict[str, tuple[float, float] | None]:
+    """Factors of learning rate and weight decay of every parameter of a configuration's model; None: frozen."""
+    model = on_meta(config)
+    freeze(model, config.training.freeze)
+    found = {}
+    for group in build_optimizer(model, config).param_groups:
+        factors = group["lr_scale"], group["weight_decay"] / config.training.weight_decay
+        found |= {id(parameter): factors for parameter in group["params"]}
+    return {name: found.get(id(parameter)) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_every_prefix_of_a_shipped_file_names_a_parameter(path):
+    rates(load_config(path))  # refuses a prefix that fits nothing
+
+
+@pytest.mark.parametrize("name", ("cmt_aqr_r50_800x320", "cmt_aqr_vov_1600x640"))
+def test_the_recipe_of_aqr_by_parameter(name):
+    expected = {
+        "image_branch.backbone": None,
+        "lidar_branch.encoder": None,
+        "lidar_branch.backbone": None,
+        "image_branch.neck": (0.05, 1.0),
+        "lidar_branch.neck": (0.05, 1.0),
+        "shared_conv": (0.5, 1.0),
+        "bev_embedding": (0.5, 1.0),
+        "ray_embedding": (0.5, 1.0),
+        "decoder": (0.5, 1.0),
+        "reference_points": (0.3, 1.0),
+        "head": (0.8, 1.0),
+        "aqr.generator": (1.0, 1.0),
+        "aqr.scale": (0.5, 0.0),
+    }
+    met = set()
+    for parameter, factors in rates(shipped(name)).items():
+        (prefix,) = (prefix for prefix in expected if parameter.startswith(prefix + "."))
+        met.add(prefix)
+        assert factors == expected[prefix], parameter
+    assert met == expected.keys()
+
+
+@pytest.mark.parametrize("name", AQR_CONFIGS)
+def test_a_learnt_scale_has_no_weight_decay(name):
+    config = shipped(name)
+    found = {parameter: factors for parameter, factors in rates(config).items() if parameter.startswith("aqr.scale")}
+    is_learnt = config.model.aqr.design == "bias" and config.model.aqr.learn_scale
+    assert found == ({"aqr.scale.value": (0.5, 0.0)} if is_learnt else {})
+
+
+def test_aqr_adds_its_own_names_and_changes_no_other():
+    plain, with_aqr = (on_meta(shipped(name)).state_dict() for name in ("cmt_r50_800x320", "cmt_aqr_r50_800x320"))
+    own = {name for name in with_aqr if name.startswith("aqr.")}
+    assert {name: x.shape for name, x in with_aqr.items() if name not in own} == {n: x.shape for n, x in plain.items()}
+    assert "aqr.scale.value" in own and "aqr.generator.layers.0.attention.in_proj_weight" in own
+
+
+def test_aqr_as_configured():
+    config = shipped(
+        "synthetic_tiny", "model.aqr.bev_window=3", "model.aqr.camera_window=7", "model.aqr.camera_assignment=all",
+        "model.aqr.unseen=corner", "model.aqr.local=false", "model.aqr.scale=3.0", "model.aqr.learn_scale=false",
+        "model.aqr.scale_range=[1.0, 4.0]", "model.aqr.max_bias=null", "model.aqr.num_layers=2",
+        "model.aqr.activation=sigmoid", "model.attention.backend=lowrank",
+        "model.attention.lowrank_energy=0.75",
+    )  # fmt: skip
+    aqr = build_detector(config.model).aqr
+    assert dataclasses.asdict(aqr.settings) == {
+        "bev": 3, "camera": 7, "camera_assignment": "all", "unseen": "corner", "is_local": False,
+    }  # fmt: skip
+    assert aqr.scale().item() == 3.0 and aqr.scale.limits == (1.0, 4.0) and not list(aqr.scale.parameters())
+    assert aqr.max_bias is None and aqr.design == "bias"
+    assert (aqr.backend, aqr.lowrank_energy) == ("lowrank", 0.75)
+    assert len(aqr.generator.layers) == 2 and aqr.generator.activation == "sigmoid"
+    assert aqr.point_range == config.model.point_range
+    layer = aqr.generator.layers[0]
+    assert layer.attention.num_heads == config.model.num_heads and layer.ffn[0].out_features == config.model.ffn_dim
+
+
+def test_all_but_aqr_starts_from_the_same_numbers():
+    models = []
+    for overrides in ((), ("model.aqr=null", "training.decay_mult={}")):
+        torch.manual_seed(0)
+        models.append(build_detector(shipped("synthetic_tiny", *overrides).model).state_dict())
+    for name, tensor in models[1].items():
+        assert torch.equal(models[0][name], tensor), name
+
+
+@pytest.fixture
+def plain_weights(tmp_path):
+    """A file of the weights of synthetic_tiny without AQR, and what is in it."""
+    torch.manual_seed(1)
+    config = shipped("synthetic_tiny", "model.aqr=null", "training.decay_mult={}")
+    weights = build_detector(config.model).state_dict()
+    path = tmp_path / "plain.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+    return path, weights
+
+
+def test_weights_without_aqr_start_a_model_with_it(plain_weights):
+    path, weights = plain_weights
+    model = build_detector(shipped("synthetic_tiny").model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert f"{len(weights)} of {len(before)} tensors" in initialise(model, str(path))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name] if name.startswith("aqr.") else weights[name]), name

@@ -8,22 +8,30 @@ import yaml
 from cmt_aqr.config import ConfigError, config_from_tree, load_config, to_tree
 from cmt_aqr.strict_yaml import apply_overrides, differences, to_yaml
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-R50 = CONFIGS[0].parent / "cmt_r50_800x320.yaml"
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+R50 = FOLDER / "cmt_r50_800x320.yaml"
+AQR = FOLDER / "cmt_aqr_r50_800x320.yaml"
+NO_DECAY = "training.decay_mult: must hold aqr.scale: 0.0, a learnt scale takes no weight decay"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def name_of(path: Path) -> str:
+    """What a shipped file calls itself: its place below configs/."""
+    return path.relative_to(FOLDER).with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_shipped_file_loads_and_is_named_after_itself(path):
     config = load_config(path)
-    assert config.name == path.stem
+    assert config.name == name_of(path)
     assert config_from_tree(yaml.safe_load(to_yaml(config)), "round trip") == config
     assert config_from_tree(to_tree(config), "tree") == config
 
 
-def problems_of(*overrides: str) -> list[str]:
+def problems_of(*overrides: str, path: Path = R50) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_config(R50, overrides)
-    return [problem.removeprefix(f"{R50}: ") for problem in caught.value.problems]
+        load_config(path, overrides)
+    return [problem.removeprefix(f"{path}: ") for problem in caught.value.problems]
 
 
 def test_every_kind_of_problem_is_reported_at_once():
@@ -67,6 +75,86 @@ def test_every_kind_of_problem_is_reported_at_once():
 )
 def test_one_problem(override, start):
     assert any(line.startswith(start) for line in problems_of(override)), problems_of(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.aqr.scale=6.0", "model.aqr.scale: 6 lies outside model.aqr.scale_range 0.5 to 5"),
+        ("model.aqr.scale=0.4", "model.aqr.scale: 0.4 lies outside model.aqr.scale_range 0.5 to 5"),
+        ("model.aqr.scale_range=[5.0, 5.0]", "model.aqr.scale_range: its lower end 5 is not below its upper end 5"),
+        ("model.aqr.max_bias=0", "model.aqr.max_bias: must be above 0, got 0.0"),
+        ("model.aqr.num_layers=5", "model.aqr.num_layers: must be at most 4, got 5"),
+        ("model.aqr.design=b", "model.aqr.design: expected one of 'bias', 'v1', 'v2', got str 'b'"),
+        ("model.aqr.design=v1", "model.aqr.activation: the design v1 needs 'sigmoid', got 'tanh'"),
+        ("model.lidar=null", "model.aqr: weighs LiDAR against cameras, but model.lidar is null"),
+        ("model.camera=null", "model.aqr: weighs LiDAR against cameras, but model.camera is null"),
+        (
+            "model.num_heads=32",
+            "model.attention.backend: 'auto' needs heads of 16 channels or more on a GPU, but model.hidden_dim 256 / "
+            "model.num_heads 32 gives 8; use 'dense'",
+        ),
+        ("model.attention.lowrank_energy=1.5", "model.attention.lowrank_energy: must be at most 1, got 1.5"),
+        ("training.decay_mult={}", NO_DECAY),
+        ("training.decay_mult={aqr.scale: 1.0}", NO_DECAY),
+    ],
+)
+def test_one_problem_of_aqr(override, expected):
+    assert problems_of(override, path=AQR) == [expected]
+
+
+def test_maps_are_drawn_in_windows():
+    found = problems_of("model.aqr.design=v2", "model.aqr.activation=sigmoid", "model.aqr.local=false", path=AQR)
+    assert found == ["model.aqr.local: the design v2 draws its maps in windows and needs true, got false"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.aqr.activation=sigmoid", "model.aqr.scale=5.0", "model.aqr.learn_scale=false", "model.aqr.max_bias=10"),
+        ("model.aqr.scale=1.0", "model.aqr.max_bias=null"),
+        ("model.aqr.local=false",),
+        ("model.aqr.camera_window=15", "model.aqr.unseen=corner", "model.aqr.camera_assignment=all"),
+        ("model.num_heads=32", "model.attention.backend=dense"),
+        ("model.aqr=null", "model.num_heads=32", "training.decay_mult={}"),
+    ],
+)
+def test_published_and_odd_settings_of_aqr(overrides):
+    load_config(AQR, overrides)
+
+
+@pytest.mark.parametrize(("name", "rate"), (("cmt_aqr_r50_800x320", 1.4e-4), ("cmt_aqr_vov_1600x640", 1e-4)))
+def test_the_shipped_recipe(name, rate):
+    config, plain = load_config(FOLDER / f"{name}.yaml"), load_config(FOLDER / f"{name.replace('_aqr', '')}.yaml")
+    aqr = config.model.aqr
+    assert (aqr.design, aqr.activation, aqr.num_layers, aqr.local) == ("bias", "tanh", 1, True)
+    assert (aqr.camera_window, aqr.bev_window, aqr.camera_assignment, aqr.unseen) == (8, 5, "first", "none")
+    assert (aqr.scale, aqr.scale_range, aqr.learn_scale, aqr.max_bias) == (2.5, (0.5, 5.0), True, 5.0)
+    assert (config.training.lr, config.training.lr_peak, config.training.epochs) == (rate, 6.0, 20)
+    changed = {line.partition(":")[0] for line in differences(to_tree(plain), to_tree(config))}
+    assert {key for key in changed if not key.startswith("training.lr_mult")} == {
+        "name", "model.aqr", "training.decay_mult.image_branch.backbone", "training.decay_mult.aqr.scale",
+        "training.freeze", "training.norm_eval", "training.init_from",
+    }  # fmt: skip
+
+
+def test_the_ablation_is_one_experiment_with_few_differences():
+    trees = {path.stem: to_tree(load_config(path)) for path in (FOLDER / "ablation").glob("*.yaml")}
+    expected = {
+        "baseline": {"model.aqr"},
+        "v1": {"model.aqr.design", "model.aqr.activation"},
+        "v2": {"model.aqr.design", "model.aqr.activation"},
+        "v3": set(),
+        "v3_fixed_scale": {"model.aqr.learn_scale"},
+        "v3_no_windows": {"model.aqr.local"},
+    }
+    assert trees.keys() == expected.keys()
+    for name, tree in trees.items():
+        found = {line.partition(":")[0] for line in differences(trees["v3"], tree)} - {"name"}
+        found = {key for key in found if not key.startswith(("training.lr_mult.aqr", "training.decay_mult.aqr"))}
+        assert found == expected[name], name
+    small = to_tree(load_config(FOLDER / "synthetic_small.yaml"))
+    assert {line.partition(":")[0] for line in differences(small, trees["baseline"])} == {"name"}
 
 
 def test_missing_key(tmp_path):
@@ -124,6 +212,6 @@ def test_missing_file_suggests_a_neighbour():
 def test_differences_name_keys_and_values():
     left, right = to_tree(load_config(R50)), to_tree(load_config(R50, ["model.ffn_dim=512", "model.lidar=null"]))
     found = differences(left["model"], right["model"])
-    assert found[0] == "ffn_dim: int 1024 against int 512"
-    assert found[1].startswith("lidar: dict") and found[1].endswith("against null")
+    assert found[0] == "ffn_dim: 1024 against 512"
+    assert found[1].startswith("lidar: {'voxel_size'") and found[1].endswith("against null")
     assert len(found) == 2

@@ -4,6 +4,10 @@ import math
 
 import torch
 
+from cmt_aqr.aqr.module import AQR, neutral_weight
+from cmt_aqr.aqr.scale import Scale
+from cmt_aqr.aqr.weights import WeightGenerator
+from cmt_aqr.attention import WindowSettings
 from cmt_aqr.boxes import Targets
 from cmt_aqr.models.decoder import Decoder
 from cmt_aqr.models.detector import Detector, SharedConv
@@ -36,6 +40,26 @@ def ring_of_cameras(batch):
     return torch.stack(matrices).double().expand(batch, -1, -1, -1).clone()
 
 
+def make_aqr(design, **windows):
+    """AQR for a small detector; the fresh generator, which gives every query nearly the same weights."""
+    return AQR(
+        design=design,
+        generator=WeightGenerator(
+            dim=DIM,
+            num_heads=2,
+            ffn_dim=24,
+            num_layers=1,
+            activation="tanh" if design == "bias" else "sigmoid",
+            neutral=neutral_weight(design),
+        ),
+        windows=WindowSettings(**{"bev": 3, "camera": 3} | windows),
+        point_range=POINT_RANGE,
+        scale=Scale(value=2.5, is_learned=True, limits=(0.5, 5.0)) if design == "bias" else None,
+        max_bias=5.0,
+        backend="dense",
+    )
+
+
 def make_detector(
     *,
     lidar=True,
@@ -47,8 +71,12 @@ def make_detector(
     num_layers=2,
     seed=0,
     dtype=torch.float64,
+    design=None,
 ):
-    """Randomly initialised, norms and biases included, so that nothing is hidden by a zero or a one."""
+    """Randomly initialised, norms and biases included, so that nothing is hidden by a zero or a one.
+
+    With an AQR design, everything else has the values that it has without.
+    """
     torch.manual_seed(seed)
     detector = Detector(
         reference_points=ReferencePoints(num_queries=num_queries),
@@ -62,6 +90,8 @@ def make_detector(
         for parameter in detector.parameters():
             if parameter.ndim == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
+    if design is not None:
+        detector.aqr = make_aqr(design)
     return detector.to(dtype)
 
 

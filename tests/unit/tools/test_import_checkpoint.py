@@ -195,7 +195,7 @@ def test_full_disk_leaves_the_older_file(tmp_path, capsys, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cmt_aqr.tools.import_checkpoint.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     assert main(small_arguments(source, out)) == 2
     assert "could not be saved" in capsys.readouterr().err
     assert out.read_bytes() == b"older"
@@ -240,7 +240,8 @@ def test_backbone_starts_a_training(tmp_path):
     assert main(small_arguments(source, out, "--backbone")) == 0
     detector = build_detector(load_config(config_file(FUSION), SMALL).model)
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
-    initialise(detector, str(out))
+    said = initialise(detector, str(out))
+    assert said == f"init_from {out}: {len(tensors) - len(counters)} of {len(before)} tensors of the model taken"
     for name, tensor in detector.state_dict().items():
         part = name.removeprefix("image_branch.backbone.")
         assert torch.equal(tensor, before[name] if part == name or part in counters else tensors[part]), name

@@ -1,0 +1,194 @@
+"""The weight generator: how far a query trusts each sensor, read off the tokens in its own windows.
+
+    x = 0
+    per layer:  x = norm(x + attention(x + query position; window tokens))
+                x = norm(x + FFN(x))
+    weights = activation(linear(x))        w_lidar, w_camera
+
+A query sees the tokens of its BEV window and of its camera windows and nothing else, so attention is a gather of some
+tens of tokens a query, never a [Q x K] product.
+
+Shape letters: B batch, Q queries, K tokens, T tokens in the windows of a query, C channels, M heads, D = C / M.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmt_aqr.attention import QueryWindows
+from cmt_aqr.attention.windows import bev_window_tokens, camera_window_tokens
+
+Activation = Literal["tanh", "sigmoid"]
+LIDAR_AND_CAMERA = 2
+# Spread, before the activation, of the weights of a fresh generator over random queries.
+START_SPREAD = 0.02
+# How far inside [0, 1] a fresh generator with sigmoid begins: at the ends themselves it has no slope.
+START_MARGIN = 0.05
+
+
+def window_tokens(windows: QueryWindows) -> tuple[Tensor, Tensor]:
+    """All window tokens of a query side by side, the BEV window first.
+
+    Returns:
+        tokens (B, Q, T) int64 index on the token axis, 0 where not valid; is_valid (B, Q, T) bool.
+    """
+    parts = []
+    if windows.bev_cells is not None:
+        parts.append(bev_window_tokens(windows))
+    if windows.camera_cells is not None:
+        parts.append(camera_window_tokens(windows))
+    tokens, is_valid = zip(*parts, strict=True)
+    return torch.cat(tokens, dim=-1), torch.cat(is_valid, dim=-1)
+
+
+def gather_tokens(x: Tensor, tokens: Tensor) -> Tensor:
+    """Rows of x (B, M, K, D) at tokens (B, Q, T) -> (B, M, Q, T, D)."""
+    batch_size, num_heads, num_tokens, _ = x.shape
+    first = num_tokens * torch.arange(batch_size * num_heads, device=x.device).view(batch_size, num_heads, 1, 1)
+    # An embedding, because its backward pass on a GPU adds up repeated rows in float32 and in a fixed order, unlike
+    # those of gather and index_select.
+    return F.embedding(first + tokens[:, None], x.reshape(-1, x.shape[-1]))
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, is_valid: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, where every query attends to tokens of its own only.
+
+    Args:
+        q: (B, M, Q, D).
+        k, v: (B, M, K, D).
+        tokens: (B, Q, T) int64, which tokens a query sees.
+        is_valid: (B, Q, T) bool, False: the entry is to be ignored, whatever index it holds.
+
+    Returns:
+        (B, M, Q, D) in the dtype of v; 0 for a query without a valid token. The softmax is taken in at least float32.
+    """
+    scores = q[..., None, :] @ gather_tokens(k, tokens).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # (B, M, Q, 1, T)
+    is_valid = is_valid[:, None, :, None]
+    # The lowest number instead of -inf: a row without any valid token stays finite, and the product makes it 0.
+    shares = scores.masked_fill(~is_valid, torch.finfo(scores.dtype).min).softmax(dim=-1) * is_valid
+    return (shares.to(v.dtype) @ gather_tokens(v, tokens)).squeeze(-2)
+
+
+class WindowAttention(nn.Module):
+    """The projections around :func:`window_attention`; weights laid out as in ``nn.MultiheadAttention``.
+
+    Args:
+        dim: C.
+        num_heads: M, divides C.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"WindowAttention needs a width that its heads divide, got dim {dim}, {num_heads} heads")
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, tokens: Tensor, is_valid: Tensor) -> Tensor:
+        """query (B, Q, C), key and value (B, K, C), the rest as in :func:`window_attention` -> (B, Q, C).
+
+        Tokens are projected before they are gathered: there are fewer of them than of window entries.
+        """
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        )
+        return self.out_proj(window_attention(q, k, v, tokens, is_valid).transpose(1, 2).flatten(-2))
+
+
+class GeneratorLayer(nn.Module):
+    """Attention to the window tokens, norm, FFN, norm; no dropout: a query's weights are what its tokens say.
+
+    Args:
+        dim: C.
+        num_heads: M.
+        ffn_dim: hidden width of the FFN.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.attention = WindowAttention(dim=dim, num_heads=num_heads)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+        for linear in (self.ffn[0], self.ffn[2]):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self, x: Tensor, query_positions: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, is_valid: Tensor
+    ) -> Tensor:
+        """x (B, Q, C) -> (B, Q, C); keys and values (B, K, C), the rest as in :func:`window_attention`."""
+        x = self.norms[0](x + self.attention(x + query_positions, keys, values, tokens, is_valid))
+        return self.norms[1](x + self.ffn(x))
+
+
+class WeightGenerator(nn.Module):
+    """Queries and the tokens in their windows -> two weights a query.
+
+    A fresh generator gives nearly the same weights to every query, those that change nothing, so that training starts
+    from the detector as it is. The last layer's weights are drawn with a standard deviation of ``START_SPREAD`` /
+    sqrt(C): small, but not 0, because then no gradient would reach what comes before. Its bias is 0 for tanh; for
+    sigmoid, which has no slope at 0 and 1, it begins ``START_MARGIN`` away from ``neutral``.
+
+    Args:
+        dim: C.
+        num_heads: M.
+        ffn_dim: hidden width of the FFNs.
+        num_layers: number of layers.
+        activation: ``tanh``: weights in [-1, 1]; ``sigmoid``: in [0, 1].
+        neutral: the weight that changes nothing: 0 for a bias, 1 for a factor.
+
+    Raises:
+        ValueError: tanh with a neutral weight other than 0.
+    """
+
+    def __init__(
+        self, *, dim: int, num_heads: int, ffn_dim: int, num_layers: int, activation: Activation, neutral: float
+    ) -> None:
+        super().__init__()
+        if activation == "tanh" and neutral != 0:
+            raise ValueError(f"weights by tanh are for a neutral weight of 0, got {neutral}")
+        self.activation = activation
+        self.layers = nn.ModuleList(
+            GeneratorLayer(dim=dim, num_heads=num_heads, ffn_dim=ffn_dim) for _ in range(num_layers)
+        )
+        self.linear = nn.Linear(dim, LIDAR_AND_CAMERA)
+        nn.init.normal_(self.linear.weight, std=START_SPREAD / math.sqrt(dim))
+        start = 0.0
+        if activation == "sigmoid":
+            share = min(max(neutral, START_MARGIN), 1 - START_MARGIN)
+            start = math.log(share / (1 - share))
+        nn.init.constant_(self.linear.bias, start)
+
+    def forward(
+        self, query_positions: Tensor, tokens: Tensor, token_positions: Tensor, windows: QueryWindows
+    ) -> Tensor:
+        """Weights of all queries.
+
+        Args:
+            query_positions: (B, Q, C) position embeddings; the content of a query starts at 0, as in the decoder.
+            tokens: (B, K, C), values.
+            token_positions: (B, K, C) or broadcastable; keys are tokens + positions.
+            windows: of these queries. The generator looks through them also where the bias itself is not local.
+
+        Returns:
+            (B, Q, 2) w_lidar, w_camera, at least float32.
+        """
+        indices, is_valid = window_tokens(windows)
+        keys = tokens + token_positions
+        x = torch.zeros_like(query_positions)
+        for layer in self.layers:
+            x = layer(x, query_positions, keys, tokens, indices, is_valid)
+        logits = self.linear(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.tanh() if self.activation == "tanh" else logits.sigmoid()

@@ -1,0 +1,116 @@
+"""The renderer against plain loops, and the two ways to use its map."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from cmt_aqr.aqr.modulation import gaussian_window, modulate, render_map
+from cmt_aqr.attention import QueryWindows, TokenLayout, WindowSettings
+from tests.unit.attention.cases import BOTH, random_windows
+
+SETTINGS = {
+    "first": WindowSettings(bev=3, camera=4),
+    "all": WindowSettings(bev=5, camera=2, camera_assignment="all"),
+    "cells": WindowSettings(bev=1, camera=1),
+}
+
+
+def map_by_loops(windows, weights):
+    """The map (B, K) from its definition, cell by cell."""
+    layout, settings = windows.layout, windows.settings
+    batch, queries = windows.batch_and_queries
+    result = torch.ones(batch, layout.num_tokens, dtype=weights.dtype)
+    for b, index in itertools.product(range(batch), range(layout.num_tokens)):
+        view, row, col = layout.cell(index)
+        weighted = coverage = 0.0
+        for q in range(queries):
+            if view < 0:
+                centres, radius, weight = [(-1, *windows.bev_cells[b, q].tolist())], settings.bev // 2, weights[b, q, 0]
+            else:
+                centres, radius = windows.camera_cells[b, q].tolist(), settings.camera // 2
+                weight = weights[b, q, 1]
+            for centre_view, centre_row, centre_col in centres:
+                dr, dc = row - centre_row, col - centre_col
+                if centre_view == view and abs(dr) <= radius and abs(dc) <= radius:
+                    share = math.exp(-(dr**2 + dc**2) / (2 * (0.5 * max(radius, 1)) ** 2))
+                    weighted, coverage = weighted + share * weight, coverage + share
+        if coverage:
+            result[b, index] = weighted / coverage
+    return result
+
+
+def random_weights(windows, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(*windows.batch_and_queries, 2, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_map_equals_its_definition(settings):
+    windows = random_windows(BOTH, settings, queries=6)
+    weights = random_weights(windows)
+    actual, expected = render_map(windows, weights), map_by_loops(windows, weights)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    is_covered = expected != 1
+    assert 0.05 < is_covered.double().mean() < 0.95
+    assert (actual[~is_covered] == 1).all()
+
+
+def test_gradients_reach_the_weights():
+    windows = random_windows(BOTH, queries=4)
+    weights = random_weights(windows).requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: render_map(windows, w), weights)
+    render_map(windows, weights).sum().backward()
+    has_camera = (windows.camera_cells[..., 0, 0] >= 0).double()
+    assert (weights.grad[..., 0] > 0).all()
+    assert torch.equal((weights.grad[..., 1] > 0).double(), has_camera)
+
+
+def test_one_query_paints_its_weight_and_a_crowd_its_mean():
+    settings = WindowSettings(bev=3, camera=3)
+    layout = TokenLayout(6, 6, 1, 3, 3)
+
+    def windows_at(*cells):
+        camera = torch.tensor([[[-1, 0, 0]] * len(cells)])[:, :, None]
+        return QueryWindows(layout, settings, torch.tensor([cells]), camera)
+
+    alone = render_map(windows_at((2, 2)), torch.tensor([[[0.25, 0.75]]]))
+    grid = alone[0, :36].view(6, 6)
+    torch.testing.assert_close(grid[1:4, 1:4], torch.full((3, 3), 0.25))
+    assert (alone != 1).sum() == 9  # nothing in the camera, which does not see the query
+    crowd = render_map(windows_at((2, 2), (2, 2)), torch.tensor([[[0.2, 0.0], [0.6, 0.0]]]))
+    torch.testing.assert_close(crowd[0, :36].view(6, 6)[1:4, 1:4], torch.full((3, 3), 0.4))
+    # Half-way between two queries counts each the same, elsewhere the nearer one counts more.
+    row = render_map(windows_at((2, 1), (2, 3)), torch.tensor([[[0.0, 0.0], [1.0, 0.0]]]))[0, :36].view(6, 6)[2]
+    torch.testing.assert_close(row, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0, 1.0]))
+
+
+def test_samples_do_not_mix():
+    windows = random_windows(BOTH, queries=5)
+    weights = random_weights(windows)
+    together = render_map(windows, weights)
+    for b in range(2):
+        one = QueryWindows(BOTH, windows.settings, windows.bev_cells[b : b + 1], windows.camera_cells[b : b + 1])
+        torch.testing.assert_close(together[b : b + 1], render_map(one, weights[b : b + 1]), rtol=1e-14, atol=0)
+
+
+def test_the_gaussian_falls_to_its_corners():
+    window = gaussian_window(2, like=torch.zeros((), dtype=torch.float64)).view(5, 5)
+    assert window[2, 2] == 1 and window.max() == 1
+    assert window[2, 4].item() == pytest.approx(math.exp(-2)) and window[0, 0].item() == pytest.approx(math.exp(-4))
+    torch.testing.assert_close(window, window.T)
+    assert gaussian_window(0, like=torch.zeros(())).tolist() == [1.0]
+
+
+def test_the_two_designs():
+    values = torch.randn(2, 4, 3, dtype=torch.float64)
+    token_map = torch.tensor([[0.0, 0.5, 1.0, 1.0], [0.2, 0.4, 0.6, 1.0]], dtype=torch.float64)
+    for b, k in itertools.product(range(2), range(4)):
+        factor = token_map[b, k].item()
+        torch.testing.assert_close(modulate(values, token_map, "v1")[b, k], values[b, k] * factor)
+        expected = values[b, k] + 0.1 * values[b, k] * (factor - 1)
+        torch.testing.assert_close(modulate(values, token_map, "v2")[b, k], expected)
+    for design in ("v1", "v2"):
+        kept = modulate(values.bfloat16(), torch.ones(2, 4), design)
+        assert kept.dtype == torch.bfloat16 and torch.equal(kept, values.bfloat16())
