@@ -103,6 +103,10 @@ class AQR(nn.Module):
             settings=self.settings,
         )
 
+    def wants_padding(self, device: torch.device) -> bool:
+        """Whether the attention is faster with zeros behind the tokens, up to whole blocks."""
+        return self.design == "bias" and choose_backend(self.backend, device) == "flex"
+
     def bias(self, windows: QueryWindows, weights: Tensor) -> AttentionBias:
         """clamp(scale * weights, -max_bias, max_bias) in the windows; weights (B, Q, 2)."""
         return AttentionBias(windows, bias_strength(weights, self.scale(), self.max_bias))

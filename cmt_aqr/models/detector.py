@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmt_aqr.aqr.module import AQR
-from cmt_aqr.attention import QueryWindows, TokenLayout
+from cmt_aqr.attention import QueryWindows, TokenLayout, padded_length
 from cmt_aqr.models.decoder import Attend, Decoder
 from cmt_aqr.models.heads import Heads
 from cmt_aqr.models.position import BevEmbedding, Cameras, RayEmbedding, bev_positions, make_cameras, pv_positions
@@ -24,7 +24,8 @@ class Tokens:
     """Keys and values of the cross-attention.
 
     Attributes:
-        values: (B, K, C).
+        values: (B, K, C); behind the tokens of the layout there may be zeros up to ``padded_length(layout)``, for an
+            attention that ignores them.
         positions: (B, K, C) position embeddings; keys are values + positions.
         layout: which token is where, BEV tokens first.
     """
@@ -211,6 +212,10 @@ class Detector(nn.Module):
             values.append(pv_maps.permute(0, 1, 3, 4, 2).flatten(1, 3))
             positions.append(pv_positions(self.ray_embedding, pv_rows, pv_cols, cameras))
         layout = TokenLayout(rows, cols, views, pv_rows, pv_cols)
+        if self.aqr is not None and self.aqr.wants_padding(values[0].device):
+            missing = padded_length(layout) - layout.num_tokens
+            for parts in (values, positions):
+                parts.append(parts[0].new_zeros(parts[0].shape[0], missing, parts[0].shape[2]))
         return Tokens(torch.cat(values, dim=1), torch.cat(positions, dim=1), layout)
 
     def make_queries(self, batch_size: int, cameras: Cameras | None, denoising: DenoisingQueries | None) -> Queries:

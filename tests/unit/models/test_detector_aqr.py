@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from cmt_aqr.attention import padded_length
 from cmt_aqr.losses.criterion import Criterion, total_loss
 from cmt_aqr.models.denoising import make_denoising
 from cmt_aqr.models.detector import Detector
@@ -281,3 +282,16 @@ def test_the_local_start_ties_the_generator_too():
     dim = theirs.shape[1]
     assert torch.equal(ours[: 2 * dim], theirs[: 2 * dim])
     assert not torch.equal(ours[2 * dim :], theirs[2 * dim :])
+
+
+def test_zeros_behind_the_tokens_change_nothing(monkeypatch):
+    """What the flex evaluator is given; here the dense one reads it."""
+    detector = strong(make_detector(design="bias")).eval()
+    features = make_features(2)
+    expected = detector.forward_features(*features)
+    monkeypatch.setattr(type(detector.aqr), "wants_padding", lambda self, device: True)
+    cameras = detector.make_cameras(features[1], features[2], features[3])
+    tokens = detector.make_tokens(features[0], features[1], cameras)
+    assert tokens.values.shape[1] == padded_length(tokens.layout) > tokens.layout.num_tokens
+    assert tokens.positions.shape == tokens.values.shape
+    assert difference(detector.forward_features(*features), expected) <= 1e-12
