@@ -18,9 +18,10 @@ DEPTH_EPS = 1e-6
 def constant_like(values: Sequence[float], like: Tensor) -> Tensor:
     """A few numbers as a tensor (N,) with the dtype and device of ``like``, without waiting for the GPU.
 
-    ``like.new_tensor(values)`` gives the same tensor but stalls until the GPU has caught up.
+    ``like.new_tensor(values)`` gives the same tensor but stalls until the GPU has caught up. In a compiled graph the
+    numbers are constants; a copy that does not block could there begin after its source has been used again.
     """
-    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=not torch.compiler.is_compiling())
 
 
 def to_metres(points: Tensor, point_range: Sequence[float]) -> Tensor:

@@ -132,11 +132,13 @@ def window_codes(windows: QueryWindows, plane: CodePlane, modality: int) -> Tens
     if modality == LIDAR:
         row, col = windows.bev_cells[..., None, :].unbind(-1)
         view = torch.zeros_like(row)
-        first_row = plane.first_row[:1]
+        first_rows = plane.first_row[:1]
     else:
         view, row, col = windows.camera_cells.unbind(-1)
-        first_row = plane.first_row[1:]
-    starts = torch.tensor(first_row).to(row.device, non_blocking=True)[view.clamp(min=0)]
+        first_rows = plane.first_row[1:]
+    # All views are of one size. Arithmetic instead of a table, for which a GPU would have to wait.
+    pitch = first_rows[1] - first_rows[0] if len(first_rows) > 1 else 0
+    starts = first_rows[0] + view * pitch
     step = plane.steps[modality]
     codes = (starts + row * step << plane.shift) + col * step
     return torch.where(view >= 0, codes, plane.nowhere).to(plane.dtype)

@@ -26,7 +26,7 @@ from cmt_aqr.attention.windows import QueryWindows
 BLOCK_Q = 64
 BLOCK_K = 128
 # Parts of the LiDAR tokens and of the camera tokens outside windows.
-SPLITS = (4, 2)
+SPLITS = (5, 3)
 # Up to this many programs of BLOCK_Q queries, and from this many tokens on, wide tiles of keys are faster.
 FEW_PROGRAMS = 256
 MANY_TOKENS = 32_768
@@ -127,12 +127,10 @@ def make_block_mask(schedule: Schedule, num_tokens: int, token_mask: Tensor | No
         num_tokens: length of the token axis, padded or not.
         token_mask: (B, K) bool, True = may be attended to.
     """
-    parts, plane = schedule.parts, schedule.plane
+    parts = schedule.parts
     num_parts, num_windows = len(parts), schedule.window_codes.shape[-1]
     token_codes, token_bits, centres = schedule.token_codes, schedule.token_bits, schedule.window_codes
-    # A key belongs to a window part if the bits are 0, to another if they are not: x < 1, or -1 - x < -1.
-    signs = torch.tensor([[0, 1] if part.kind == "window" else [-1, -1] for part in parts], dtype=plane.dtype)
-    flip, limit = signs.to(centres.device, non_blocking=True).unbind(1)
+    first_window = next((i for i, part in enumerate(parts) if part.kind == "window"), num_parts)
 
     def belongs(b: Tensor, h: Tensor, row: Tensor, token: Tensor) -> Tensor:
         part = h % num_parts
@@ -141,7 +139,10 @@ def make_block_mask(schedule: Schedule, num_tokens: int, token_mask: Tensor | No
         for n in range(1, num_windows):
             # Outside the union: outside every window.
             outside = torch.where((code - centres[b, part, row, n]) & bits == 0, 0, outside)
-        is_member = (outside ^ flip[part]) < limit[part]
+        # A key belongs to a window part if the bits are 0, to another if they are not: x < 1, or -1 - x < -1.
+        is_window = part >= first_window
+        flip, limit = (torch.where(is_window, *pair).to(outside.dtype) for pair in ((0, -1), (1, -1)))
+        is_member = (outside ^ flip) < limit
         return is_member if token_mask is None else is_member & token_mask[b, token]
 
     full, partial = schedule.full, schedule.partial

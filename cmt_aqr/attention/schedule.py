@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cmt_aqr.attention.bias import CAMERA, LIDAR, CodePlane, code_plane, token_codes, window_codes
+from cmt_aqr.attention.cuts import rest_runs
 from cmt_aqr.attention.layout import TokenLayout
 from cmt_aqr.attention.windows import QueryWindows, WindowSettings
 
@@ -32,13 +33,12 @@ class Part:
     Attributes:
         modality: LIDAR or CAMERA: whose windows and whose order of the queries.
         kind: ``rest``: keys outside the query's windows; ``window``: those inside; ``all``: both.
-        index, count: this is the index-th of count parts that share the keys.
+        index: this is the index-th of the parts that share the keys.
     """
 
     modality: int
     kind: str
     index: int = 0
-    count: int = 1
 
     @property
     def is_biased(self) -> bool:
@@ -103,14 +103,21 @@ def make_schedule(
     parts = make_parts(layout, settings, splits, block_k)
     plane = code_plane(layout, settings)
     num_rows = -(-windows.batch_and_queries[1] // block_q) * block_q
-    order, rank, codes, full, partial = {}, {}, {}, [], []
+    order, rank, codes, touched, shares = {}, {}, {}, {}, {}
     for modality in sorted({part.modality for part in parts}):
         rank[modality] = query_rank(windows, modality)
         order[modality] = query_order(rank[modality], num_rows)
         codes[modality] = _sorted_codes(windows, plane, modality, order[modality])
-    touched = {m: touched_run(windows, m, order[m], block_q, block_k) for m in order}
+        first, last = touched_run(windows, modality, order[modality], block_q, block_k)
+        touched[modality] = (first, last if settings.is_local else first)
+        count = sum(part.modality == modality and part.kind != "window" for part in parts)
+        tokens = token_range(layout, modality)
+        shares[modality] = rest_runs(touched[modality], count, tokens, block_k, has_token_mask=has_token_mask)
+    full, partial = [], []
     for part in parts:
-        runs = part_runs(part, touched[part.modality], layout, block_k, has_token_mask)
+        nothing = (torch.zeros_like(touched[part.modality][0]),) * 2
+        is_window = part.kind == "window"
+        runs = (nothing, touched[part.modality]) if is_window else shares[part.modality][part.index]
         full.append(runs[0])
         partial.append(runs[1])
     num_blocks = -(-layout.num_tokens // block_k)
@@ -138,9 +145,9 @@ def make_parts(
         if num_tokens == 0:
             continue
         start = token_range(layout, modality)[0]
-        # An edge in front needs a part of its own; see part_runs.
+        # An edge in front needs a part more; see rest_runs.
         count = splits[modality] + (start % block_k > 0)
-        rest += [Part(modality, "rest" if settings.is_local else "all", i, count) for i in range(count)]
+        rest += [Part(modality, "rest" if settings.is_local else "all", i) for i in range(count)]
         if settings.is_local:
             windows.append(Part(modality, "window"))
     return (*rest, *windows)
@@ -212,49 +219,16 @@ def touched_run(
     return torch.minimum(first, last), last
 
 
-def part_runs(
-    part: Part, touched: tuple[Tensor, Tensor], layout: TokenLayout, block_k: int, has_token_mask: bool
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """First block and the one behind the last, (B, I) each, of the run without and of the run with the mask.
-
-    A block that holds tokens of both modalities, or none in its last places, is an edge: it needs the mask. The first
-    and the last part of a modality look after its edges, another one after the touched run.
-    """
-    start, stop = token_range(layout, part.modality)
-    outer = (start // block_k, -(-stop // block_k))
-    inner = (-(-start // block_k), stop // block_k)
-    if inner[0] > inner[1]:  # the modality lies inside one block
-        inner = (outer[1], outer[1])
-    low, high = touched
-    nothing = (torch.zeros_like(low), torch.zeros_like(low))
-    if part.kind == "window":
-        return nothing, (low, high)
-    if has_token_mask:
-        cuts = [outer[0] + (outer[1] - outer[0]) * i // part.count for i in (part.index, part.index + 1)]
-        return nothing, (torch.full_like(low, cuts[0]), torch.full_like(low, cuts[1]))
-    if part.kind == "all":
-        low = high = torch.full_like(low, inner[0])
-    low, high = low.clamp(*inner), high.clamp(*inner)
-    before, after = low - inner[0], inner[1] - high
-    # How many parts read what lies before the touched run, so that all parts get about the same.
-    share = (before * part.count + (before + after) // 2) // (before + after).clamp(min=1)
-    share = share.clamp(min=(before > 0).long(), max=part.count - (after > 0).long())
-    i = part.index
-    in_front = [inner[0] + before * (i + step) // share.clamp(min=1) for step in (0, 1)]
-    behind = [high + after * (i + step - share) // (part.count - share).clamp(min=1) for step in (0, 1)]
-    full = tuple(torch.where(i < share, a, b) for a, b in zip(in_front, behind, strict=True))
-    if i == int(outer[0] < inner[0]):
-        return full, (low, high)
-    edges = {0: (outer[0], inner[0]), part.count - 1: (inner[1], outer[1])}.get(i, (0, 0))
-    return full, (torch.full_like(low, edges[0]), torch.full_like(low, edges[1]))
-
-
 def part_tables(
     parts: tuple[Part, ...], layout: TokenLayout, plane: CodePlane, length: int, *, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Codes and bits (P, length) of the tokens as every part sees them; see :class:`Schedule`."""
-    codes = nn.functional.pad(token_codes(layout, plane), (0, length - layout.num_tokens))
-    token = torch.arange(length)
+    """Codes and bits (P, length) of the tokens as every part sees them; see :class:`Schedule`.
+
+    Computed where they are needed: inside a compiled graph a copy from the CPU may start when its source has been
+    overwritten.
+    """
+    codes = nn.functional.pad(token_codes(layout, plane, device=device), (0, length - layout.num_tokens))
+    token = torch.arange(length, device=device)
     all_codes, all_bits = [], []
     for part in parts:
         start, stop = token_range(layout, part.modality)
@@ -266,7 +240,7 @@ def part_tables(
         else:
             all_codes.append(codes if part.kind == "rest" else torch.full_like(codes, -1))
             all_bits.append(torch.where(is_ours, plane.outside, 0))
-    return tuple(torch.stack(x).to(plane.dtype).to(device, non_blocking=True) for x in (all_codes, all_bits))
+    return tuple(torch.stack(x).to(plane.dtype) for x in (all_codes, all_bits))
 
 
 def block_runs(runs: list[tuple[Tensor, Tensor]], num_blocks: int) -> Runs:

@@ -126,8 +126,9 @@ def query_windows(
     if not layout.num_pv:
         return QueryWindows(layout, settings, bev_cells, None)
     _check_cameras(lidar2img, image_size, reference_points.shape[0], layout)
-    low, high = torch.tensor(point_range, dtype=torch.float64).to(points.device, non_blocking=True).chunk(2)
-    cells, is_seen = camera_cells_of(points * (high - low) + low, lidar2img.double(), image_size, layout)
+    axes = zip(points.unbind(-1), point_range[:3], point_range[3:], strict=True)
+    points = torch.stack([unit * (high - low) + low for unit, low, high in axes], dim=-1)
+    cells, is_seen = camera_cells_of(points, lidar2img.double(), image_size, layout)
     return QueryWindows(layout, settings, bev_cells, assign_cameras(cells, is_seen, settings))
 
 
@@ -182,9 +183,8 @@ def assign_cameras(cells: Tensor, is_seen: Tensor, settings: WindowSettings) -> 
         view = torch.arange(cells.shape[2], device=cells.device).expand(is_seen.shape)
     chosen = cells.gather(2, view[..., None].expand(*view.shape, 2))
     has_window = is_seen.gather(2, view)
-    windows = torch.cat((view[..., None], chosen), dim=-1)
-    nowhere = torch.tensor([-1, 0, 0], device=cells.device)
-    windows = torch.where(has_window[..., None], windows, nowhere)
+    chosen = torch.where(has_window[..., None], chosen, 0)
+    windows = torch.cat((torch.where(has_window, view, -1)[..., None], chosen), dim=-1)
     if settings.unseen == "corner":
         is_unseen = ~is_seen.any(dim=-1)
         first = torch.where(is_unseen[..., None], torch.zeros_like(windows[:, :, 0]), windows[:, :, 0])

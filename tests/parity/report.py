@@ -75,8 +75,8 @@ def format_report(measurements: Iterable[Measurement], outcomes: Outcomes) -> st
         "of its stage and, in brackets, its limit. The last column is the error of the original's own float32 run",
         "against its float64 run, where the file has both. *equal*: every element is the same. *float32 there*: the",
         "original computes or stores this stage in float32 in both runs, so float64 cannot come closer than that.",
-        "What is the same and what is different on purpose: [quirks.md](quirks.md). The same stages on a GPU, in float32",
-        "and under bfloat16 autocast, error per stage: [parity_gpu.md](parity_gpu.md).",
+        "What is the same and what is different on purpose: [quirks.md](quirks.md). The same stages on a GPU, in",
+        "float32 and under bfloat16 autocast, error per stage: [parity_gpu.md](parity_gpu.md).",
     ]
     for reason, count in outcomes.skipped.items():
         lines += ["", f"Skipped ({count}): {reason}"]
