@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from cmt_aqr.attention.bias import AttentionBias
+from cmt_aqr.attention.bias import CAMERA, LIDAR, AttentionBias
 from cmt_aqr.attention.layout import TokenLayout
 from cmt_aqr.attention.schedule import Schedule, make_schedule
 from cmt_aqr.attention.windows import QueryWindows
@@ -242,6 +242,12 @@ def _take_rows(x: Tensor, order: Tensor) -> Tensor:
 
 def part_bias(bias: AttentionBias, schedule: Schedule) -> Tensor:
     """What is added to the scores of every part: (B, P, Q)."""
-    nothing = torch.zeros_like(bias.strength[..., 0])
-    columns = [bias.strength[..., part.modality] if part.is_biased else nothing for part in schedule.parts]
-    return torch.stack(columns, dim=1)
+    added = torch.zeros_like(bias.strength[:, None, :, 0])
+    number = torch.arange(len(schedule.parts), device=bias.strength.device)[:, None]
+    # Biased parts of a modality lie side by side. Comparing numbers is one kernel for all parts; stacking is several.
+    for modality in (LIDAR, CAMERA):
+        biased = [i for i, part in enumerate(schedule.parts) if part.is_biased and part.modality == modality]
+        if biased:
+            is_biased = (number >= biased[0]) & (number <= biased[-1])
+            added = torch.where(is_biased, bias.strength[:, None, :, modality], added)
+    return added.expand(-1, len(schedule.parts), -1)

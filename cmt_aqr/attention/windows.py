@@ -176,11 +176,9 @@ def assign_cameras(cells: Tensor, is_seen: Tensor, settings: WindowSettings) -> 
     Returns:
         (B, Q, N, 3) int64 view, row, col; view -1 where there is no window, and row and col 0 with it.
     """
+    view = torch.arange(cells.shape[2], device=cells.device).expand(is_seen.shape)
     if settings.camera_assignment == "first":
-        # argmax gives the first of equal values.
-        view = is_seen.to(torch.int8).argmax(dim=-1, keepdim=True)
-    else:
-        view = torch.arange(cells.shape[2], device=cells.device).expand(is_seen.shape)
+        view = torch.where(is_seen, view, cells.shape[2] - 1).amin(dim=-1, keepdim=True)
     chosen = cells.gather(2, view[..., None].expand(*view.shape, 2))
     has_window = is_seen.gather(2, view)
     chosen = torch.where(has_window[..., None], chosen, 0)
@@ -218,8 +216,9 @@ def camera_window_tokens(windows: QueryWindows) -> tuple[Tensor, Tensor]:
 def _neighbours(cells: Tensor, radius: int) -> tuple[Tensor, Tensor]:
     """Rows and cols (..., T) of the square around cells (..., 2), row-major."""
     steps = torch.arange(-radius, radius + 1, device=cells.device)
-    row = cells[..., 0, None] + steps.repeat_interleave(len(steps))
-    return row, cells[..., 1, None] + steps.repeat(len(steps))
+    row, col = cells[..., None, None].unbind(-3)
+    row, col = torch.broadcast_tensors(row + steps[:, None], col + steps)
+    return row.flatten(-2), col.flatten(-2)
 
 
 def _check_cameras(
