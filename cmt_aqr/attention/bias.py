@@ -63,7 +63,7 @@ class CodePlane:
         radii: for LiDAR and camera, the reach of a window.
         first_row: for BEV and every view, where its rows begin on the plane.
         nowhere: code of a window that holds no token.
-        dtype: int32, or int64 where the plane is too large for it.
+        dtype: int32, or int64 where the plane is too large for it; three bits more than codes need.
     """
 
     span_bits: int
@@ -79,6 +79,11 @@ class CodePlane:
         """The bits of a difference that are 0 exactly inside the window; not the sign, which is never set alone."""
         span = (1 << self.span_bits) - 1
         return torch.iinfo(self.dtype).max & ~(span << self.shift | span)
+
+    @property
+    def high(self) -> int:
+        """The lowest of the bits that no code has."""
+        return 1 << torch.iinfo(self.dtype).bits - 3
 
 
 def code_plane(layout: TokenLayout, settings: WindowSettings) -> CodePlane:
@@ -104,7 +109,7 @@ def code_plane(layout: TokenLayout, settings: WindowSettings) -> CodePlane:
         radii=radii,
         first_row=tuple(first_row),
         nowhere=nowhere,
-        dtype=torch.int32 if nowhere < 2**30 else torch.int64,
+        dtype=torch.int32 if nowhere < 2**29 else torch.int64,
     )
 
 

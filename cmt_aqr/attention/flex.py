@@ -4,9 +4,10 @@
 
 where part p is a query's window (bias_p: the query's bias there) or a share of the other keys (bias_p = 0). This is
 softmax(q k^T / sqrt(D) + bias) v exactly, whatever the sign and size of the bias, and the bias's gradient is that of a
-sum of P numbers: no atomics, the same bits in every run. ``schedule.py`` says what the parts are and why this is fast.
+sum of a few numbers: no atomics, the same bits in every run. ``schedule.py`` says what the parts are and why this is
+fast.
 
-Shape letters: B batch, M heads, Q queries, K tokens, D channels of a head, P parts, R sorted rows.
+Shape letters: B batch, M heads, Q queries, K tokens, D channels of a head, S sides, G parts on a side, R sorted rows.
 """
 
 import math
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from cmt_aqr.attention.bias import CAMERA, LIDAR, AttentionBias
+from cmt_aqr.attention.bias import AttentionBias
 from cmt_aqr.attention.layout import TokenLayout
 from cmt_aqr.attention.schedule import Schedule, make_schedule
 from cmt_aqr.attention.windows import QueryWindows
@@ -78,9 +79,9 @@ def attend_to_parts(
     if token_mask is not None:
         token_mask = nn.functional.pad(token_mask, (0, k.shape[2] - token_mask.shape[1]))
     block_mask = make_block_mask(schedule, k.shape[2], token_mask)
-    rows = _Sort.apply(q, schedule.order, schedule.rank).flatten(1, 2)
+    rows = _Sort.apply(q, schedule.order, schedule.rank, schedule.num_parts)
     out, aux = flex_attention(
-        rows,
+        rows.flatten(3, 4).flatten(1, 2),
         k,
         v,
         block_mask=block_mask,
@@ -88,10 +89,10 @@ def attend_to_parts(
         return_aux=AuxRequest(lse=True),
         kernel_options=kernel_options(q, k),
     )
-    split = (q.shape[1], len(schedule.parts))
-    lse = aux.lse.unflatten(1, split)
-    added = part_bias(bias, schedule).to(lse.dtype)
-    return _Merge.apply(out.unflatten(1, split), lse, added, schedule.order, schedule.rank)
+    part_out, part_lse = (x.unflatten(2, rows.shape[3:5]).unflatten(1, rows.shape[1:3]) for x in (out, aux.lse))
+    added = part_bias(bias, schedule).to(part_lse.dtype)
+    used = tuple((s, g) for s, side in enumerate(schedule.sides) for g in range(side.num_parts))
+    return _Merge.apply(part_out, part_lse, added, schedule.order, schedule.rank, used)
 
 
 # Once for the module: a compiler cache per call site would fill up. The shapes are few and constant.
@@ -120,34 +121,37 @@ def kernel_options(q: Tensor, k: Tensor) -> dict[str, Any]:
 
 
 def make_block_mask(schedule: Schedule, num_tokens: int, token_mask: Tensor | None = None) -> BlockMask:
-    """The mask of the parts; "head" h of the kernel is part h % P of key head h // P.
+    """The mask of the parts; "head" h of the kernel is side h % S of key head h // S, "query" i is row i % R of a part.
 
     Args:
         schedule: of the windows.
         num_tokens: length of the token axis, padded or not.
         token_mask: (B, K) bool, True = may be attended to.
     """
-    parts = schedule.parts
-    num_parts, num_windows = len(parts), schedule.window_codes.shape[-1]
-    token_codes, token_bits, centres = schedule.token_codes, schedule.token_bits, schedule.window_codes
-    first_window = next((i for i, part in enumerate(parts) if part.kind == "window"), num_parts)
+    plane, token_codes, centres = schedule.plane, schedule.token_codes, schedule.window_codes
+    num_sides, num_rows, num_windows = centres.shape[1:]
+    has_windows = schedule.sides[0].has_windows
+    # What 0, numbers up to 2 high and numbers from there on become: the wanted ones are below, the others not.
+    lowest = torch.iinfo(plane.dtype).min
+    for_window, for_rest = lowest, -2 * plane.high - 1
 
-    def belongs(b: Tensor, h: Tensor, row: Tensor, token: Tensor) -> Tensor:
-        part = h % num_parts
-        code, bits = token_codes[part, token], token_bits[part, token]
-        outside = (code - centres[b, part, row, 0]) & bits
+    def belongs(b: Tensor, h: Tensor, i: Tensor, token: Tensor) -> Tensor:
+        side, row = h % num_sides, i % num_rows
+        code = token_codes[side, token]
+        outside = ((code - centres[b, side, row, 0]) & plane.outside) ^ plane.high
         for n in range(1, num_windows):
-            # Outside the union: outside every window.
-            outside = torch.where((code - centres[b, part, row, n]) & bits == 0, 0, outside)
-        # A key belongs to a window part if the bits are 0, to another if they are not: x < 1, or -1 - x < -1.
-        is_window = part >= first_window
-        flip, limit = (torch.where(is_window, *pair).to(outside.dtype) for pair in ((0, -1), (1, -1)))
+            # Inside the union: inside any window.
+            other = ((code - centres[b, side, row, n]) & plane.outside) ^ plane.high
+            outside = torch.minimum(outside, other)
+        is_window = i < num_rows if has_windows else i < 0
+        flip = torch.where(is_window, for_window, for_rest).to(outside.dtype)
+        limit = torch.where(is_window, for_window + 1, for_rest).to(outside.dtype)
         is_member = (outside ^ flip) < limit
         return is_member if token_mask is None else is_member & token_mask[b, token]
 
     full, partial = schedule.full, schedule.partial
     return BlockMask(
-        seq_lengths=(schedule.order.shape[-1], num_tokens),
+        seq_lengths=(schedule.num_parts * num_rows, num_tokens),
         kv_num_blocks=partial.num,
         kv_indices=partial.indices,
         full_kv_num_blocks=full.num,
@@ -162,33 +166,35 @@ def make_block_mask(schedule: Schedule, num_tokens: int, token_mask: Tensor | No
 
 
 class _Sort(torch.autograd.Function):
-    """Queries (B, M, Q, D) -> rows of every part (B, M, P, R, D). A gather both ways, so there are no atomics."""
+    """Queries (B, M, Q, D) -> rows of every part (B, M, S, G, R, D). A gather both ways, so there are no atomics."""
 
     @staticmethod
-    def forward(ctx, queries, order, rank):
+    def forward(ctx, queries, order, rank, num_parts):
         ctx.save_for_backward(rank)
-        return _take_rows(queries, order)
+        return _take_rows(queries, order, num_parts)
 
     @staticmethod
     def backward(ctx, grad):
         (rank,) = ctx.saved_tensors
         wide = torch.promote_types(grad.dtype, torch.float32)
         # Unrolled, so that it becomes one elementwise kernel instead of a reduction.
-        total = sum(_take(grad[:, :, p], rank[:, p]).to(wide) for p in range(rank.shape[1]))
-        return total.to(grad.dtype), None, None
+        places = [(s, g) for s in range(grad.shape[2]) for g in range(grad.shape[3])]
+        total = sum(_take(grad[:, :, s, g], rank[:, s]).to(wide) for s, g in places)
+        return total.to(grad.dtype), None, None, None
 
 
 class _Merge(torch.autograd.Function):
-    """One attention from those over disjoint keys: out_p (B, M, P, R, D), lse_p (B, M, P, R), added (B, P, Q).
+    """One attention from those over disjoint keys.
 
     With w_p = exp(lse_p + added_p - lse) the gradients are w_p dO for out_p and, for lse_p and added_p,
     w_p (dO . out_p - dO . out + dlse). Rows that repeat a query get none.
+
+    part_out (B, M, S, G, R, D), part_lse (B, M, S, G, R), added (B, S, G, Q); used: the (side, part) that have keys.
     """
 
     @staticmethod
-    def forward(ctx, part_out, part_lse, added, order, rank):
-        num_parts = rank.shape[1]
-        lses = [_take(part_lse[:, :, p], rank[:, p]) + added[:, p, None] for p in range(num_parts)]
+    def forward(ctx, part_out, part_lse, added, order, rank, used):
+        lses = [_take(part_lse[:, :, s, g], rank[:, s]) + added[:, s, g, None] for s, g in used]
         top = lses[0]
         for lse in lses[1:]:
             top = torch.maximum(top, lse)
@@ -196,9 +202,11 @@ class _Merge(torch.autograd.Function):
         total = sum(torch.exp(lse - top) for lse in lses)
         is_empty = total == 0
         lse = torch.where(is_empty, -math.inf, top + torch.log(torch.where(is_empty, 1, total)))
-        weights = _weights(part_lse, added, lse, rank)
-        outs = [_take(part_out[:, :, p], rank[:, p]) for p in range(num_parts)]
-        out = sum(weight[..., None] * out for weight, out in zip(weights, outs, strict=True))
+        common = torch.where(is_empty, 0, lse)
+        out = 0
+        for s, g in used:
+            weight = torch.exp(_take(part_lse[:, :, s, g], rank[:, s]) + added[:, s, g, None] - common)
+            out = out + weight[..., None] * _take(part_out[:, :, s, g], rank[:, s])
         if out.dtype != part_out.dtype:  # a cast that changes nothing loses the gradient in a graph of torch 2.11
             out = out.to(part_out.dtype)
         ctx.save_for_backward(part_out, part_lse, added, order, rank, out, lse)
@@ -207,24 +215,19 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         part_out, part_lse, added, order, rank, out, lse = ctx.saved_tensors
-        num_queries = rank.shape[2]
+        num_parts, num_queries = added.shape[2:]
         is_query = torch.arange(order.shape[2], device=order.device) < num_queries
         common = grad_lse - (grad_out * out).sum(dim=-1, dtype=lse.dtype)
-        rows = _take_rows(grad_out, order)
-        shifted = part_lse + added.gather(2, order)[:, None]
+        rows = _take_rows(grad_out, order, num_parts)
+        at = order[:, :, None].expand(-1, -1, num_parts, -1)
+        shifted = part_lse + added.gather(3, at)[:, None]
         lse = torch.where(lse == -math.inf, 0, lse)
-        weight = torch.where(is_query, torch.exp(shifted - _take_rows(lse, order)), 0)
+        weight = torch.where(is_query, torch.exp(shifted - _take_rows(lse, order, num_parts)), 0)
         inner = (rows * part_out).sum(dim=-1, dtype=lse.dtype)
-        grad_part_lse = weight * (inner + _take_rows(common, order))
-        at = rank[:, None].expand(-1, part_lse.shape[1], -1, -1)
-        grad_added = grad_part_lse.gather(3, at).sum(dim=1)
-        return (weight[..., None] * rows).to(part_out.dtype), grad_part_lse, grad_added, None, None
-
-
-def _weights(part_lse: Tensor, added: Tensor, lse: Tensor, rank: Tensor) -> list[Tensor]:
-    """Share (B, M, Q) of every part in the softmax; 0 for all where lse is -inf."""
-    lse = torch.where(lse == -math.inf, 0, lse)
-    return [torch.exp(_take(part_lse[:, :, p], rank[:, p]) + added[:, p, None] - lse) for p in range(rank.shape[1])]
+        grad_part_lse = weight * (inner + _take_rows(common, order, num_parts))
+        at = rank[:, None, :, None].expand(-1, part_lse.shape[1], -1, num_parts, -1)
+        grad_added = grad_part_lse.gather(4, at).sum(dim=1)
+        return (weight[..., None] * rows).to(part_out.dtype), grad_part_lse, grad_added, None, None, None
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -233,21 +236,18 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index if x.ndim == 3 else index[..., None].expand(*index.shape, x.shape[-1]))
 
 
-def _take_rows(x: Tensor, order: Tensor) -> Tensor:
-    """x (B, M, Q, ...) in the order (B, P, R) of every part -> (B, M, P, R, ...)."""
-    x = x[:, :, None].expand(-1, -1, order.shape[1], *x.shape[2:])
-    index = order[:, None].expand(-1, x.shape[1], -1, -1)
-    return x.gather(3, index if x.ndim == 4 else index[..., None].expand(*index.shape, x.shape[-1]))
+def _take_rows(x: Tensor, order: Tensor, num_parts: int) -> Tensor:
+    """x (B, M, Q, ...) in the order (B, S, R) of every side, once per part -> (B, M, S, G, R, ...)."""
+    num_heads, num_sides = x.shape[1], order.shape[1]
+    x = x[:, :, None, None].expand(-1, -1, num_sides, num_parts, *x.shape[2:])
+    index = order[:, None, :, None].expand(-1, num_heads, -1, num_parts, -1)
+    return x.gather(4, index if x.ndim == 5 else index[..., None].expand(*index.shape, x.shape[-1]))
 
 
 def part_bias(bias: AttentionBias, schedule: Schedule) -> Tensor:
-    """What is added to the scores of every part: (B, P, Q)."""
-    added = torch.zeros_like(bias.strength[:, None, :, 0])
-    number = torch.arange(len(schedule.parts), device=bias.strength.device)[:, None]
-    # Biased parts of a modality lie side by side. Comparing numbers is one kernel for all parts; stacking is several.
-    for modality in (LIDAR, CAMERA):
-        biased = [i for i, part in enumerate(schedule.parts) if part.is_biased and part.modality == modality]
-        if biased:
-            is_biased = (number >= biased[0]) & (number <= biased[-1])
-            added = torch.where(is_biased, bias.strength[:, None, :, modality], added)
-    return added.expand(-1, len(schedule.parts), -1)
+    """What is added to the scores of every part: (B, S, G, Q)."""
+    strength = torch.stack([bias.strength[..., side.modality] for side in schedule.sides], dim=1)[:, :, None]
+    if not schedule.sides[0].has_windows:
+        return strength.expand(-1, -1, schedule.num_parts, -1)
+    number = torch.arange(schedule.num_parts, device=strength.device)[:, None]
+    return torch.where(number == 0, strength, 0)

@@ -5,14 +5,16 @@ disjoint parts of the keys (a query's windows; the rest), each with its own lse,
 raised by the bias (``flex.py``). No score needs to be changed: whether a key belongs to a part is a mask, and the mask
 has to be looked at only in blocks that some window of the block's queries touches, about a tenth of all.
 
-The parts are the heads that share one key head in FlexAttention's grouped-query mode: one kernel computes all of them,
-and in the backward pass the gradients of keys and values are summed inside the kernel. The rest of the keys is cut into
-several parts to fill the GPU. Each part sorts the queries in its own way, by row of the BEV grid or by view and row of
-the camera grids: tokens are stored row by row, so the windows of neighbours touch one run of blocks, and what a part
-reads is one run of blocks with the mask and one run without. The kernel then needs no list of block numbers.
+One kernel computes all parts. The queries are sorted in two ways, by row of the BEV grid and by view and row of the
+camera grids: tokens are stored row by row, so the windows of neighbours touch one run of blocks, and what a part reads
+is one run of blocks with the mask and one run without; the kernel then needs no list of block numbers. The two orders,
+called sides, are the heads that share one key head in FlexAttention's grouped-query mode, so that the kernel itself
+sums the gradients of keys and values. On a side the queries are repeated once per part, one copy behind the other:
+first those that see their windows, then those that share the rest of the side's keys, cut into several parts to fill
+the GPU.
 
-Shape letters: B batch, Q queries, N windows of a query in one modality, P parts, R rows of the sorted queries (Q padded
-to whole blocks), I blocks of queries, J blocks of keys.
+Shape letters: B batch, Q queries, N windows of a query in one modality, S sides, G parts on a side, R rows of the
+sorted queries (Q padded to whole blocks), I blocks of queries, J blocks of keys.
 """
 
 from dataclasses import dataclass
@@ -21,39 +23,46 @@ import torch
 from torch import Tensor, nn
 
 from cmt_aqr.attention.bias import CAMERA, LIDAR, CodePlane, code_plane, token_codes, window_codes
-from cmt_aqr.attention.cuts import rest_runs
+from cmt_aqr.attention.cuts import Run, rest_runs
 from cmt_aqr.attention.layout import TokenLayout
-from cmt_aqr.attention.windows import QueryWindows, WindowSettings
+from cmt_aqr.attention.windows import QueryWindows
+
+# Elements to which the last dimension of a list of blocks is filled up. FlexAttention's kernels take the lists of a
+# sample to lie behind those of the one before without a gap, but the compiler may leave one, up to 128 bytes, behind
+# what it computes itself.
+LIST_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some of the keys.
+class Side:
+    """The parts of one modality's keys.
 
     Attributes:
-        modality: LIDAR or CAMERA: whose windows and whose order of the queries.
-        kind: ``rest``: keys outside the query's windows; ``window``: those inside; ``all``: both.
-        index: this is the index-th of the parts that share the keys.
+        modality: LIDAR or CAMERA: whose tokens, windows and order of the queries.
+        has_windows: the first part is the queries' windows, the others share the rest; False: they share all keys.
+        num_rest: parts that share the rest, or all.
     """
 
     modality: int
-    kind: str
-    index: int = 0
+    has_windows: bool
+    num_rest: int
 
     @property
-    def is_biased(self) -> bool:
-        """Whether the bias is added to the scores of this part."""
-        return self.kind != "rest"
+    def num_parts(self) -> int:
+        """How many parts have keys; the side may hold more, without any."""
+        return self.has_windows + self.num_rest
 
 
 @dataclass(frozen=True)
-class Runs:
+class BlockLists:
     """One run of blocks of keys for every block of queries, in FlexAttention's form.
 
+    The last dimension of each is filled up to a multiple of ``LIST_ALIGNMENT``.
+
     Attributes:
-        num: (B, P, I) int32, how many blocks.
-        indices: (B, P, I, J) int32, which: the first ``num`` entries.
-        num_q, indices_q: (B, P, J) and (B, P, J, I), the same the other way round.
+        num: (B, S, G I) int32, how many blocks.
+        indices: (B, S, G I, J) int32, which: the first ``num`` entries.
+        num_q, indices_q: (B, S, J) and (B, S, J, G I), the same the other way round.
     """
 
     num: Tensor
@@ -67,25 +76,25 @@ class Schedule:
     """Everything that depends on the windows alone.
 
     Attributes:
-        parts: P parts.
+        sides: S sides.
+        num_parts: G, on every side.
         plane: of the codes.
-        order: (B, P, R) int64, which query stands in a row; the rows behind Q repeat the last one.
-        rank: (B, P, Q) int64, in which row a query stands.
-        token_codes: (P, J * block) codes of the tokens.
-        token_bits: (P, J * block) the bits of a difference of codes that count; 0 where the token is not the part's.
-        window_codes: (B, P, R, N).
+        order: (B, S, R) int64, which query stands in a row; the rows behind Q repeat the last one.
+        rank: (B, S, Q) int64, in which row a query stands.
+        token_codes: (S, J * block) codes of the tokens as ``membership_codes`` has them.
+        window_codes: (B, S, R, N).
         full, partial: blocks whose keys all belong to the part, and blocks in which the mask decides.
     """
 
-    parts: tuple[Part, ...]
+    sides: tuple[Side, ...]
+    num_parts: int
     plane: CodePlane
     order: Tensor
     rank: Tensor
     token_codes: Tensor
-    token_bits: Tensor
     window_codes: Tensor
-    full: Runs
-    partial: Runs
+    full: BlockLists
+    partial: BlockLists
 
 
 def make_schedule(
@@ -100,57 +109,50 @@ def make_schedule(
         has_token_mask: the mask has to be looked at in every block.
     """
     layout, settings = windows.layout, windows.settings
-    parts = make_parts(layout, settings, splits, block_k)
+    sides = make_sides(layout, settings.is_local, splits, block_k)
+    num_parts = max(side.num_parts for side in sides)
     plane = code_plane(layout, settings)
     num_rows = -(-windows.batch_and_queries[1] // block_q) * block_q
-    order, rank, codes, touched, shares = {}, {}, {}, {}, {}
-    for modality in sorted({part.modality for part in parts}):
-        rank[modality] = query_rank(windows, modality)
-        order[modality] = query_order(rank[modality], num_rows)
-        codes[modality] = _sorted_codes(windows, plane, modality, order[modality])
-        first, last = touched_run(windows, modality, order[modality], block_q, block_k)
-        touched[modality] = (first, last if settings.is_local else first)
-        count = sum(part.modality == modality and part.kind != "window" for part in parts)
-        tokens = token_range(layout, modality)
-        shares[modality] = rest_runs(touched[modality], count, tokens, block_k, has_token_mask=has_token_mask)
-    full, partial = [], []
-    for part in parts:
-        nothing = (torch.zeros_like(touched[part.modality][0]),) * 2
-        is_window = part.kind == "window"
-        runs = (nothing, touched[part.modality]) if is_window else shares[part.modality][part.index]
-        full.append(runs[0])
-        partial.append(runs[1])
     num_blocks = -(-layout.num_tokens // block_k)
-    length, device = num_blocks * block_k, windows.device
-    codes_of_tokens, token_bits = part_tables(parts, layout, plane, length, device=device)
+    orders, ranks, codes, tables, full, partial = [], [], [], [], [], []
+    for side in sides:
+        rank = query_rank(windows, side.modality)
+        order = query_order(rank, num_rows)
+        first, last = touched_run(windows, side.modality, order, block_q, block_k)
+        touched = (first, last if settings.is_local else first)
+        tokens = token_range(layout, side.modality)
+        nothing = (torch.zeros_like(first), torch.zeros_like(first))
+        runs = [(nothing, touched)] if side.has_windows else []
+        runs += rest_runs(touched, side.num_rest, tokens, block_k, has_token_mask=has_token_mask)
+        runs += [(nothing, nothing)] * (num_parts - side.num_parts)
+        full += [run[0] for run in runs]
+        partial += [run[1] for run in runs]
+        orders.append(order)
+        ranks.append(rank)
+        codes.append(_sorted_codes(windows, plane, side.modality, order))
+        tables.append(membership_codes(layout, plane, side.modality, num_blocks * block_k, device=windows.device))
     return Schedule(
-        parts=parts,
+        sides=sides,
+        num_parts=num_parts,
         plane=plane,
-        order=torch.stack([order[part.modality] for part in parts], dim=1),
-        rank=torch.stack([rank[part.modality] for part in parts], dim=1),
-        token_codes=codes_of_tokens,
-        token_bits=token_bits,
-        window_codes=torch.stack([codes[part.modality] for part in parts], dim=1),
-        full=block_runs(full, num_blocks),
-        partial=block_runs(partial, num_blocks),
+        order=torch.stack(orders, dim=1),
+        rank=torch.stack(ranks, dim=1),
+        token_codes=torch.stack(tables),
+        window_codes=torch.stack(codes, dim=1),
+        full=block_lists(full, len(sides), num_blocks),
+        partial=block_lists(partial, len(sides), num_blocks),
     )
 
 
-def make_parts(
-    layout: TokenLayout, settings: WindowSettings, splits: tuple[int, int], block_k: int
-) -> tuple[Part, ...]:
-    """Cut the keys into parts; the long ones first."""
-    rest, windows = [], []
+def make_sides(layout: TokenLayout, is_local: bool, splits: tuple[int, int], block_k: int) -> tuple[Side, ...]:
+    """A side for every modality that has tokens."""
+    sides = []
     for modality, num_tokens in ((LIDAR, layout.num_bev), (CAMERA, layout.num_pv)):
-        if num_tokens == 0:
-            continue
-        start = token_range(layout, modality)[0]
-        # An edge in front needs a part more; see rest_runs.
-        count = splits[modality] + (start % block_k > 0)
-        rest += [Part(modality, "rest" if settings.is_local else "all", i) for i in range(count)]
-        if settings.is_local:
-            windows.append(Part(modality, "window"))
-    return (*rest, *windows)
+        if num_tokens:
+            # An edge in front needs a part more; see rest_runs.
+            has_edge = token_range(layout, modality)[0] % block_k > 0
+            sides.append(Side(modality, has_windows=is_local, num_rest=splits[modality] + has_edge))
+    return tuple(sides)
 
 
 def token_range(layout: TokenLayout, modality: int) -> tuple[int, int]:
@@ -186,14 +188,14 @@ def query_order(rank: Tensor, num_rows: int) -> Tensor:
 def _sorted_codes(windows: QueryWindows, plane: CodePlane, modality: int, order: Tensor) -> Tensor:
     """Window codes (B, R, N) of the sorted queries; N is that of the camera windows for both modalities."""
     codes = window_codes(windows, plane, modality)
+    if not windows.settings.is_local:
+        codes = torch.full_like(codes, plane.nowhere)
     most = 1 if windows.camera_cells is None else windows.camera_cells.shape[2]
     codes = nn.functional.pad(codes, (0, most - codes.shape[2]), value=plane.nowhere)
     return codes.gather(1, order[..., None].expand(-1, -1, most))
 
 
-def touched_run(
-    windows: QueryWindows, modality: int, order: Tensor, block_q: int, block_k: int
-) -> tuple[Tensor, Tensor]:
+def touched_run(windows: QueryWindows, modality: int, order: Tensor, block_q: int, block_k: int) -> Run:
     """The run of blocks of keys that holds all windows of a block of queries.
 
     Returns:
@@ -219,47 +221,56 @@ def touched_run(
     return torch.minimum(first, last), last
 
 
-def part_tables(
-    parts: tuple[Part, ...], layout: TokenLayout, plane: CodePlane, length: int, *, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Codes and bits (P, length) of the tokens as every part sees them; see :class:`Schedule`.
+def membership_codes(
+    layout: TokenLayout, plane: CodePlane, modality: int, length: int, *, device: torch.device
+) -> Tensor:
+    """Codes (length,) of the tokens for a test whose answer is known from one comparison.
 
-    Computed where they are needed: inside a compiled graph a copy from the CPU may start when its source has been
-    overwritten.
+    With ``high`` an otherwise unused bit of the codes,
+
+        x = ((code + high - window code) & outside) ^ high
+
+    is 0 inside the window and below 2 high outside. What is no token of the modality has the code 3 high: x is then at
+    least 2 high for every window.
+
+    Computed where they are needed: in a compiled graph a copy from the CPU may begin when its source has been
+    overwritten already.
     """
     codes = nn.functional.pad(token_codes(layout, plane, device=device), (0, length - layout.num_tokens))
     token = torch.arange(length, device=device)
-    all_codes, all_bits = [], []
-    for part in parts:
-        start, stop = token_range(layout, part.modality)
-        is_ours = (token >= start) & (token < stop)
-        # The code -1 is outside every window; without bits every token is inside.
-        if part.kind == "window":
-            all_codes.append(torch.where(is_ours, codes, -1))
-            all_bits.append(torch.full_like(token, plane.outside))
-        else:
-            all_codes.append(codes if part.kind == "rest" else torch.full_like(codes, -1))
-            all_bits.append(torch.where(is_ours, plane.outside, 0))
-    return tuple(torch.stack(x).to(plane.dtype) for x in (all_codes, all_bits))
+    start, stop = token_range(layout, modality)
+    is_ours = (token >= start) & (token < stop)
+    return torch.where(is_ours, codes + plane.high, 3 * plane.high).to(plane.dtype)
 
 
-def block_runs(runs: list[tuple[Tensor, Tensor]], num_blocks: int) -> Runs:
-    """FlexAttention's form of one run per part."""
-    first = torch.stack([run[0] for run in runs], dim=1)
-    num = torch.stack([run[1] for run in runs], dim=1) - first
-    block = torch.arange(num_blocks, device=first.device)
-    offset = block - first[..., None]
+def block_lists(runs: list[Run], num_sides: int, num_blocks: int) -> BlockLists:
+    """FlexAttention's form of one run per part.
+
+    Args:
+        runs: of all parts, those of a side together.
+        num_sides: S.
+        num_blocks: J.
+    """
+    first = torch.stack([run[0] for run in runs], dim=1).unflatten(1, (num_sides, -1)).flatten(2)
+    num = torch.stack([run[1] for run in runs], dim=1).unflatten(1, (num_sides, -1)).flatten(2) - first
+    block = torch.arange(num_blocks + -num_blocks % LIST_ALIGNMENT, device=first.device)
+    offset = block[:num_blocks] - first[..., None]
     is_member = ((offset >= 0) & (offset < num[..., None])).transpose(-2, -1)
-    # Blocks of queries in front, in their order: a scatter to the place that counting gives; one place more takes the
-    # others.
+    # Blocks of queries in front, in their order: a scatter to the place that counting gives; the place behind the last
+    # takes the others.
     count = is_member.cumsum(dim=-1)
-    place = torch.where(is_member, count - 1, is_member.shape[-1])
-    number = torch.arange(is_member.shape[-1], device=first.device, dtype=torch.int32)
-    indices_q = torch.zeros_like(place, dtype=torch.int32)
-    indices_q = nn.functional.pad(indices_q, (0, 1)).scatter(-1, place, number.expand(place.shape))
-    return Runs(
-        num=num.to(torch.int32),
+    length = is_member.shape[-1]
+    place = torch.where(is_member, count - 1, length)
+    number = torch.arange(length, dtype=torch.int32, device=first.device)
+    indices_q = torch.zeros(*place.shape[:-1], length + 1, dtype=torch.int32, device=first.device)
+    indices_q = indices_q.scatter(-1, place, number.expand(place.shape))[..., :length]
+    return BlockLists(
+        num=_filled_up(num.to(torch.int32)),
         indices=(first[..., None] + block).clamp(max=num_blocks - 1).to(torch.int32),
-        num_q=count[..., -1].to(torch.int32),
-        indices_q=indices_q[..., :-1].contiguous(),
+        num_q=_filled_up(count[..., -1].to(torch.int32)),
+        indices_q=_filled_up(indices_q),
     )
+
+
+def _filled_up(x: Tensor) -> Tensor:
+    return nn.functional.pad(x, (0, -x.shape[-1] % LIST_ALIGNMENT)).contiguous()

@@ -12,8 +12,9 @@ import torch
 from cmt_aqr.attention.dense import softmax_with_lse
 
 
-def listed(num, indices, block_q, block_k, num_tokens):
-    """Which (row, token) pairs lie in listed blocks: (B, P, R, K) bool."""
+def listed(num, indices, num_row_blocks, block_q, block_k, num_tokens):
+    """Which (row, token) pairs lie in listed blocks: (B, S, G R, K) bool."""
+    num, indices = num[..., :num_row_blocks], indices[..., :num_row_blocks, :]
     num_blocks = indices.shape[-1]
     flags = torch.zeros(*indices.shape[:-1], num_blocks + 1, dtype=torch.bool)
     place = torch.arange(num_blocks)
@@ -22,18 +23,19 @@ def listed(num, indices, block_q, block_k, num_tokens):
     return flags[..., :num_tokens]
 
 
-def membership(block_mask, num_parts):
-    """Which tokens every row of every part attends to: (B, P, R, K) bool."""
+def membership(block_mask, num_sides):
+    """Which tokens every row of every side attends to: (B, S, G R, K) bool."""
     num_rows, num_tokens = block_mask.seq_lengths
-    size = (*block_mask.BLOCK_SIZE, num_tokens)
-    b, p, row, token = torch.meshgrid(
+    block_q, block_k = block_mask.BLOCK_SIZE
+    size = (num_rows // block_q, block_q, block_k, num_tokens)
+    b, s, row, token = torch.meshgrid(
         torch.arange(len(block_mask.kv_num_blocks)),
-        torch.arange(num_parts),
+        torch.arange(num_sides),
         torch.arange(num_rows),
         torch.arange(num_tokens),
         indexing="ij",
     )
-    allowed = block_mask.mask_mod(b, p, row, token)
+    allowed = block_mask.mask_mod(b, s, row, token)
     partial = listed(block_mask.kv_num_blocks, block_mask.kv_indices, *size)
     full = listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, *size)
     assert not (full & partial).any(), "a block is listed twice"
@@ -43,9 +45,9 @@ def membership(block_mask, num_parts):
 def emulated_flex(q, k, v, *, block_mask, enable_gqa, return_aux, kernel_options):
     """Stands in for ``flex_attention``."""
     assert enable_gqa and return_aux.lse and kernel_options["fwd_BLOCKS_ARE_CONTIGUOUS"]
-    num_parts = q.shape[1] // k.shape[1]
-    mask = membership(block_mask, num_parts).repeat(1, k.shape[1], 1, 1)
-    k, v = (x.repeat_interleave(num_parts, dim=1) for x in (k, v))
+    num_sides = q.shape[1] // k.shape[1]
+    mask = membership(block_mask, num_sides).repeat(1, k.shape[1], 1, 1)
+    k, v = (x.repeat_interleave(num_sides, dim=1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
     out, lse = softmax_with_lse(scores, v)
     return out, SimpleNamespace(lse=lse)
