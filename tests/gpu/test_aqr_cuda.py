@@ -100,5 +100,6 @@ def test_plain_and_compiled_detector_agree():
     with torch.no_grad():
         plain = detector.forward_features(*inputs)
         compiled = torch.compile(detector.forward_features, fullgraph=True, dynamic=False)(*inputs)
-    torch.testing.assert_close(plain.codes(0), compiled.codes(0), rtol=1e-4, atol=1e-4)
+    # Metres, of a range of 108: float32 sums in another order through four layers.
+    torch.testing.assert_close(plain.codes(0), compiled.codes(0), rtol=1e-3, atol=2e-3)
     torch._dynamo.reset()

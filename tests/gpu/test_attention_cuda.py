@@ -105,9 +105,6 @@ def test_half_precision_is_as_good_as_dense(name, dtype):
     names = ("out", "lse", "q", "k", "v", "weights", "scale")
     zipped = zip(names, actual, dense, expected, strict=True)
     ratios = {name: error(mine, ref) / error(theirs, ref) for name, mine, theirs, ref in zipped}
-    # lse: q is rounded once more after scaling, coherently for all scores of a query.
-    assert (actual[1] - expected[1]).abs().max() <= 2 * torch.finfo(dtype).eps
-    del ratios["lse"]
     assert max(ratios.values()) <= 1.5, ratios
 
 

@@ -136,7 +136,7 @@ def test_most_blocks_need_no_mask():
     layout = TokenLayout(128, 128, 6, 20, 50)
     schedule = make_schedule(make_windows(layout, 1, 900, device="cpu"), block_q=64, block_k=128, splits=(4, 3))
     num_blocks = {0: 128, 1: 47}
-    full, partial = (x.num[0, :, : 5 * 15].unflatten(-1, (5, 15)).double() for x in (schedule.full, schedule.partial))
+    full, partial = (x.num[0, :, : 6 * 15].unflatten(-1, (6, 15)).double() for x in (schedule.full, schedule.partial))
     assert partial[:, 0].sum(dim=0).mean() <= 0.12 * 175
     assert partial[:, 1:].sum(dim=(0, 1)).mean() <= 0.12 * 175
     assert full[:, 0].max() == 0
