@@ -27,10 +27,9 @@ from cmt_aqr.attention.windows import QueryWindows
 BLOCK_Q = 64
 BLOCK_K = 128
 # Parts of the LiDAR tokens and of the camera tokens outside windows.
-SPLITS = (5, 3)
-# Up to this many programs of BLOCK_Q queries, and from this many tokens on, wide tiles of keys are faster.
-FEW_PROGRAMS = 256
-MANY_TOKENS = 32_768
+SPLITS = (5, 4)
+# Up to this many blocks of queries, of all heads and samples, wide tiles of keys are faster.
+FEW_BLOCKS = 256
 MIN_HEAD_DIM = 16
 
 
@@ -87,7 +86,7 @@ def attend_to_parts(
         block_mask=block_mask,
         enable_gqa=True,
         return_aux=AuxRequest(lse=True),
-        kernel_options=kernel_options(q, k),
+        kernel_options=kernel_options(q),
     )
     part_out, part_lse = (x.unflatten(2, rows.shape[3:5]).unflatten(1, rows.shape[1:3]) for x in (out, aux.lse))
     added = part_bias(bias, schedule).to(part_lse.dtype)
@@ -100,7 +99,7 @@ _compiled_schedule = torch.compile(make_schedule, dynamic=False, fullgraph=True)
 _compiled_attention = torch.compile(attend_to_parts, dynamic=False, fullgraph=True)
 
 
-def kernel_options(q: Tensor, k: Tensor) -> dict[str, Any]:
+def kernel_options(q: Tensor) -> dict[str, Any]:
     """Tiles for these shapes and this dtype.
 
     The runs of blocks are contiguous for a block of queries (the forward pass), not for a block of keys (the backward
@@ -110,9 +109,8 @@ def kernel_options(q: Tensor, k: Tensor) -> dict[str, Any]:
     if q.dtype == torch.float32:
         forward, backward, num_stages = (64, 64), (32, 64, 32, 32), 1
     else:
-        num_programs = q.shape[0] * q.shape[1] * -(-q.shape[2] // BLOCK_Q)
-        is_wide = num_programs <= FEW_PROGRAMS or k.shape[2] >= MANY_TOKENS
-        forward, backward = (64, 128 if is_wide else 64), (32, 64, 64, 64)
+        num_blocks = q.shape[0] * q.shape[1] * -(-q.shape[2] // BLOCK_Q)
+        forward, backward = (64, 128 if num_blocks <= FEW_BLOCKS else 64), (32, 64, 64, 64)
         num_stages = 3 if q.shape[3] <= 64 else 2
     options |= dict(zip(("fwd_BLOCK_M", "fwd_BLOCK_N"), forward, strict=True))
     options |= dict(zip(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), backward, strict=True))
