@@ -75,6 +75,7 @@ def attention_tables(shapes: tuple[int, ...]) -> Iterator[str]:
 
 def shape_table(layout: TokenLayout, batch_size: int, num_queries: int) -> str:
     """Measure every way on one shape."""
+    torch._dynamo.reset()  # or the shapes before would count against the limit of recompilations
     problem = make_problem(layout, batch_size, num_queries)
     reference = float64_output(problem)
     rows = [measure_row(*way, problem, reference) for way in ways(problem)]
