@@ -53,7 +53,7 @@ def dense_attention(
         queries = slice(start, start + query_chunk)
         scores = q[:, :, queries] / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)
         if bias is not None:
-            scores = scores + dense_bias(bias, queries)[:, None].to(scores.dtype)
+            scores += dense_bias(bias, queries)[:, None].to(scores.dtype)
         if token_mask is not None:
             scores = scores.masked_fill(~token_mask[:, None, None], -math.inf)
         out, lse = softmax_with_lse(scores, v, may_be_masked=token_mask is not None)
