@@ -10,7 +10,9 @@ fast.
 Shape letters: B batch, M heads, Q queries, K tokens, D channels of a head, S sides, G parts on a side, R sorted rows.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ SPLITS = (5, 4)
 # Up to this many blocks of queries, of all heads and samples, wide tiles of keys are faster.
 FEW_BLOCKS = 256
 MIN_HEAD_DIM = 16
+# Combinations of shapes that one process may meet outside a compiled detector.
+MAX_SHAPES = 64
 
 
 def padded_length(layout: TokenLayout) -> int:
@@ -94,9 +98,21 @@ def attend_to_parts(
     return _Merge.apply(part_out, part_lse, added, schedule.order, schedule.rank, used)
 
 
-# Once for the module: a compiler cache per call site would fill up. The shapes are few and constant.
-_compiled_schedule = torch.compile(make_schedule, dynamic=False, fullgraph=True)
-_compiled_attention = torch.compile(attend_to_parts, dynamic=False, fullgraph=True)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled anew for every combination of shapes; the compiler's own limit is 8 of them."""
+    compiled = torch.compile(function, dynamic=False, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+            return compiled(*args, **options)
+
+    return call
+
+
+# Once for the module, so that all callers share what has been compiled.
+_compiled_schedule = _compiled(make_schedule)
+_compiled_attention = _compiled(attend_to_parts)
 
 
 def kernel_options(q: Tensor) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The parts, their schedule and their merging, with FlexAttention emulated; the kernel itself: tests/gpu."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -221,6 +223,14 @@ def test_padded_tokens_change_nothing():
     expected = flex.attend_to_parts(q, k, v, bias, schedule_of(windows), None)
     torch.testing.assert_close(flex.attend_to_parts(q, *longer, bias, schedule_of(windows), None), expected)
     torch.testing.assert_close(attend(q, *longer, bias, backend="dense"), expected)
+
+
+def test_more_shapes_than_the_compiler_takes_by_itself(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    double = flex._compiled(lambda x: x + x)
+    for length in range(2, 2 + 2 * torch._dynamo.config.recompile_limit):
+        assert double(torch.ones(length)).sum() == 2 * length
 
 
 def test_flex_on_the_cpu_is_refused():
