@@ -1,5 +1,6 @@
 """The parts, their schedule and their merging, with FlexAttention emulated; the kernel itself: tests/gpu."""
 
+import random
 from functools import partial
 
 import pytest
@@ -115,6 +116,37 @@ def test_every_token_belongs_to_one_part(layout, settings, num_queries):
         members = members.unflatten(2, (schedule.num_parts, -1)).sum(dim=(1, 2))
         assert (members[..., : layout.num_tokens] == 1).all()
         assert not members[..., layout.num_tokens :].any()
+
+
+def test_every_token_belongs_to_one_part_of_any_layout(monkeypatch):
+    """Edges of modalities inside blocks, modalities inside one block, more parts than blocks, fewer queries than rows."""
+    draw = random.Random(0)
+    for _ in range(200):
+        block_q, block_k = draw.choice((4, 8, 16)), draw.choice((8, 16, 32))
+        monkeypatch.setattr(flex, "BLOCK_Q", block_q)
+        monkeypatch.setattr(flex, "BLOCK_K", block_k)
+        views = draw.choice((0, 1, 2, 6))
+        bev = draw.choice(((1, 5), (3, 3), (8, 13), (16, 24), (0, 0) if views else (5, 1)))
+        layout = TokenLayout(*bev, views, *(draw.choice(((4, 10), (2, 5))) if views else (0, 0)))
+        settings = WindowSettings(
+            bev=draw.choice((1, 3, 9)),
+            camera=draw.choice((1, 8, 15)),
+            camera_assignment=draw.choice(("first", "all")),
+            is_local=draw.random() < 0.85,
+        )
+        windows = make_windows(
+            layout, 2, draw.randint(1, 40), device="cpu", settings=settings, seed=draw.randrange(1000)
+        )
+        splits, has_token_mask = (draw.randint(2, 7), draw.randint(2, 7)), draw.random() < 0.2
+        schedule = make_schedule(
+            windows, block_q=block_q, block_k=block_k, splits=splits, has_token_mask=has_token_mask
+        )
+        length = -(-layout.num_tokens // block_k) * block_k
+        members = membership(flex.make_block_mask(schedule, length), len(schedule.sides))
+        members = members.unflatten(2, (schedule.num_parts, -1)).sum(dim=(1, 2))
+        case = (layout, settings, splits, block_q, block_k, has_token_mask)
+        assert (members[..., : layout.num_tokens] == 1).all(), case
+        assert not members[..., layout.num_tokens :].any(), case
 
 
 def test_lists_of_queries_are_the_lists_of_keys_turned_round():
