@@ -30,6 +30,7 @@ from cmt_aqr.attention.evaluate import choose_backend
 from cmt_aqr.attention.lowrank import ENERGY
 
 Design = Literal["bias", "v1", "v2"]
+DESIGNS = ("bias", "v1", "v2")
 
 
 def neutral_weight(design: Design) -> float:
@@ -68,6 +69,8 @@ class AQR(nn.Module):
         lowrank_energy: float = ENERGY,
     ) -> None:
         super().__init__()
+        if design not in DESIGNS:
+            raise ValueError(f"the design of AQR must be one of {', '.join(DESIGNS)}, got {design!r}")
         if (scale is not None) != (design == "bias"):
             raise ValueError(
                 f"AQR of the design 'bias' needs a scale and no other has one; got design {design!r} "

@@ -48,7 +48,7 @@ class Scale(nn.Module):
         if not limits[0] <= value <= limits[1]:
             raise ValueError(f"a scale of {value:g} lies outside its limits {limits[0]:g} to {limits[1]:g}")
         self.limits = limits
-        # One element, not 0 dimensions: the compiled attention cannot take gradients of a captured 0-dim tensor.
+        # One element, not 0 dimensions, as in the checkpoints.
         start = torch.tensor([float(value)])
         if is_learned:
             self.value = nn.Parameter(start)

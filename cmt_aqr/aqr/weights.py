@@ -60,7 +60,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, is_valid: 
         q: (B, M, Q, D).
         k, v: (B, M, K, D).
         tokens: (B, Q, T) int64, which tokens a query sees.
-        is_valid: (B, Q, T) bool, False: the entry is to be ignored, whatever index it holds.
+        is_valid: (B, Q, T) bool, False: the entry is to be ignored; its index is any one in range.
 
     Returns:
         (B, M, Q, D) in the dtype of v; 0 for a query without a valid token. The softmax is taken in at least float32.
@@ -149,13 +149,15 @@ class WeightGenerator(nn.Module):
         neutral: the weight that changes nothing: 0 for a bias, 1 for a factor.
 
     Raises:
-        ValueError: tanh with a neutral weight other than 0.
+        ValueError: another activation; tanh with a neutral weight other than 0.
     """
 
     def __init__(
         self, *, dim: int, num_heads: int, ffn_dim: int, num_layers: int, activation: Activation, neutral: float
     ) -> None:
         super().__init__()
+        if activation not in ("tanh", "sigmoid"):
+            raise ValueError(f"the activation of the weights must be tanh or sigmoid, got {activation!r}")
         if activation == "tanh" and neutral != 0:
             raise ValueError(f"weights by tanh are for a neutral weight of 0, got {neutral}")
         self.activation = activation

@@ -12,7 +12,7 @@ window are those less than ``SPAN`` = 2^k away from its first one in both coordi
     inside      = (token code - window code) & ~(SPAN - 1 in both fields) == 0
 
 A negative difference sets high bits of its field, and a borrow sets those of the lower one, so nothing else passes.
-The same function serves scalars (``mask_mod``, ``score_mod``) and whole tensors (dense).
+``schedule.py`` has the form of the test that a kernel uses.
 
 Shape letters: B batch, Q queries, N windows of a query in one modality, K tokens.
 """
@@ -88,7 +88,12 @@ class CodePlane:
 
 def code_plane(layout: TokenLayout, settings: WindowSettings) -> CodePlane:
     """The plane for these grids and window sizes."""
-    radii = (settings.bev_radius, settings.camera_radius)
+    # A window larger than its grid is as large as the grid; without this its codes might not fit an integer.
+    reaches = (max(layout.bev_rows, layout.bev_cols), max(layout.pv_rows, layout.pv_cols))
+    radii = tuple(
+        min(radius, max(reach - 1, 0))
+        for radius, reach in zip((settings.bev_radius, settings.camera_radius), reaches, strict=True)
+    )
     span_bits = next(bits for bits in range(1, 64) if all(_step(radius, bits) for radius in radii))
     span, steps = 1 << span_bits, tuple(_step(radius, span_bits) for radius in radii)
     grids = [(LIDAR, layout.bev_rows, layout.bev_cols)]

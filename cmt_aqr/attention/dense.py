@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmt_aqr.attention.bias import CAMERA, LIDAR, AttentionBias, code_plane, is_inside, token_codes, window_codes
 
-# Scores of this many queries exist at a time: few enough for a CPU's cache, which makes it four times as fast as 256.
+# Scores of this many queries are computed at a time: few enough for a CPU's cache.
 QUERY_CHUNK = 128
 
 
@@ -46,7 +46,7 @@ def dense_attention(
     """softmax(q k^T / sqrt(D) + bias) v; see :func:`cmt_aqr.attention.attend`, whose arguments these are.
 
     Args:
-        query_chunk: queries whose scores (B, M, chunk, K) exist at a time.
+        query_chunk: queries whose scores (B, M, chunk, K) are computed at a time; for a backward pass all are kept.
     """
     outputs, lses = [], []
     for start in range(0, q.shape[2], query_chunk):
@@ -74,12 +74,24 @@ def softmax_with_lse(scores: Tensor, v: Tensor, *, may_be_masked: bool = True) -
         out (B, M, Q, D) in the dtype of v; lse (B, M, Q), at least float32.
     """
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    top = wide.amax(dim=-1, keepdim=True)
-    is_masked = top == -math.inf
+    is_masked = wide.detach().amax(dim=-1, keepdim=True) == -math.inf
     if may_be_masked:  # exp(-inf + inf) otherwise; a row of 0 is like others, and is taken out below
         wide = torch.where(is_masked, 0, wide)
     shares = wide.softmax(dim=-1)
-    # The largest share is exp(top - lse). This spares a pass over the scores, and its gradient is the shares as well.
-    lse = torch.where(is_masked, -math.inf, top - shares.amax(dim=-1, keepdim=True).log()).squeeze(-1)
+    lse = torch.where(is_masked.squeeze(-1), -math.inf, _LogSumExp.apply(wide, shares))
     out = shares.to(v.dtype) @ v
     return torch.where(is_masked, 0, out) if may_be_masked else out, lse
+
+
+class _LogSumExp(torch.autograd.Function):
+    """logsumexp of scores (..., K) whose softmax is at hand: the largest share is exp(largest score - lse)."""
+
+    @staticmethod
+    def forward(ctx, scores, shares):
+        ctx.save_for_backward(shares)
+        return scores.amax(dim=-1) - shares.amax(dim=-1).log()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (shares,) = ctx.saved_tensors
+        return grad[..., None] * shares, None

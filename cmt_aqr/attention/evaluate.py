@@ -104,6 +104,8 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias, token_mas
     padded = k.ndim == 4 and k.shape[2] == padded_length(layout)
     expected = (batch_size, q.shape[1], padded_length(layout) if padded else layout.num_tokens, q.shape[3])
     for name, x in (("k", k), ("v", v)):
+        if (x.dtype, x.device) != (q.dtype, q.device):
+            raise ValueError(f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
         if tuple(x.shape) != expected:
             raise ValueError(f"{name} must have shape {expected} to fit q and the token layout, got {tuple(x.shape)}")
     expected = (batch_size, layout.num_tokens)

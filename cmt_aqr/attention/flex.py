@@ -54,6 +54,16 @@ def check_flex(q: Tensor) -> None:
         raise ValueError(f"the flex backend computes in float32, bfloat16 or float16, got {q.dtype}; use dense")
 
 
+def check_schedule(schedule: Schedule, q: Tensor, token_mask: Tensor | None) -> None:
+    """Raise ValueError where results would be wrong without a word."""
+    planned = (schedule.rank.shape[0], schedule.rank.shape[2])
+    if planned != (q.shape[0], q.shape[2]):
+        raise ValueError(f"the schedule is for batch and queries {planned}, q has {(q.shape[0], q.shape[2])}")
+    if schedule.has_token_mask != (token_mask is not None):
+        made, got = ("with" if x else "without" for x in (schedule.has_token_mask, token_mask is not None))
+        raise ValueError(f"the schedule was made {made} a token mask and is used {got} one")
+
+
 def plan_flex(windows: QueryWindows, *, has_token_mask: bool = False) -> Schedule:
     """What all layers that share the windows share."""
     plan = make_schedule if torch.compiler.is_compiling() else _compiled_schedule
@@ -68,8 +78,12 @@ def flex_attention_with_bias(
 
     Args:
         schedule: of :func:`plan_flex` for the windows of the bias.
+
+    Raises:
+        ValueError: tensors that the kernel does not take, or a schedule that was made for something else.
     """
     check_flex(q)
+    check_schedule(schedule, q, token_mask)
     # Without the compiler FlexAttention would ignore the runs of blocks, which the parts rely on.
     evaluate = attend_to_parts if torch.compiler.is_compiling() else _compiled_attention
     return evaluate(q, k, v, bias, schedule, token_mask)
@@ -230,13 +244,14 @@ class _Merge(torch.autograd.Function):
         part_out, part_lse, added, order, rank, out, lse = ctx.saved_tensors
         num_parts, num_queries = added.shape[2:]
         is_query = torch.arange(order.shape[2], device=order.device) < num_queries
-        common = grad_lse - (grad_out * out).sum(dim=-1, dtype=lse.dtype)
+        # Products in full precision: the two sums nearly cancel.
+        common = grad_lse - (grad_out.to(lse.dtype) * out).sum(dim=-1)
         rows = _take_rows(grad_out, order, num_parts)
         at = order[:, :, None].expand(-1, -1, num_parts, -1)
         shifted = part_lse + added.gather(3, at)[:, None]
         lse = torch.where(lse == -math.inf, 0, lse)
         weight = torch.where(is_query, torch.exp(shifted - _take_rows(lse, order, num_parts)), 0)
-        inner = (rows * part_out).sum(dim=-1, dtype=lse.dtype)
+        inner = (rows.to(lse.dtype) * part_out).sum(dim=-1)
         grad_part_lse = weight * (inner + _take_rows(common, order, num_parts))
         at = rank[:, None, :, None].expand(-1, part_lse.shape[1], -1, num_parts, -1)
         grad_added = grad_part_lse.gather(4, at).sum(dim=1)

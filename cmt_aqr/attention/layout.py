@@ -23,11 +23,17 @@ class TokenLayout:
     pv_cols: int = 0
 
     def __post_init__(self) -> None:
-        sizes = (self.bev_rows, self.bev_cols, self.num_views, self.pv_rows, self.pv_cols)
+        bev, cameras = (self.bev_rows, self.bev_cols), (self.num_views, self.pv_rows, self.pv_cols)
+        sizes = (*bev, *cameras)
+        if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
+            raise ValueError(f"grid sizes of a TokenLayout must be whole numbers, got {sizes}")
         if any(size < 0 for size in sizes):
             raise ValueError(f"grid sizes of a TokenLayout must not be negative, got {sizes}")
         if self.num_tokens == 0:
             raise ValueError("a TokenLayout needs BEV tokens, camera tokens, or both; got neither")
+        for name, grid in (("BEV", bev), ("camera", cameras)):
+            if min(grid) == 0 < max(grid):
+                raise ValueError(f"the sizes of the {name} grid must be all 0 or none, got {grid}")
 
     @property
     def num_bev(self) -> int:

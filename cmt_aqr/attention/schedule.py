@@ -84,6 +84,7 @@ class Schedule:
         token_codes: (S, J * block) codes of the tokens as ``membership_codes`` has them.
         window_codes: (B, S, R, N).
         full, partial: blocks whose keys all belong to the part, and blocks in which the mask decides.
+        has_token_mask: whether it was made for a token mask: then no block is full.
     """
 
     sides: tuple[Side, ...]
@@ -95,6 +96,7 @@ class Schedule:
     window_codes: Tensor
     full: BlockLists
     partial: BlockLists
+    has_token_mask: bool
 
 
 def make_schedule(
@@ -107,7 +109,12 @@ def make_schedule(
         block_q, block_k: queries and keys in a block.
         splits: into how many parts the rest of the LiDAR tokens and of the camera tokens is cut, at least 2.
         has_token_mask: the mask has to be looked at in every block.
+
+    Raises:
+        ValueError: fewer than 2 splits.
     """
+    if min(splits) < 2:
+        raise ValueError(f"the rest of the tokens must be cut into at least 2 parts, got splits {splits}")
     layout, settings = windows.layout, windows.settings
     sides = make_sides(layout, settings.is_local, splits, block_k)
     num_parts = max(side.num_parts for side in sides)
@@ -143,6 +150,7 @@ def make_schedule(
         window_codes=torch.stack(codes, dim=1),
         full=block_lists(full, len(sides), num_blocks),
         partial=block_lists(partial, len(sides), num_blocks),
+        has_token_mask=has_token_mask,
     )
 
 

@@ -110,13 +110,15 @@ def query_windows(
         settings: window sizes; None: the defaults.
 
     Raises:
-        ValueError: shapes that do not fit each other or the layout; calibration that is not finite (looked at on the
-            CPU only: a GPU would have to wait. There such a view sees nothing).
+        ValueError: shapes that do not fit each other or the layout; an empty point range; calibration that is not
+            finite (looked at on the CPU only: a GPU would have to wait. There such a view sees nothing).
 
     *Source*: MoME's `AQR_with_LAM`; *Quirks Q11, Q12*: a point exactly on the far border belongs to the last cell.
     """
     if reference_points.ndim != 3 or reference_points.shape[-1] != 3:
         raise ValueError(f"reference_points must have shape (B, Q, 3), got {tuple(reference_points.shape)}")
+    if len(point_range) != 6 or any(low >= high for low, high in zip(point_range[:3], point_range[3:], strict=True)):
+        raise ValueError(f"point_range must be x, y, z from and x, y, z to in metres, got {tuple(point_range)}")
     settings = settings or WindowSettings()
     points = reference_points.detach().double()
     bev_cells = None
@@ -159,6 +161,7 @@ def camera_cells_of(
     u, v = pixels.unbind(-1)
     height, width = image_size
     is_seen = (depth > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    is_seen = is_seen & lidar2img.isfinite().all(dim=-1).all(dim=-1)[:, None]
     # Where a point is not seen its pixel may be anything, also too large for an integer.
     row = cells_of(torch.where(is_seen, v / height, 0), layout.pv_rows)
     col = cells_of(torch.where(is_seen, u / width, 0), layout.pv_cols)

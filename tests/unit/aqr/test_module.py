@@ -72,6 +72,11 @@ def test_a_design_has_a_scale_exactly_if_it_makes_a_bias():
             make_aqr(design)
 
 
+def test_an_unknown_design_is_refused():
+    with pytest.raises(ValueError, match=r"^the design of AQR must be one of bias, v1, v2, got 'v3'$"):
+        make_aqr("v3", scale=None)
+
+
 def test_the_attention_has_the_bias_and_the_energy():
     windows = random_windows(BOTH)
     q, k, v = random_qkv(windows)

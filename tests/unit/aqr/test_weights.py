@@ -215,3 +215,8 @@ def test_bad_settings():
         WindowAttention(dim=10, num_heads=4)
     with pytest.raises(ValueError, match=r"neutral weight of 0, got 1\.0"):
         make_generator(activation="tanh", neutral=1.0)
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match=r"^the activation of the weights must be tanh or sigmoid, got 'relu'$"):
+        make_generator(activation="relu")

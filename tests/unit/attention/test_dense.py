@@ -162,3 +162,12 @@ def test_gradient_of_the_strength_by_hand():
     assert (grad - expected).abs().max() < 1e-13
     no_window = windows.camera_cells[..., 0, 0] < 0
     assert no_window.any() and (grad[no_window][:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("scores", [[0.0, 1e-9], [0.3, 0.3 + 3e-8], [0.0, 0.0]])
+def test_gradient_of_the_lse_where_shares_are_the_same(scores):
+    """Scores that differ by less than their shares show: the gradient of the lse is the shares all the same."""
+    scores = torch.tensor(scores).reshape(1, 1, 1, -1).requires_grad_()
+    _, lse = softmax_with_lse(scores, torch.ones(1, 1, 2, 1))
+    (grad,) = torch.autograd.grad(lse.sum(), scores)
+    torch.testing.assert_close(grad, scores.softmax(dim=-1))

@@ -78,3 +78,9 @@ def test_a_mask_of_numbers_is_refused(bias):
     mask = torch.zeros(2, NUM_TOKENS)
     with pytest.raises(ValueError, match=rf"bool of shape \(2, {NUM_TOKENS}\), got torch.float32 \(2, {NUM_TOKENS}\)"):
         attend(*random_qkv(bias.windows), bias, backend="dense", token_mask=mask)
+
+
+def test_tensors_of_different_dtypes_are_refused(bias):
+    q, k, v = random_qkv(bias.windows)
+    with pytest.raises(ValueError, match=r"^k must be torch.float32 on cpu like q, got torch.float64 on cpu$"):
+        attend(q.float(), k.double(), v.float(), bias, backend="dense")

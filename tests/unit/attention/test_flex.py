@@ -1,6 +1,7 @@
 """The parts, their schedule and their merging, with FlexAttention emulated; the kernel itself: tests/gpu."""
 
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,8 +17,9 @@ from cmt_aqr.attention import (
     flex,
     padded_length,
 )
+from cmt_aqr.attention import schedule as schedule_module
 from cmt_aqr.attention.dense import dense_attention
-from cmt_aqr.attention.schedule import make_schedule, query_order, query_rank
+from cmt_aqr.attention.schedule import make_schedule, query_order, query_rank, token_range
 from cmt_aqr.tools.attention_cases import make_windows
 from tests.unit.attention.emulated_flex import emulated_flex, membership
 
@@ -119,9 +121,9 @@ def test_every_token_belongs_to_one_part(layout, settings, num_queries):
 
 
 def test_every_token_belongs_to_one_part_of_any_layout(monkeypatch):
-    """Edges of modalities inside blocks, modalities inside one block, more parts than blocks, fewer queries than rows."""
+    """Edges inside blocks, modalities inside one block, more parts than blocks, fewer queries than rows."""
     draw = random.Random(0)
-    for _ in range(200):
+    for _ in range(100):
         block_q, block_k = draw.choice((4, 8, 16)), draw.choice((8, 16, 32))
         monkeypatch.setattr(flex, "BLOCK_Q", block_q)
         monkeypatch.setattr(flex, "BLOCK_K", block_k)
@@ -165,21 +167,25 @@ def test_lists_of_queries_are_the_lists_of_keys_turned_round():
         assert of_keys.any()
 
 
-def test_most_blocks_need_no_mask():
+@pytest.mark.parametrize("layout", [TokenLayout(128, 128, 6, 20, 50), TokenLayout(180, 180, 6, 40, 100)])
+def test_most_blocks_need_no_mask(layout):
     """The point of the schedule: on the official grids a tenth of the blocks, and the parts share the rest evenly."""
-    layout = TokenLayout(128, 128, 6, 20, 50)
-    schedule = make_schedule(make_windows(layout, 1, 900, device="cpu"), block_q=64, block_k=128, splits=(4, 3))
-    num_blocks = {0: 128, 1: 47}
-    full, partial = (x.num[0, :, : 6 * 15].unflatten(-1, (6, 15)).double() for x in (schedule.full, schedule.partial))
-    assert partial[:, 0].sum(dim=0).mean() <= 0.12 * 175
-    assert partial[:, 1:].sum(dim=(0, 1)).mean() <= 0.12 * 175
+    windows = make_windows(layout, 1, 900, device="cpu")
+    schedule = make_schedule(windows, block_q=64, block_k=128, splits=flex.SPLITS)
+    num_blocks, num_parts = -(-layout.num_tokens // 128), schedule.num_parts
+    full, partial = (
+        x.num[0, :, : num_parts * 15].unflatten(-1, (num_parts, 15)).double() for x in (schedule.full, schedule.partial)
+    )
+    assert partial[:, 0].sum(dim=0).mean() <= 0.12 * num_blocks
+    assert partial[:, 1:].sum(dim=(0, 1)).mean() <= 0.13 * num_blocks
     assert full[:, 0].max() == 0
     for side in schedule.sides:
         rest_full, rest_partial = (x[side.modality, 1 : side.num_parts] for x in (full, partial))
-        assert (rest_full.sum(dim=0) + rest_partial.sum(dim=0) == num_blocks[side.modality]).all()
-        # No part is much dearer than the others, a block with the mask counting twice.
+        start, stop = token_range(layout, side.modality)
+        assert (rest_full.sum(dim=0) + rest_partial.sum(dim=0) == -(-stop // 128) - start // 128).all()
+        # No part of a block of queries is much dearer than the others, a block with the mask counting twice.
         cost = rest_full + 2 * rest_partial
-        assert cost.max() <= 1.6 * cost.mean()
+        assert (cost.max(dim=0).values <= 1.7 * cost.mean(dim=0)).all()
         assert not full[side.modality, side.num_parts :].any() and not partial[side.modality, side.num_parts :].any()
 
 
@@ -263,6 +269,34 @@ def test_more_shapes_than_the_compiler_takes_by_itself(monkeypatch):
     double = flex._compiled(lambda x: x + x)
     for length in range(2, 2 + 2 * torch._dynamo.config.recompile_limit):
         assert double(torch.ones(length)).sum() == 2 * length
+
+
+def test_schedules_made_for_something_else():
+    layout = GRIDS["edges"]
+    windows = make_windows(layout, 2, 37, device="cpu")
+    q = torch.zeros(2, 2, 37, 32)
+    mask = torch.ones(2, layout.num_tokens, dtype=torch.bool)
+    flex.check_schedule(schedule_of(windows), q, None)
+    flex.check_schedule(schedule_of(windows, has_token_mask=True), q, mask)
+    with pytest.raises(ValueError, match=r"^the schedule was made without a token mask and is used with one$"):
+        flex.check_schedule(schedule_of(windows), q, mask)
+    with pytest.raises(ValueError, match=r"^the schedule was made with a token mask and is used without one$"):
+        flex.check_schedule(schedule_of(windows, has_token_mask=True), q, None)
+    with pytest.raises(ValueError, match=r"^the schedule is for batch and queries \(2, 37\), q has \(2, 36\)$"):
+        flex.check_schedule(schedule_of(windows), q[:, :, :36], None)
+    with pytest.raises(ValueError, match=r"at least 2 parts, got splits \(1, 3\)"):
+        schedule_of(windows, (1, 3))
+
+
+def test_a_plane_of_64_bits(monkeypatch):
+    layout = TokenLayout(40, 40, 6, 4, 10)
+    plane = schedule_module.code_plane
+    monkeypatch.setattr(schedule_module, "code_plane", lambda *a: replace(plane(*a), dtype=torch.int64))
+    windows = make_windows(layout, 1, 37, device="cpu")
+    schedule = schedule_of(windows)
+    assert schedule.token_codes.dtype == schedule.window_codes.dtype == torch.int64
+    members = membership(flex.make_block_mask(schedule, layout.num_tokens), 2)
+    assert (members.unflatten(2, (schedule.num_parts, -1)).sum(dim=(1, 2)) == 1).all()
 
 
 def test_flex_on_the_cpu_is_refused():

@@ -34,3 +34,17 @@ def test_bad_sizes():
         TokenLayout(bev_rows=-1, bev_cols=3)
     with pytest.raises(ValueError, match=r"outside \[0, 4\)"):
         TokenLayout(bev_rows=2, bev_cols=2).cell(4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((2.0, 2), r"must be whole numbers, got \(2.0, 2, 0, 0, 0\)"),
+        ((True, 2), "must be whole numbers"),
+        ((0, 5, 6, 2, 2), r"the sizes of the BEV grid must be all 0 or none, got \(0, 5\)"),
+        ((2, 2, 6, 0, 5), r"the sizes of the camera grid must be all 0 or none, got \(6, 0, 5\)"),
+    ],
+)
+def test_grids_that_cannot_be(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        TokenLayout(*sizes)

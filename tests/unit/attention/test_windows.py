@@ -322,11 +322,12 @@ def test_projection_is_the_one_of_geometry():
     assert torch.equal(windows.bev_cells[..., 1], geometry.cells_of(points[..., 0], layout.bev_cols))
 
 
-@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
-def test_a_view_without_a_finite_calibration_sees_nothing(bad):
+@pytest.mark.parametrize("entry", (slice(None), (0, 3), (2, 0), (2, 3), (3, 3)))
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))
+def test_a_view_without_a_finite_calibration_sees_nothing(bad, entry):
     # What a GPU does, where looking at the values would mean to wait.
     lidar2img = ring(2, width_degrees=170)[:, :, None].flatten(1, 2)
-    lidar2img[0, 0] = bad
+    lidar2img[0, 0][entry] = bad
     layout = TokenLayout(num_views=2, pv_rows=4, pv_cols=6)
     points = torch.rand(1, 50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 20 - 10
     cells, is_seen = camera_cells_of(points, lidar2img, IMAGE_SIZE, layout)
@@ -339,6 +340,13 @@ def test_a_view_without_a_finite_calibration_sees_nothing(bad):
 def test_bad_window_sizes(name, size):
     with pytest.raises(ValueError, match=f"^the {name} window must be a positive whole number of cells, got {size!r}$"):
         WindowSettings(**{name: size})
+
+
+def test_bad_point_ranges():
+    layout = TokenLayout(4, 4)
+    for point_range in ((-1, -1, 1, 1), (1, -1, -1, -1, 1, 1)):
+        with pytest.raises(ValueError, match=r"^point_range must be x, y, z from and x, y, z to in metres, got"):
+            query_windows(torch.rand(1, 2, 3), None, layout=layout, point_range=point_range, image_size=None)
 
 
 def test_unknown_choices():
