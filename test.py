@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from cmt_aqr.build import PRECISIONS, build_detector, evaluation_dataset, open_split
+from cmt_aqr.build import PRECISIONS, build_detector, check_device, evaluation_dataset, open_split
 from cmt_aqr.config import Config, load_config, to_tree
 from cmt_aqr.data.loader import make_loader
 from cmt_aqr.data.sampling import EvaluationSampler
@@ -57,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def test(config: Config, place: Processes, arguments: argparse.Namespace) -> int:
     """Load, predict, evaluate, print; returns the exit status."""
+    check_device(config.model, place.device)
     model = build_detector(config.model)
     load_model(model, config, arguments.checkpoint)
     split = arguments.split or config.data.val_split

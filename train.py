@@ -20,7 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cmt_aqr.build import PRECISIONS, build_criterion, build_detector, count_parameters, open_split, training_dataset
+from cmt_aqr.build import (
+    PRECISIONS,
+    build_criterion,
+    build_detector,
+    check_device,
+    count_parameters,
+    open_split,
+    training_dataset,
+)
 from cmt_aqr.config import Config, ConfigError, load_config
 from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.loader import Loader, make_loader
@@ -217,9 +225,10 @@ def evaluate_epoch(
 
 
 def check_settings(config: Config, place: Processes) -> None:
-    """Refuse a batch that the processes cannot share equally, and an attention that AQR cannot learn through."""
+    """Refuse a batch that the processes cannot share equally, and an attention that cannot run or learn."""
     if config.model.aqr is not None and config.model.attention.backend == "lowrank":
         raise ConfigError(["model.attention.backend: 'lowrank' gives AQR no gradient; it is for test.py only"])
+    check_device(config.model, place.device)
     size = config.training.batch_size
     if size % place.world_size:
         raise ConfigError([f"training.batch_size: {size} is not a multiple of the {place.world_size} processes"])

@@ -12,7 +12,7 @@ from cmt_aqr.aqr.scale import Scale
 from cmt_aqr.aqr.weights import WeightGenerator
 from cmt_aqr.attention import WindowSettings
 from cmt_aqr.classes import CAMERAS
-from cmt_aqr.config import CameraConfig, Config, DataConfig, LidarConfig, ModelConfig
+from cmt_aqr.config import CameraConfig, Config, ConfigError, DataConfig, LidarConfig, ModelConfig
 from cmt_aqr.data.dataset import FrameDataset, TrainingAugmentation
 from cmt_aqr.data.gt_database import open_gt_database
 from cmt_aqr.data.gt_sampling import GtSampler
@@ -39,8 +39,23 @@ RESNET_DEPTHS = {"resnet18": 18, "resnet50": 50}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def check_device(config: ModelConfig, device: torch.device) -> None:
+    """Raise ConfigError for an attention that the device does not have."""
+    if config.aqr is not None and config.attention.backend == "flex" and device.type != "cuda":
+        raise ConfigError(
+            [f"model.attention.backend: 'flex' needs a CUDA GPU, this run is on {device.type}; use 'auto'"]
+        )
+
+
 def build_detector(config: ModelConfig) -> Detector:
-    """The detector with fresh weights, on the current default device."""
+    """The detector with fresh weights, on the current default device; ConfigError where a part refuses its settings."""
+    try:
+        return _build_detector(config)
+    except ValueError as error:
+        raise ConfigError([f"model: {error}"]) from error
+
+
+def _build_detector(config: ModelConfig) -> Detector:
     classes = task_classes(config.tasks)
     lidar = None if config.lidar is None else build_lidar_branch(config.lidar, config.point_range)
     camera = None if config.camera is None else build_image_branch(config.camera, config.hidden_dim)

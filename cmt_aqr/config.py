@@ -5,6 +5,7 @@ A file in ``configs/`` is complete: every key below appears in it, there are no 
 problem at once.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from cmt_aqr.strict_yaml import ConfigError, apply_overrides, build, limits, rea
 
 # FlexAttention refuses narrower heads.
 MIN_FLEX_HEAD = 16
+# Pixels of the network's input to a camera token.
+CAMERA_STRIDE = 16
 # Parameter-name prefix of AQR's learnt scale.
 AQR_SCALE = "aqr.scale"
 
@@ -214,7 +217,7 @@ class TrainingConfig:
     decay_mult: dict[str, float] = limits(low=0)
     freeze: tuple[str, ...]  # parameter-name prefixes; frozen batch-norm stays in eval mode
     norm_eval: tuple[str, ...]  # module-name prefixes whose batch-norm keeps its statistics while its weights train
-    init_from: str | None  # weights to start from: a checkpoint, or backbone weights (docs/guide.md)
+    init_from: str | None  # weights to start from: from import_checkpoint or train.py, or a backbone's
     log_every: int = limits(low=1)  # steps
     eval_every: int = limits(low=1)  # epochs; the last epoch is always evaluated
     save_every: int = limits(low=1)  # epochs; the last epoch is always saved
@@ -302,6 +305,12 @@ def _check_lidar_lengths(config: Config) -> Found:
     if len({len(getattr(lidar, key)) for key in keys}) != 1:
         shown = ", ".join(f"{key} {len(getattr(lidar, key))}" for key in keys)
         yield "model.lidar", f"these lists must have the same length: {shown}"
+    elif len({_second_scale(lidar, i) for i in range(len(lidar.second_strides))}) != 1:
+        yield (
+            "model.lidar.neck_strides",
+            f"{list(lidar.neck_strides)} does not bring the maps of model.lidar.second_strides "
+            f"{list(lidar.second_strides)} to one size",
+        )
     halvings = len(lidar.encoder_channels) - 1
     if len(lidar.downsample_paddings) != halvings:
         yield (
@@ -309,6 +318,11 @@ def _check_lidar_lengths(config: Config) -> Found:
             f"expected {halvings} entries, one a stage of model.lidar.encoder_channels but the last, got "
             f"{len(lidar.downsample_paddings)}",
         )
+
+
+def _second_scale(lidar: LidarConfig, level: int) -> float:
+    """Cells of the encoder's map to a cell of the BEV map, by the way through a level of SECOND."""
+    return math.prod(lidar.second_strides[: level + 1]) / lidar.neck_strides[level]
 
 
 def _check_voxels(config: Config) -> Found:
@@ -349,6 +363,19 @@ def _check_aqr(config: Config) -> Found:
             "model.aqr",
             f"weighs LiDAR against cameras, but model.{'lidar' if model.lidar is None else 'camera'} is null",
         )
+    elif model.lidar.second_strides and model.lidar.neck_strides:
+        bev_scale = 2 ** (len(model.lidar.encoder_channels) - 1) * _second_scale(model.lidar, 0)
+        grids = {
+            "bev_window": max(model.lidar.sparse_shape[1:]) / bev_scale,
+            "camera_window": max(model.camera.input_size) / CAMERA_STRIDE,
+        }
+        for key, cells in grids.items():
+            if getattr(aqr, key) > 2 * cells:
+                yield (
+                    f"model.aqr.{key}",
+                    f"{getattr(aqr, key)} is more than twice the {cells:g} cells of its grid; for a bias on the whole "
+                    f"modality set model.aqr.local to false",
+                )
     if aqr.design != "bias":
         if aqr.activation != "sigmoid":
             yield "model.aqr.activation", f"the design {aqr.design} needs 'sigmoid', got {aqr.activation!r}"
@@ -380,6 +407,9 @@ def _check_numbers(config: Config) -> Found:
     if len(config.loss.code_weights) != CODE_SIZE:
         count = len(config.loss.code_weights)
         yield "loss.code_weights", f"expected {CODE_SIZE} values, one a component of the box code, got {count}"
+    prior = config.model.cls_prior
+    if prior is not None and not 0 < prior < 1:
+        yield "model.cls_prior", f"must lie between 0 and 1, got {prior:g}"
     lidar, cameras = config.data.drop_lidar, config.data.drop_cameras
     if lidar + cameras > 1:
         yield "data.drop_lidar", f"{lidar:g} and data.drop_cameras {cameras:g} add up to more than 1"

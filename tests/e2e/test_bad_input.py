@@ -344,3 +344,11 @@ def test_a_mistake_of_the_program_is_not_blamed_on_the_user(world, call, monkeyp
     monkeypatch.setattr(sys.modules["train"], "make_training_loader", fail)
     with pytest.raises(ValueError, match="contradiction"):
         call("train", *world.arguments("--work-dir", world.root.parent / "unused"))
+
+
+def test_flex_without_a_gpu(train, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    expected = "model.attention.backend: 'flex' needs a CUDA GPU, this run is on cpu; use 'auto'"
+    sentence(train("model.attention.backend=flex", "model.num_heads=1"), expected)
+    assert not (tmp_path / "run").exists()

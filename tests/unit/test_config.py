@@ -94,6 +94,21 @@ def test_one_problem(override, start):
             "model.attention.backend: 'auto' needs heads of 16 channels or more on a GPU, but model.hidden_dim 256 / "
             "model.num_heads 32 gives 8; use 'dense'",
         ),
+        (
+            "model.aqr.camera_window=400",
+            "model.aqr.camera_window: 400 is more than twice the 50 cells of its grid; for a bias on the "
+            "whole modality set model.aqr.local to false",
+        ),
+        (
+            "model.aqr.bev_window=257",
+            "model.aqr.bev_window: 257 is more than twice the 128 cells of its grid; for a bias on the "
+            "whole modality set model.aqr.local to false",
+        ),
+        (
+            "model.lidar.neck_strides=[1, 1]",
+            "model.lidar.neck_strides: [1, 1] does not bring the maps of model.lidar.second_strides [1, 2] to one size",
+        ),
+        ("model.cls_prior=2.0", "model.cls_prior: must lie between 0 and 1, got 2"),
         ("model.attention.lowrank_energy=1.5", "model.attention.lowrank_energy: must be at most 1, got 1.5"),
         ("training.decay_mult={}", NO_DECAY),
         ("training.decay_mult={aqr.scale: 1.0}", NO_DECAY),
