@@ -5,6 +5,8 @@ import torch
 
 from cmt_aqr.attention import AttentionBias, QueryWindows, TokenLayout, WindowSettings, bias_strength
 from cmt_aqr.attention.bias import CAMERA, LIDAR, code_plane, is_inside, token_codes, window_codes
+from cmt_aqr.attention.schedule import touched_run
+from cmt_aqr.attention.windows import bev_window_tokens, camera_window_tokens
 from tests.unit.attention.cases import BOTH, inside_by_loops, random_windows, windows_at_every_cell
 
 R50 = TokenLayout(bev_rows=128, bev_cols=128, num_views=6, pv_rows=20, pv_cols=50)
@@ -157,3 +159,22 @@ def test_a_strength_of_another_shape_is_refused(shape):
     message = rf"^the strength of a bias must have shape \(2, 9, 2\), got \({', '.join(map(str, shape))}\)$"
     with pytest.raises(ValueError, match=message):
         AttentionBias(random_windows(BOTH), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("settings", [WindowSettings(), WindowSettings(bev=3, camera=5, camera_assignment="all")])
+def test_the_window_has_one_shape(settings):
+    """What the weights are read off, what the bias acts on and what a schedule says is touched are the same cells."""
+    windows = random_windows(BOTH, settings)
+    plane = code_plane(BOTH, settings)
+    codes = token_codes(BOTH, plane)
+    for modality, tokens_of in ((LIDAR, bev_window_tokens), (CAMERA, camera_window_tokens)):
+        tokens, is_valid = tokens_of(windows)
+        listed = torch.zeros(*tokens.shape[:2], BOTH.num_tokens + 1, dtype=torch.bool)
+        listed.scatter_(2, torch.where(is_valid, tokens, BOTH.num_tokens), True)
+        inside = is_inside(codes, window_codes(windows, plane, modality)[..., None], plane).any(dim=2)
+        assert torch.equal(listed[..., :-1], inside)
+        order = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
+        first, last = touched_run(windows, modality, order, block_q=1, block_k=1)
+        token = torch.arange(BOTH.num_tokens)
+        touched = (token >= first[..., None]) & (token < last[..., None])
+        assert not (inside & ~touched).any()
