@@ -363,19 +363,6 @@ def _check_aqr(config: Config) -> Found:
             "model.aqr",
             f"weighs LiDAR against cameras, but model.{'lidar' if model.lidar is None else 'camera'} is null",
         )
-    elif model.lidar.second_strides and model.lidar.neck_strides:
-        bev_scale = 2 ** (len(model.lidar.encoder_channels) - 1) * _second_scale(model.lidar, 0)
-        grids = {
-            "bev_window": max(model.lidar.sparse_shape[1:]) / bev_scale,
-            "camera_window": max(model.camera.input_size) / CAMERA_STRIDE,
-        }
-        for key, cells in grids.items():
-            if getattr(aqr, key) > 2 * cells:
-                yield (
-                    f"model.aqr.{key}",
-                    f"{getattr(aqr, key)} is more than twice the {cells:g} cells of its grid; for a bias on the whole "
-                    f"modality set model.aqr.local to false",
-                )
     if aqr.design != "bias":
         if aqr.activation != "sigmoid":
             yield "model.aqr.activation", f"the design {aqr.design} needs 'sigmoid', got {aqr.activation!r}"
@@ -394,6 +381,24 @@ def _check_aqr(config: Config) -> Found:
             f"model.hidden_dim {model.hidden_dim} / model.num_heads {model.num_heads} gives "
             f"{model.hidden_dim // model.num_heads}; use 'dense'",
         )
+
+
+def _check_aqr_windows(config: Config) -> Found:
+    aqr, lidar, camera = config.model.aqr, config.model.lidar, config.model.camera
+    if aqr is None or lidar is None or camera is None or not (lidar.second_strides and lidar.neck_strides):
+        return
+    bev_scale = 2 ** (len(lidar.encoder_channels) - 1) * _second_scale(lidar, 0)
+    grids = (
+        ("bev_window", aqr.bev_window, max(lidar.sparse_shape[1:]) / bev_scale),
+        ("camera_window", aqr.camera_window, max(camera.input_size) / CAMERA_STRIDE),
+    )
+    for key, size, cells in grids:
+        if size > 2 * cells:
+            yield (
+                f"model.aqr.{key}",
+                f"{size} is more than twice the {cells:g} cells of its grid; for a bias on the whole modality set "
+                f"model.aqr.local to false",
+            )
 
 
 def _check_scale_decay(config: Config) -> Found:
@@ -436,8 +441,12 @@ CHECKS = (
         ),
         _check_aqr,
     ),
+    (("model.aqr", "model.lidar", "model.camera"), _check_aqr_windows),
     (("model.aqr", "training.decay_mult"), _check_scale_decay),
-    (("loss.code_weights", "data.drop_lidar", "data.drop_cameras", "training.up_fraction"), _check_numbers),
+    (
+        ("loss.code_weights", "model.cls_prior", "data.drop_lidar", "data.drop_cameras", "training.up_fraction"),
+        _check_numbers,
+    ),
 )
 
 __all__ = ["Config", "ConfigError", "config_from_tree", "load_config", "to_tree"]

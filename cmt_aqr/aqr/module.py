@@ -7,7 +7,7 @@ Shape letters: B batch, V views, Q queries, K tokens, C channels.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from cmt_aqr.attention.evaluate import choose_backend
 from cmt_aqr.attention.lowrank import ENERGY
 
 Design = Literal["bias", "v1", "v2"]
-DESIGNS = ("bias", "v1", "v2")
+DESIGNS = get_args(Design)
 
 
 def neutral_weight(design: Design) -> float:

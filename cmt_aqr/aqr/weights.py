@@ -12,7 +12,7 @@ Shape letters: B batch, Q queries, K tokens, T tokens in the windows of a query,
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ class WeightGenerator(nn.Module):
         self, *, dim: int, num_heads: int, ffn_dim: int, num_layers: int, activation: Activation, neutral: float
     ) -> None:
         super().__init__()
-        if activation not in ("tanh", "sigmoid"):
+        if activation not in get_args(Activation):
             raise ValueError(f"the activation of the weights must be tanh or sigmoid, got {activation!r}")
         if activation == "tanh" and neutral != 0:
             raise ValueError(f"weights by tanh are for a neutral weight of 0, got {neutral}")

@@ -74,13 +74,14 @@ def softmax_with_lse(scores: Tensor, v: Tensor, *, may_be_masked: bool = True) -
         out (B, M, Q, D) in the dtype of v; lse (B, M, Q), at least float32.
     """
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    is_masked = wide.detach().amax(dim=-1, keepdim=True) == -math.inf
     if may_be_masked:  # exp(-inf + inf) otherwise; a row of 0 is like others, and is taken out below
+        is_masked = wide.detach().amax(dim=-1, keepdim=True) == -math.inf
         wide = torch.where(is_masked, 0, wide)
     shares = wide.softmax(dim=-1)
-    lse = torch.where(is_masked.squeeze(-1), -math.inf, _LogSumExp.apply(wide, shares))
-    out = shares.to(v.dtype) @ v
-    return torch.where(is_masked, 0, out) if may_be_masked else out, lse
+    out, lse = shares.to(v.dtype) @ v, _LogSumExp.apply(wide, shares)
+    if may_be_masked:
+        out, lse = torch.where(is_masked, 0, out), torch.where(is_masked.squeeze(-1), -math.inf, lse)
+    return out, lse
 
 
 class _LogSumExp(torch.autograd.Function):

@@ -4,7 +4,7 @@ Shape letters: B batch, M heads, Q queries, K tokens, D channels of a head.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from cmt_aqr.attention.flex import flex_attention_with_bias, padded_length, plan
 from cmt_aqr.attention.lowrank import ENERGY, factored_attention, factorise
 
 Backend = Literal["auto", "flex", "dense", "lowrank"]
-BACKENDS = ("auto", "flex", "dense", "lowrank")
+BACKENDS = get_args(Backend)
 # out, lse of q (B, M, Q, D) and k, v (B, M, K, D).
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -261,8 +261,9 @@ def block_lists(runs: list[Run], num_sides: int, num_blocks: int) -> BlockLists:
         num_sides: S.
         num_blocks: J.
     """
-    first = torch.stack([run[0] for run in runs], dim=1).unflatten(1, (num_sides, -1)).flatten(2)
-    num = torch.stack([run[1] for run in runs], dim=1).unflatten(1, (num_sides, -1)).flatten(2) - first
+    ends = zip(*runs, strict=True)
+    first, last = (torch.stack(end, dim=1).unflatten(1, (num_sides, -1)).flatten(2) for end in ends)
+    num = last - first
     block = torch.arange(num_blocks + -num_blocks % LIST_ALIGNMENT, device=first.device)
     offset = block[:num_blocks] - first[..., None]
     is_member = ((offset >= 0) & (offset < num[..., None])).transpose(-2, -1)

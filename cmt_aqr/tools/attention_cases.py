@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from cmt_aqr.attention import QueryWindows, TokenLayout, WindowSettings, query_windows
+from cmt_aqr.config import CAMERA_STRIDE
 from cmt_aqr.synthetic import calibration
 
 POINT_RANGE = (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)
-CELL_PIXELS = 16  # stride of the camera maps
 NUM_QUERIES = 900  # learned ones; what a case has more are denoising queries
 NUM_OBJECTS = 40  # that denoising queries gather around
 # How much samples of a batch are turned against each other, radians.
@@ -58,7 +58,7 @@ def make_windows(
     points = torch.cat((noised, learned), dim=1).to(device)
     lidar2img, image_size = None, None
     if layout.num_pv:
-        image_size = (layout.pv_rows * CELL_PIXELS, layout.pv_cols * CELL_PIXELS)
+        image_size = (layout.pv_rows * CAMERA_STRIDE, layout.pv_cols * CAMERA_STRIDE)
         lidar2img = torch.stack([nuscenes_lidar2img(image_size) @ _turn(i * TURN) for i in range(batch_size)])
         lidar2img = lidar2img[:, : layout.num_views].to(device)
     return query_windows(

@@ -108,6 +108,7 @@ def test_one_problem(override, start):
             "model.lidar.neck_strides=[1, 1]",
             "model.lidar.neck_strides: [1, 1] does not bring the maps of model.lidar.second_strides [1, 2] to one size",
         ),
+        ("model.cls_prior=abc", "model.cls_prior: expected a number, got str 'abc'"),
         ("model.cls_prior=2.0", "model.cls_prior: must lie between 0 and 1, got 2"),
         ("model.attention.lowrank_energy=1.5", "model.attention.lowrank_energy: must be at most 1, got 1.5"),
         ("training.decay_mult={}", NO_DECAY),

@@ -53,6 +53,12 @@ def schedule_of(windows, splits=(4, 2), **options):
     return make_schedule(windows, block_q=BLOCK_Q, block_k=BLOCK_K, splits=splits, **options)
 
 
+def owners(schedule, num_tokens):
+    """How many parts every token belongs to, for every row: (B, R, num_tokens)."""
+    members = membership(flex.make_block_mask(schedule, num_tokens), len(schedule.sides))
+    return members.unflatten(2, (schedule.num_parts, -1)).sum(dim=(1, 2))
+
+
 def leaves_of(layout, num_queries, batch_size=2):
     generator = torch.Generator().manual_seed(0)
     shapes = [(batch_size, 2, n, 8) for n in (num_queries, layout.num_tokens, layout.num_tokens)]
@@ -114,8 +120,7 @@ def test_every_token_belongs_to_one_part(layout, settings, num_queries):
     windows = make_windows(layout, 2, num_queries, device="cpu", settings=settings, seed=num_queries)
     schedule = schedule_of(windows)
     for num_tokens in (layout.num_tokens, -(-layout.num_tokens // BLOCK_K) * BLOCK_K):
-        members = membership(flex.make_block_mask(schedule, num_tokens), len(schedule.sides))
-        members = members.unflatten(2, (schedule.num_parts, -1)).sum(dim=(1, 2))
+        members = owners(schedule, num_tokens)
         assert (members[..., : layout.num_tokens] == 1).all()
         assert not members[..., layout.num_tokens :].any()
 
@@ -143,9 +148,7 @@ def test_every_token_belongs_to_one_part_of_any_layout(monkeypatch):
         schedule = make_schedule(
             windows, block_q=block_q, block_k=block_k, splits=splits, has_token_mask=has_token_mask
         )
-        length = -(-layout.num_tokens // block_k) * block_k
-        members = membership(flex.make_block_mask(schedule, length), len(schedule.sides))
-        members = members.unflatten(2, (schedule.num_parts, -1)).sum(dim=(1, 2))
+        members = owners(schedule, -(-layout.num_tokens // block_k) * block_k)
         case = (layout, settings, splits, block_q, block_k, has_token_mask)
         assert (members[..., : layout.num_tokens] == 1).all(), case
         assert not members[..., layout.num_tokens :].any(), case
@@ -295,8 +298,7 @@ def test_a_plane_of_64_bits(monkeypatch):
     windows = make_windows(layout, 1, 37, device="cpu")
     schedule = schedule_of(windows)
     assert schedule.token_codes.dtype == schedule.window_codes.dtype == torch.int64
-    members = membership(flex.make_block_mask(schedule, layout.num_tokens), 2)
-    assert (members.unflatten(2, (schedule.num_parts, -1)).sum(dim=(1, 2)) == 1).all()
+    assert (owners(schedule, layout.num_tokens) == 1).all()
 
 
 def test_flex_on_the_cpu_is_refused():
