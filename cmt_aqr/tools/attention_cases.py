@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cmt_aqr.attention import QueryWindows, TokenLayout, WindowSettings, query_windows
-from cmt_aqr.config import CAMERA_STRIDE
+from cmt_aqr.config_checks import CAMERA_STRIDE
 from cmt_aqr.synthetic import calibration
 
 POINT_RANGE = (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)

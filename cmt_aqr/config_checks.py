@@ -1,0 +1,204 @@
+"""Checks across keys of a configuration: what one key allows depends on another.
+
+A check is a function of the configuration that yields (dotted key, what is wrong). ``CHECKS`` lists each with the keys
+it reads; it runs when those are sound, also when others are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from cmt_aqr.boxes import CODE_SIZE
+from cmt_aqr.classes import CLASSES
+
+if TYPE_CHECKING:
+    from cmt_aqr.config import Config, LidarConfig
+
+# FlexAttention refuses narrower heads.
+MIN_FLEX_HEAD = 16
+# Pixels of the network's input to a camera token.
+CAMERA_STRIDE = 16
+# Parameter-name prefix of AQR's learnt scale.
+AQR_SCALE = "aqr.scale"
+
+Found = Iterator[tuple[str, str]]
+
+
+def _check_ranges(config: Config) -> Found:
+    boxes = {"model.point_range": config.model.point_range, "evaluation.post_range": config.evaluation.post_range}
+    for key, box in boxes.items():
+        for axis, name in enumerate("xyz"):
+            if box[axis] >= box[axis + 3]:
+                yield key, f"{name}_min {box[axis]:g} is not below {name}_max {box[axis + 3]:g}"
+
+
+def _check_widths(config: Config) -> Found:
+    width, heads = config.model.hidden_dim, config.model.num_heads
+    if width % heads:
+        yield "model.hidden_dim", f"{width} is not a multiple of model.num_heads {heads}"
+    if width % 4:
+        yield "model.hidden_dim", f"the sine embedding needs a multiple of 4, got {width}"
+
+
+def _check_sensors(config: Config) -> Found:
+    if config.model.lidar is None and config.model.camera is None:
+        yield "model", "lidar and camera are both null: a detector needs at least one sensor"
+    if config.model.camera is not None:
+        height, width = config.model.camera.input_size
+        if height % 32 or width % 32:
+            yield "model.camera.input_size", f"height and width must be multiples of 32, got {height} x {width}"
+
+
+def _check_lidar_lengths(config: Config) -> Found:
+    lidar = config.model.lidar
+    if lidar is None:
+        return
+    keys = ("second_channels", "second_layers", "second_strides", "neck_channels", "neck_strides")
+    if len({len(getattr(lidar, key)) for key in keys}) != 1:
+        shown = ", ".join(f"{key} {len(getattr(lidar, key))}" for key in keys)
+        yield "model.lidar", f"these lists must have the same length: {shown}"
+    elif len({_second_scale(lidar, i) for i in range(len(lidar.second_strides))}) != 1:
+        yield (
+            "model.lidar.neck_strides",
+            f"{list(lidar.neck_strides)} does not bring the maps of model.lidar.second_strides "
+            f"{list(lidar.second_strides)} to one size",
+        )
+    halvings = len(lidar.encoder_channels) - 1
+    if len(lidar.downsample_paddings) != halvings:
+        yield (
+            "model.lidar.downsample_paddings",
+            f"expected {halvings} entries, one a stage of model.lidar.encoder_channels but the last, got "
+            f"{len(lidar.downsample_paddings)}",
+        )
+
+
+def _second_scale(lidar: LidarConfig, level: int) -> float:
+    """Cells of the encoder's map to a cell of the BEV map, by the way through a level of SECOND."""
+    return math.prod(lidar.second_strides[: level + 1]) / lidar.neck_strides[level]
+
+
+def _check_voxels(config: Config) -> Found:
+    model, lidar = config.model, config.model.lidar
+    if lidar is None:
+        return
+    for axis, name in enumerate("xyz"):
+        size, voxel = model.point_range[axis + 3] - model.point_range[axis], lidar.voxel_size[axis]
+        cells, declared = size / voxel, lidar.sparse_shape[2 - axis]
+        if abs(cells - round(cells)) > 1e-3:
+            yield (
+                "model.lidar.voxel_size",
+                f"{size:g} m along {name} is {cells:g} voxels of {voxel:g} m, not a whole number",
+            )
+        if axis < 2 and declared > round(cells):
+            yield (
+                "model.lidar.sparse_shape",
+                f"{declared} cells along {name}, but model.point_range holds {round(cells)} voxels of {voxel:g} m",
+            )
+
+
+def _check_classes(config: Config) -> Found:
+    named = [name for task in config.model.tasks for name in task]
+    if sorted(named) != sorted(CLASSES):
+        wrong = sorted(set(named) ^ set(CLASSES)) or sorted({name for name in named if named.count(name) > 1})
+        yield "model.tasks", f"must name each of the ten classes once; at fault: {', '.join(wrong)}"
+    sampling = config.data.gt_sampling
+    for name in sorted(set(sampling.per_class if sampling else ()) - set(CLASSES)):
+        yield f"data.gt_sampling.per_class.{name}", f"no such class; the classes are {', '.join(CLASSES)}"
+
+
+def _check_aqr(config: Config) -> Found:
+    model, aqr = config.model, config.model.aqr
+    if aqr is None:
+        return
+    if model.lidar is None or model.camera is None:
+        yield (
+            "model.aqr",
+            f"weighs LiDAR against cameras, but model.{'lidar' if model.lidar is None else 'camera'} is null",
+        )
+    if aqr.design != "bias":
+        if aqr.activation != "sigmoid":
+            yield "model.aqr.activation", f"the design {aqr.design} needs 'sigmoid', got {aqr.activation!r}"
+        if not aqr.local:
+            yield "model.aqr.local", f"the design {aqr.design} draws its maps in windows and needs true, got false"
+        return
+    low, high = aqr.scale_range
+    if low >= high:
+        yield "model.aqr.scale_range", f"its lower end {low:g} is not below its upper end {high:g}"
+    elif not low <= aqr.scale <= high:
+        yield "model.aqr.scale", f"{aqr.scale:g} lies outside model.aqr.scale_range {low:g} to {high:g}"
+    if model.attention.backend in ("auto", "flex") and model.hidden_dim // model.num_heads < MIN_FLEX_HEAD:
+        yield (
+            "model.attention.backend",
+            f"{model.attention.backend!r} needs heads of {MIN_FLEX_HEAD} channels or more on a GPU, but "
+            f"model.hidden_dim {model.hidden_dim} / model.num_heads {model.num_heads} gives "
+            f"{model.hidden_dim // model.num_heads}; use 'dense'",
+        )
+
+
+def _check_aqr_windows(config: Config) -> Found:
+    aqr, lidar, camera = config.model.aqr, config.model.lidar, config.model.camera
+    if aqr is None or lidar is None or camera is None or not (lidar.second_strides and lidar.neck_strides):
+        return
+    bev_scale = 2 ** (len(lidar.encoder_channels) - 1) * _second_scale(lidar, 0)
+    grids = (
+        ("bev_window", aqr.bev_window, max(lidar.sparse_shape[1:]) / bev_scale),
+        ("camera_window", aqr.camera_window, max(camera.input_size) / CAMERA_STRIDE),
+    )
+    for key, size, cells in grids:
+        if size > 2 * cells:
+            yield (
+                f"model.aqr.{key}",
+                f"{size} is more than twice the {cells:g} cells of its grid; for a bias on the whole modality set "
+                f"model.aqr.local to false",
+            )
+
+
+def _check_scale_decay(config: Config) -> Found:
+    aqr = config.model.aqr
+    has_scale = aqr is not None and aqr.design == "bias" and aqr.learn_scale
+    if has_scale and config.training.decay_mult.get(AQR_SCALE) != 0:
+        yield "training.decay_mult", f"must hold {AQR_SCALE}: 0.0, a learnt scale takes no weight decay"
+
+
+def _check_numbers(config: Config) -> Found:
+    if len(config.loss.code_weights) != CODE_SIZE:
+        count = len(config.loss.code_weights)
+        yield "loss.code_weights", f"expected {CODE_SIZE} values, one a component of the box code, got {count}"
+    prior = config.model.cls_prior
+    if prior is not None and not 0 < prior < 1:
+        yield "model.cls_prior", f"must lie between 0 and 1, got {prior:g}"
+    lidar, cameras = config.data.drop_lidar, config.data.drop_cameras
+    if lidar + cameras > 1:
+        yield "data.drop_lidar", f"{lidar:g} and data.drop_cameras {cameras:g} add up to more than 1"
+    if config.training.up_fraction >= 1:
+        yield "training.up_fraction", f"must be below 1, got {config.training.up_fraction:g}"
+
+
+# Each check with the keys it reads: it runs when they are sound.
+CHECKS = (
+    (("model.point_range", "evaluation.post_range"), _check_ranges),
+    (("model.hidden_dim", "model.num_heads"), _check_widths),
+    (("model.lidar", "model.camera"), _check_sensors),
+    (("model.lidar",), _check_lidar_lengths),
+    (("model.lidar", "model.point_range"), _check_voxels),
+    (("model.tasks", "data.gt_sampling"), _check_classes),
+    (
+        (
+            "model.aqr",
+            "model.lidar",
+            "model.camera",
+            "model.hidden_dim",
+            "model.num_heads",
+            "model.attention",
+        ),
+        _check_aqr,
+    ),
+    (("model.aqr", "model.lidar", "model.camera"), _check_aqr_windows),
+    (("model.aqr", "training.decay_mult"), _check_scale_decay),
+    (
+        ("loss.code_weights", "model.cls_prior", "data.drop_lidar", "data.drop_cameras", "training.up_fraction"),
+        _check_numbers,
+    ),
+)
