@@ -13,7 +13,6 @@ from typing import Any, Literal
 from cmt_aqr.config_checks import CHECKS
 from cmt_aqr.strict_yaml import ConfigError, apply_overrides, build, limits, read_yaml, to_tree
 
-
 Range6 = tuple[float, float, float, float, float, float]
 Triple = tuple[float, float, float]
 
