@@ -34,7 +34,7 @@ from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.loader import Loader, make_loader
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.data.sampling import TrainingSampler
-from cmt_aqr.errors import report_errors
+from cmt_aqr.errors import UserError, report_errors
 from cmt_aqr.evaluation.nuscenes_eval import Tables, format_table
 from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.losses.criterion import Criterion, total_loss
@@ -71,7 +71,7 @@ from cmt_aqr.training.signals import stop_signals
 from test import evaluate_split, prepare_data
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(UserError):
     """The run cannot go on: a loss that is not finite."""
 
 
@@ -84,7 +84,7 @@ def main() -> int:
         with processes(arguments.device) as place:
             return train(config, place, arguments)
 
-    return report_errors(run, TrainingStopped)
+    return report_errors(run)
 
 
 def parse_arguments() -> argparse.Namespace:

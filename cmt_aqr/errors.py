@@ -1,44 +1,48 @@
-"""Errors that a user can mend: one sentence on stderr, exit status 2, no traceback."""
+"""Errors that a user can fix: one sentence on stderr, exit status 2, no traceback."""
 
 import os
 import sys
 from collections.abc import Callable
 
-from cmt_aqr.data.sample import DataError
-from cmt_aqr.evaluation.pictures import PictureError
-from cmt_aqr.evaluation.submission import EvaluationError
-from cmt_aqr.losses.matcher import NonFiniteError
-from cmt_aqr.strict_yaml import ConfigError
-from cmt_aqr.training.checkpoint import CheckpointError
-from cmt_aqr.training.logs import LogError
 
-# OSError: a full disk or a missing permission that no room met with a sentence of its own.
-USER_ERRORS = (
-    CheckpointError, ConfigError, DataError, EvaluationError, LogError, NonFiniteError, PictureError, OSError,
-)  # fmt: skip
+class UserError(ValueError):
+    """What a user can fix; the message is one sentence with the file, the key and both values.
+
+    Every package derives its error class from this one. A plain ValueError is a mistake of the program.
+    """
 
 
-def report_user_error(error: BaseException) -> int:
-    """Print the sentence; returns the exit status 2. With several processes the process is named."""
-    rank = os.environ.get("RANK")
-    who = f" (process {rank})" if rank not in (None, "0") else ""
-    sys.stderr.write(f"error{who}: {error}\n")  # one write: lines of several processes must not run together
-    sys.stderr.flush()
-    return 2
+def describe_os_error(error: OSError) -> str:
+    """One sentence about an error of the operating system, such as ``data/x.bin: no such file or directory``."""
+    if error.strerror is None:
+        return str(error) or type(error).__name__
+    reason = error.strerror[:1].lower() + error.strerror[1:]
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return f"{' -> '.join(names)}: {reason}" if names else reason
 
 
-def report_errors(run: Callable[[], int], *others: type[Exception]) -> int:
-    """Run a script; what its user can mend becomes one sentence and exit status 2, Ctrl-C one line and 130.
+def report_errors(run: Callable[[], int]) -> int:
+    """Run a script: a user's error becomes one sentence and exit status 2, Ctrl-C one line and 130.
 
     Args:
         run: returns the exit status.
-        others: error classes of this script besides the package's.
     """
     try:
         return run()
-    except (*USER_ERRORS, *others) as error:
-        return report_user_error(error)
+    except UserError as error:
+        return _report(str(error))
+    except OSError as error:  # a full disk or a missing permission that no caller described better
+        return _report(describe_os_error(error))
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr, flush=True)
         return 130
+
+
+def _report(sentence: str) -> int:
+    """Print the sentence; returns the exit status 2. With several processes the process is named."""
+    rank = os.environ.get("RANK")
+    process = f" (process {rank})" if rank not in (None, "0") else ""
+    sys.stderr.write(f"error{process}: {sentence}\n")  # one write: lines of several processes must not run together
+    sys.stderr.flush()
+    return 2

@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 
 import yaml
 
+from cmt_aqr.errors import UserError
+
 T = TypeVar("T")
 Problems = list[tuple[str, str]]  # (dotted key, what is wrong)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be used; ``str()`` lists every problem, one a line."""
 
     def __init__(self, problems: Sequence[str]) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from cmt_aqr.boxes import Targets
+from cmt_aqr.errors import UserError
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Bad input data: one sentence with the file, the key and both values. Scripts print it and exit with status 2."""
 
 

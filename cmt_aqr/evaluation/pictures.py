@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cmt_aqr.boxes import Detections, Targets, box_corners
 from cmt_aqr.classes import CAMERAS, CLASSES
+from cmt_aqr.errors import UserError
 from cmt_aqr.evaluation import paint
 from cmt_aqr.evaluation.bev_picture import ARROW_SECONDS, BevPanel
 from cmt_aqr.evaluation.paint import CLASS_COLOURS, Colour, Text
@@ -37,7 +38,7 @@ _FRONT_FACE = [1, 2, 6, 5]
 _MIN_LABELLED = 14
 
 
-class PictureError(ValueError):
+class PictureError(UserError):
     """A picture that cannot be written; one sentence with the file."""
 
 

@@ -17,6 +17,7 @@ from pyquaternion import Quaternion
 
 from cmt_aqr.boxes import Detections
 from cmt_aqr.classes import CLASSES
+from cmt_aqr.errors import UserError
 from cmt_aqr.files import atomic_path
 
 # Metres from the ego vehicle within which the benchmark scores a class (configuration detection_cvpr_2019).
@@ -54,7 +55,7 @@ _ATTRIBUTES = {
 }
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError):
     """A submission, a split or a data set that cannot be evaluated; the message is one sentence for the user."""
 
 

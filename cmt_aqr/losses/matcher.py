@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cmt_aqr.boxes import BOX_SIZE, Targets, encode_boxes
 from cmt_aqr.classes import CLASSES
+from cmt_aqr.errors import UserError
 from cmt_aqr.geometry import constant_like
 from cmt_aqr.losses.focal import ALPHA, GAMMA, focal_cost
 from cmt_aqr.predictions import Predictions, TaskClasses
@@ -22,7 +23,7 @@ COST_COMPONENTS = 8
 UNMATCHED = -1
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(UserError):
     """A matching cost is NaN or infinite, i.e. the network has diverged (Quirk Q14: the original silences this)."""
 
 

@@ -4,13 +4,15 @@ import argparse
 import os
 import sys
 
+from cmt_aqr.errors import report_errors
 from cmt_aqr.synthetic.writer import generate_world
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
+    """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def run() -> int:
         generate_world(
             options.out,
             scenes=options.scenes,
@@ -22,13 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
             lidar_columns=options.lidar_columns,
             workers=options.workers,
         )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was kept", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return report_errors(run)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,6 +15,7 @@ import cv2
 from tqdm import tqdm
 
 from cmt_aqr.classes import CLASSES
+from cmt_aqr.errors import UserError
 from cmt_aqr.synthetic.calibration import CAMERA_CHANNELS, LIDAR_CHANNEL, yaw_quaternion
 from cmt_aqr.synthetic.models import CATEGORIES
 from cmt_aqr.synthetic.recording import Block, Sighting, World, record_block, release, scene_name
@@ -40,6 +41,10 @@ _BLOCK = 10
 _SECONDS_BETWEEN_LINES = 15.0
 
 
+class WorldError(UserError):
+    """A world that cannot be written: an argument out of range, or a folder that holds something else."""
+
+
 def generate_world(
     out: str | Path,
     *,
@@ -60,8 +65,8 @@ def generate_world(
     height (px). sweeps_per_keyframe: LiDAR turns between two key frames (9 is nuScenes' 20 Hz). lidar_columns: firings
     per turn (1084 in nuScenes). workers: processes; 0 records in this one. progress: report on standard error.
 
-    Nothing happens when out already holds a world of the same arguments. Raises ValueError when an argument is out of
-    range and FileExistsError when out holds anything else. Several workers are started by "spawn": a script that calls
+    Nothing happens when out already holds a world of the same arguments. Raises WorldError when an argument is out of
+    range or out holds anything else. Several workers are started by "spawn": a script that calls
     this needs the usual ``if __name__ == "__main__":``.
     """
     out = Path(out)
@@ -91,9 +96,9 @@ def generate_world(
 
 
 def check_arguments(world: World, workers: int) -> None:
-    """Raise ValueError, one sentence, when an argument is out of range."""
+    """Raise WorldError, one sentence, when an argument is out of range."""
     if len(world.image_size) != 2:
-        raise ValueError(f"image_size must be (width, height), got {world.image_size!r}")
+        raise WorldError(f"image_size must be (width, height), got {world.image_size!r}")
     limits = {
         "scenes": (world.scenes, 0, 99_999),
         "val_scenes": (world.val_scenes, 0, 99_999),
@@ -107,9 +112,9 @@ def check_arguments(world: World, workers: int) -> None:
     }
     for name, (value, low, high) in limits.items():
         if not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+            raise WorldError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
     if world.scenes + world.val_scenes == 0:
-        raise ValueError("scenes and val_scenes are both 0: there is nothing to write")
+        raise WorldError("scenes and val_scenes are both 0: there is nothing to write")
 
 
 def _parameters(world: World) -> dict:
@@ -135,11 +140,11 @@ def _is_there_already(out: Path, world: World) -> bool:
         found = json.loads((out / MANIFEST).read_text())
         found.pop("counts")
     except (OSError, ValueError, KeyError, AttributeError):
-        raise FileExistsError(f"{out} exists and is not a synthetic world: choose another folder") from None
+        raise WorldError(f"{out} exists and is not a synthetic world: choose another folder") from None
     wanted = _parameters(world)
     for key, value in wanted.items():
         if found.get(key) != value:
-            raise FileExistsError(
+            raise WorldError(
                 f"{out} holds another synthetic world ({key} is {found.get(key)!r} there, {value!r} here): "
                 "choose another folder or delete it"
             )

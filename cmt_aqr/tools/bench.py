@@ -30,7 +30,7 @@ from cmt_aqr.data.index import Frame, FrameIndex
 from cmt_aqr.data.nuscenes import load_index
 from cmt_aqr.errors import report_errors
 from cmt_aqr.models.voxels import voxelize
-from cmt_aqr.tools.bench_attention import SHAPES, DeviceError, attention_tables
+from cmt_aqr.tools.bench_attention import SHAPES, attention_tables
 
 IMAGE_SIZES = {"r50_800x320": (320, 800), "vov_1600x640": (640, 1600)}
 NUM_CLOUDS = 10
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(data_table(index, repeats=options.repeats))
         return 0
 
-    return report_errors(run, DeviceError)
+    return report_errors(run)
 
 
 def data_table(index: FrameIndex, *, repeats: int) -> str:

@@ -14,6 +14,7 @@ from cmt_aqr.attention import AttentionBias, QueryWindows, TokenLayout, bias_str
 from cmt_aqr.attention.dense import dense_attention, dense_bias
 from cmt_aqr.attention.flex import flex_attention_with_bias, plan_flex
 from cmt_aqr.attention.lowrank import LowRankFactors, factored_attention, factorise
+from cmt_aqr.errors import UserError
 from cmt_aqr.tools.attention_cases import make_windows
 
 R50, VOV = TokenLayout(128, 128, 6, 20, 50), TokenLayout(180, 180, 6, 40, 100)
@@ -26,7 +27,7 @@ BASE = "FlashAttention-2, no bias"
 MEGABYTE = 2**20
 
 
-class DeviceError(RuntimeError):
+class DeviceError(UserError):
     """The machine has no GPU."""
 
 

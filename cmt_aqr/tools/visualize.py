@@ -18,18 +18,16 @@ from cmt_aqr.data.files import image_size_of
 from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.nuscenes import load_index
 from cmt_aqr.data.sample import Sample
+from cmt_aqr.errors import report_errors
 from cmt_aqr.evaluation.pictures import draw_detections, write_picture
 from cmt_aqr.evaluation.submission import EvaluationError, read_submission, submission_to_detections
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program.
-
-    Returns:
-        Exit status: 0, or 2 after a sentence on stderr.
-    """
+    """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def run() -> int:
         with tempfile.TemporaryDirectory() as temporary:
             index = load_index(
                 dataroot=options.dataroot,
@@ -40,10 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         for path in draw_frames(index, options):
             print(path)
-    except ValueError as error:
-        print(f"visualize: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return report_errors(run)
 
 
 def draw_frames(index: FrameIndex, options: argparse.Namespace) -> list[Path]:

@@ -8,12 +8,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cmt_aqr.errors import UserError
 from cmt_aqr.files import atomic_path
 
 FORMAT = "cmt_aqr checkpoint 1"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A file that cannot be loaded, or that belongs to another model."""
 
 

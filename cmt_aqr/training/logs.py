@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from cmt_aqr.errors import UserError
 from cmt_aqr.files import atomic_path
 
 LOG_FILE = "log.jsonl"
@@ -31,7 +32,7 @@ SMOOTHING = 0.02
 Values = Mapping[str, Any]
 
 
-class LogError(ValueError):
+class LogError(UserError):
     """A log that cannot be written, read or gone on with; one sentence with the file."""
 
 

@@ -41,6 +41,6 @@ def test_sentences(tmp_path, capsys, submission):
     ):
         assert run(tmp_path / "out", *arguments) == 2
         error = capsys.readouterr().err
-        assert error.startswith("visualize: ")
+        assert error.startswith("error: ")
         assert sentence in error
         assert error.count("\n") == 1
