@@ -13,6 +13,7 @@ from cmt_aqr.aqr.weights import WeightGenerator
 from cmt_aqr.attention import WindowSettings
 from cmt_aqr.classes import CAMERAS
 from cmt_aqr.config import CameraConfig, Config, ConfigError, DataConfig, LidarConfig, ModelConfig
+from cmt_aqr.config_checks import bev_stride
 from cmt_aqr.data.dataset import FrameDataset, TrainingAugmentation
 from cmt_aqr.data.gt_database import open_gt_database
 from cmt_aqr.data.gt_sampling import GtSampler
@@ -117,11 +118,18 @@ def build_aqr(config: ModelConfig) -> AQR | None:
             is_local=aqr.local,
         ),
         point_range=config.point_range,
+        bev_cell_size=bev_cell_size(config.lidar),
         scale=scale,
         max_bias=aqr.max_bias,
         backend=config.attention.backend,
         lowrank_energy=config.attention.lowrank_energy,
     )
+
+
+def bev_cell_size(config: LidarConfig) -> tuple[float, float]:
+    """Metres along x, y of a cell of the BEV map."""
+    stride = bev_stride(config)
+    return config.voxel_size[0] * stride, config.voxel_size[1] * stride
 
 
 def build_lidar_branch(config: LidarConfig, point_range: tuple[float, ...]) -> LidarBranch:

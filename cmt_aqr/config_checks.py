@@ -79,6 +79,11 @@ def _second_scale(lidar: LidarConfig, level: int) -> float:
     return math.prod(lidar.second_strides[: level + 1]) / lidar.neck_strides[level]
 
 
+def bev_stride(lidar: LidarConfig) -> float:
+    """Voxels to a cell of the BEV map, along x and along y."""
+    return 2 ** (len(lidar.encoder_channels) - 1) * _second_scale(lidar, 0)
+
+
 def _check_voxels(config: Config) -> Found:
     model, lidar = config.model, config.model.lidar
     if lidar is None:
@@ -141,9 +146,8 @@ def _check_aqr_windows(config: Config) -> Found:
     aqr, lidar, camera = config.model.aqr, config.model.lidar, config.model.camera
     if aqr is None or lidar is None or camera is None or not (lidar.second_strides and lidar.neck_strides):
         return
-    bev_scale = 2 ** (len(lidar.encoder_channels) - 1) * _second_scale(lidar, 0)
     grids = (
-        ("bev_window", aqr.bev_window, max(lidar.sparse_shape[1:]) / bev_scale),
+        ("bev_window", aqr.bev_window, max(lidar.sparse_shape[1:]) / bev_stride(lidar)),
         ("camera_window", aqr.camera_window, max(camera.input_size) / CAMERA_STRIDE),
     )
     for key, size, cells in grids:

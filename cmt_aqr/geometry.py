@@ -1,4 +1,4 @@
-"""Pure geometry: point range <-> unit cube, projection, grid cells, rigid transforms.
+"""Pure geometry: point range <-> unit cube, projection, rigid transforms.
 
 Frames: LiDAR frame (x right, y forward, z up, metres); pixels of the network's input image (u right, v down).
 Everything here is a free function of tensors, works in float32 and float64 and on every device.
@@ -81,18 +81,3 @@ def project(points: Tensor, lidar2img: Tensor) -> tuple[Tensor, Tensor]:
     """
     camera = transform_points(lidar2img, points[:, None])
     return camera[..., :2], camera[..., 2]
-
-
-def cells_of(unit: Tensor, num_cells: int) -> Tensor:
-    """Unit coordinate -> integer cell by floor, clamped to the grid.
-
-    A point exactly on the far border belongs to the last cell; the original lets it wrap to the next row (Quirk Q12).
-
-    Args:
-        unit: any shape, 1.0 is the far border of the grid.
-        num_cells: grid size along this axis.
-
-    Returns:
-        int64, same shape, in [0, num_cells - 1].
-    """
-    return torch.floor(unit * num_cells).to(torch.int64).clamp(0, num_cells - 1)

@@ -53,8 +53,8 @@ class Predictions:
             - ``cls_logits`` (number of classes of the task): one sigmoid logit per class.
         classes: class indices of each task; ``cls_logits[..., i]`` of task t belongs to class ``classes[t][i]``.
         num_dn: number of denoising rows at the front of Q; 0 outside training.
-        aqr_weights: (B, Q', 2) w_lidar, w_camera of the queries that have them: all, or the matching queries alone with
-            the designs v1 and v2; detached. None without AQR.
+        aqr_weights: (B, num_queries, 2) w_lidar, w_camera of the matching queries, not of the denoising rows;
+            detached. None without AQR.
     """
 
     tasks: tuple[dict[str, Tensor], ...]

@@ -47,6 +47,7 @@ class AQR(nn.Module):
         generator: of the weights.
         windows: size and kind of the windows.
         point_range: x_min, y_min, z_min, x_max, y_max, z_max in metres.
+        bev_cell_size: metres along x, y of a BEV cell; the grid begins at x_min, y_min.
         scale: factor between weights and bias; for the design ``bias`` only, which needs it.
         max_bias: the bias is clamped to +-this; None: not clamped.
         backend: evaluator of the attention with the bias; ``lowrank`` is not for training, its bias has no gradient.
@@ -63,6 +64,7 @@ class AQR(nn.Module):
         generator: WeightGenerator,
         windows: WindowSettings,
         point_range: Sequence[float],
+        bev_cell_size: tuple[float, float],
         scale: Scale | None = None,
         max_bias: float | None = None,
         backend: Backend = "auto",
@@ -79,6 +81,7 @@ class AQR(nn.Module):
         self.design = design
         self.settings = windows
         self.point_range = tuple(point_range)
+        self.bev_cell_size = tuple(bev_cell_size)
         self.max_bias = max_bias
         self.backend = backend
         self.lowrank_energy = lowrank_energy
@@ -103,6 +106,7 @@ class AQR(nn.Module):
             layout=layout,
             point_range=self.point_range,
             image_size=image_size,
+            bev_cell_size=self.bev_cell_size,
             settings=self.settings,
         )
 
@@ -131,7 +135,10 @@ class AQR(nn.Module):
         return f"AQR bias in the cross-attention, computed by {said}"
 
     def figures(self, weights: Tensor) -> dict[str, Tensor]:
-        """Numbers for the log, 0-dim: mean |weight| of both sensors over the weights (B, Q, 2), and the scale."""
+        """Numbers for the log, 0-dim: mean |weight| of both sensors over the weights (B, Q, 2), and the scale.
+
+        ``weights`` are those of the matching queries (``Predictions.aqr_weights``): what padding rows get says nothing.
+        """
         lidar, camera = weights.abs().mean(dim=(0, 1))
         figures = {"aqr_weight_lidar": lidar, "aqr_weight_camera": camera}
         if self.scale is not None:

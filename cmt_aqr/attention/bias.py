@@ -47,9 +47,16 @@ class AttentionBias:
 
 
 def bias_strength(weights: Tensor, scale: Tensor | float, max_bias: float | None) -> Tensor:
-    """clamp(scale * weights, -max_bias, max_bias); any shape; None: no clamp."""
+    """clamp(scale * weights, -max_bias, max_bias); any shape; None: no clamp.
+
+    A product exactly at a limit keeps its gradient: it has to be able to come back.
+    """
     strength = scale * weights
-    return strength if max_bias is None else strength.clamp(-max_bias, max_bias)
+    if max_bias is None:
+        return strength
+    # Not torch.clamp, whose gradient exactly at a limit is 1 up to PyTorch 2.11 and 0 in later versions.
+    strength = torch.where(strength > max_bias, max_bias, strength)
+    return torch.where(strength < -max_bias, -max_bias, strength)
 
 
 @dataclass(frozen=True)
@@ -139,13 +146,9 @@ def token_codes(layout: TokenLayout, plane: CodePlane, *, device: torch.device |
 
 def window_codes(windows: QueryWindows, plane: CodePlane, modality: int) -> Tensor:
     """Codes (B, Q, N) of the windows of one modality, LIDAR or CAMERA."""
-    if modality == LIDAR:
-        row, col = windows.bev_cells[..., None, :].unbind(-1)
-        view = torch.zeros_like(row)
-        first_rows = plane.first_row[:1]
-    else:
-        view, row, col = windows.camera_cells.unbind(-1)
-        first_rows = plane.first_row[1:]
+    cells = windows.bev_cells if modality == LIDAR else windows.camera_cells
+    view, row, col = cells.unbind(-1)
+    first_rows = plane.first_row[:1] if modality == LIDAR else plane.first_row[1:]
     # All views are of one size. Arithmetic instead of a table, for which a GPU would have to wait.
     pitch = first_rows[1] - first_rows[0] if len(first_rows) > 1 else 0
     starts = first_rows[0] + view * pitch

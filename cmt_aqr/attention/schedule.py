@@ -177,11 +177,9 @@ def query_rank(windows: QueryWindows, modality: int) -> Tensor:
     is several.
     """
     layout = windows.layout
-    if modality == LIDAR:
-        key = layout.bev_index(windows.bev_cells[..., 0], windows.bev_cells[..., 1])
-    else:
-        view, row, col = windows.camera_cells.unbind(-1)
-        key = torch.where(view >= 0, layout.pv_index(view, row, col), layout.num_tokens).amin(dim=-1)
+    view, row, col = (windows.bev_cells if modality == LIDAR else windows.camera_cells).unbind(-1)
+    index = layout.bev_index(row, col) if modality == LIDAR else layout.pv_index(view, row, col)
+    key = torch.where(view >= 0, index, layout.num_tokens).amin(dim=-1)
     number = torch.arange(key.shape[1], device=key.device)
     key = key * key.shape[1] + number
     return (key[:, None, :] < key[:, :, None]).sum(dim=-1)
@@ -215,12 +213,13 @@ def touched_run(windows: QueryWindows, modality: int, order: Tensor, block_q: in
     layout = windows.layout
     if modality == LIDAR:
         radius, rows, cols = windows.settings.bev_radius, layout.bev_rows, layout.bev_cols
-        row, col = windows.bev_cells[..., None, :].unbind(-1)
-        has_window, grid_start = torch.ones_like(row, dtype=torch.bool), 0
+        view, row, col = windows.bev_cells.unbind(-1)
+        grid_start = 0
     else:
         radius, rows, cols = windows.settings.camera_radius, layout.pv_rows, layout.pv_cols
         view, row, col = windows.camera_cells.unbind(-1)
-        has_window, grid_start = view >= 0, layout.pv_index(view, 0, 0)
+        grid_start = layout.pv_index(view, 0, 0)
+    has_window = view >= 0
     first = grid_start + (row - radius).clamp(min=0) * cols + (col - radius).clamp(min=0)
     last = grid_start + (row + radius).clamp(max=rows - 1) * cols + (col + radius).clamp(max=cols - 1)
     start, stop = token_range(layout, modality)

@@ -6,6 +6,7 @@ or one in every camera that sees it. Windows are clipped at the borders of their
 Shape letters: B batch, V views, Q queries, N camera windows of a query (1, or V), T tokens of a window.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -67,7 +68,7 @@ class QueryWindows:
     Attributes:
         layout: the token grids that the cells belong to.
         settings: size and kind of the windows.
-        bev_cells: (B, Q, 2) int64 row, col of the centre cell; None without BEV tokens.
+        bev_cells: (B, Q, 1, 3) int64 view 0, row, col of the centre cell; view -1: no window. None without BEV tokens.
         camera_cells: (B, Q, N, 3) int64 view, row, col of the centre cell; view -1: no window. None without cameras.
     """
 
@@ -95,6 +96,7 @@ def query_windows(
     layout: TokenLayout,
     point_range: Sequence[float],
     image_size: tuple[int, int] | None,
+    bev_cell_size: tuple[float, float] | None = None,
     settings: WindowSettings | None = None,
 ) -> QueryWindows:
     """Find the windows of reference points.
@@ -107,11 +109,14 @@ def query_windows(
         layout: token grids.
         point_range: x_min, y_min, z_min, x_max, y_max, z_max in metres.
         image_size: height, width of the network's input in pixels; None without camera tokens.
+        bev_cell_size: metres along x, y of a BEV cell, voxel size times stride; cell (0, 0) begins at x_min, y_min of
+            the point range. The grid may be smaller than the range. None without BEV tokens.
         settings: window sizes; None: the defaults.
 
     Raises:
-        ValueError: shapes that do not fit each other or the layout; an empty point range; calibration that is not
-            finite (looked at on the CPU only: a GPU would have to wait. There such a view sees nothing).
+        ValueError: shapes that do not fit each other or the layout; an empty point range; a BEV cell without a size;
+            calibration that is not finite (looked at on the CPU only: a GPU would have to wait. There such a view sees
+            nothing).
 
     *Source*: MoME's `AQR_with_LAM`; *Quirks Q11, Q12*: a point exactly on the far border belongs to the last cell.
     """
@@ -120,18 +125,45 @@ def query_windows(
     if len(point_range) != 6 or any(low >= high for low, high in zip(point_range[:3], point_range[3:], strict=True)):
         raise ValueError(f"point_range must be x, y, z from and x, y, z to in metres, got {tuple(point_range)}")
     settings = settings or WindowSettings()
-    points = reference_points.detach().double()
-    bev_cells = None
+    sizes = [high - low for low, high in zip(point_range[:3], point_range[3:], strict=True)]
+    # Metres from the range's minimum: adding the minimum first would round points off a cell's border.
+    unit = reference_points.detach().double().unbind(-1)
+    offsets = torch.stack([u * size for u, size in zip(unit, sizes, strict=True)], dim=-1)
+    bev_cells = camera_cells = None
     if layout.num_bev:
-        rows = cells_of(points[..., 1], layout.bev_rows)
-        bev_cells = torch.stack((rows, cells_of(points[..., 0], layout.bev_cols)), dim=-1)
-    if not layout.num_pv:
-        return QueryWindows(layout, settings, bev_cells, None)
-    _check_cameras(lidar2img, image_size, reference_points.shape[0], layout)
-    axes = zip(points.unbind(-1), point_range[:3], point_range[3:], strict=True)
-    points = torch.stack([unit * (high - low) + low for unit, low, high in axes], dim=-1)
-    cells, is_seen = camera_cells_of(points, lidar2img.double(), image_size, layout)
-    return QueryWindows(layout, settings, bev_cells, assign_cameras(cells, is_seen, settings))
+        bev_cells = bev_cells_of(offsets[..., :2], bev_cell_size, layout)
+    if layout.num_pv:
+        _check_cameras(lidar2img, image_size, reference_points.shape[0], layout)
+        points = torch.stack([x + low for x, low in zip(offsets.unbind(-1), point_range[:3], strict=True)], dim=-1)
+        cells, is_seen = camera_cells_of(points, lidar2img.double(), image_size, layout)
+        camera_cells = assign_cameras(cells, is_seen, settings)
+    return QueryWindows(layout, settings, bev_cells, camera_cells)
+
+
+def bev_cells_of(offsets: Tensor, cell_size: tuple[float, float] | None, layout: TokenLayout) -> Tensor:
+    """The BEV cells in which points lie.
+
+    Cells are metric, floor(offset / cell size), because that is where the features of a point are: a sparse grid may
+    cover less than the point range (*Quirk Q13*). A point exactly on the grid's far border belongs to the last cell
+    (*Quirk Q12*); one beyond the grid has none.
+
+    Args:
+        offsets: (B, Q, 2) x, y in metres from the grid's corner.
+        cell_size: metres along x, y.
+        layout: token grids.
+
+    Returns:
+        (B, Q, 1, 3) int64 view, row, col; 0, row <- y, col <- x inside the grid, -1, 0, 0 beyond it.
+    """
+    if cell_size is None or len(cell_size) != 2 or not all(0 < size < math.inf for size in cell_size):
+        raise ValueError(f"bev_cell_size must be the metres of a BEV cell along x and y, got {cell_size}")
+    num_cells = (layout.bev_cols, layout.bev_rows)
+    axes = [x / size for x, size in zip(offsets.unbind(-1), cell_size, strict=True)]
+    is_inside = torch.stack([(x >= 0) & (x <= num) for x, num in zip(axes, num_cells, strict=True)]).all(dim=0)
+    # Beyond the grid a coordinate may be anything, also too large for an integer.
+    axes = [torch.where(is_inside, x, 0).floor().to(torch.int64) for x in axes]
+    col, row = (x.clamp(max=num - 1) for x, num in zip(axes, num_cells, strict=True))
+    return torch.stack((torch.where(is_inside, 0, -1), row, col), dim=-1)[:, :, None]
 
 
 def cells_of(unit: Tensor, num_cells: int) -> Tensor:
@@ -201,9 +233,10 @@ def bev_window_tokens(windows: QueryWindows) -> tuple[Tensor, Tensor]:
         bool: the cell lies inside the grid.
     """
     layout, radius = windows.layout, windows.settings.bev_radius
-    row, col = _neighbours(windows.bev_cells, radius)
-    is_valid = (row >= 0) & (row < layout.bev_rows) & (col >= 0) & (col < layout.bev_cols)
-    return torch.where(is_valid, layout.bev_index(row, col), 0), is_valid
+    view = windows.bev_cells[..., :1]
+    row, col = _neighbours(windows.bev_cells[..., 1:], radius)
+    is_valid = (view >= 0) & (row >= 0) & (row < layout.bev_rows) & (col >= 0) & (col < layout.bev_cols)
+    return torch.where(is_valid, layout.bev_index(row, col), 0).flatten(2), is_valid.flatten(2)
 
 
 def camera_window_tokens(windows: QueryWindows) -> tuple[Tensor, Tensor]:

@@ -150,7 +150,9 @@ class Detector(nn.Module):
             queries.positions, tokens.values, tokens.positions, attention_mask=queries.attention_mask, attend=attend
         )
         predictions = self.head(hidden, queries.reference_points, num_dn=queries.num_dn, is_live=queries.is_live)
-        return predictions if weights is None else replace(predictions, aqr_weights=weights.detach())
+        if weights is None:
+            return predictions
+        return replace(predictions, aqr_weights=weights[:, -self.reference_points.num_queries :].detach())
 
     def encode_images(self, images: Tensor | None, image_mask: Tensor | None = None) -> Tensor | None:
         """Images (B, V, H, W, 3) uint8 -> camera maps (B, V, C, h, w); None without an image_branch.

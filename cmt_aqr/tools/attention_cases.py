@@ -42,11 +42,12 @@ def make_windows(
     *,
     device: torch.device | str,
     seed: int = 0,
+    bev_cell_size: tuple[float, float] | None = None,
     settings: WindowSettings | None = None,
 ) -> QueryWindows:
     """Windows of random reference points: uniform ones, and, beyond 900, such around 40 objects as denoising makes.
 
-    Every sample of the batch has a calibration of its own.
+    Every sample of the batch has its own calibration. Without ``bev_cell_size`` the BEV grid fills the point range.
     """
     generator = torch.Generator().manual_seed(seed)
     num_learned = min(num_queries, NUM_QUERIES)
@@ -61,8 +62,17 @@ def make_windows(
         image_size = (layout.pv_rows * CAMERA_STRIDE, layout.pv_cols * CAMERA_STRIDE)
         lidar2img = torch.stack([nuscenes_lidar2img(image_size) @ _turn(i * TURN) for i in range(batch_size)])
         lidar2img = lidar2img[:, : layout.num_views].to(device)
+    if bev_cell_size is None and layout.num_bev:
+        cells = (layout.bev_cols, layout.bev_rows)
+        bev_cell_size = tuple((POINT_RANGE[i + 3] - POINT_RANGE[i]) / cells[i] for i in range(2))
     return query_windows(
-        points, lidar2img, layout=layout, point_range=POINT_RANGE, image_size=image_size, settings=settings
+        points,
+        lidar2img,
+        layout=layout,
+        point_range=POINT_RANGE,
+        image_size=image_size,
+        bev_cell_size=bev_cell_size,
+        settings=settings,
     )
 
 

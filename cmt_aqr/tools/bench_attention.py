@@ -18,6 +18,7 @@ from cmt_aqr.errors import UserError
 from cmt_aqr.tools.attention_cases import make_windows
 
 R50, VOV = TokenLayout(128, 128, 6, 20, 50), TokenLayout(180, 180, 6, 40, 100)
+BEV_CELL_SIZE = {R50: (0.8, 0.8), VOV: (0.6, 0.6)}  # metres
 SHAPES = ((R50, 1, 900), (R50, 2, 1490), (VOV, 1, 900), (VOV, 2, 1800))
 HEADS, HEAD_DIM = 8, 32
 SCALE, MAX_BIAS = 2.5, 5.0
@@ -111,7 +112,7 @@ def make_problem(layout: TokenLayout, batch_size: int, num_queries: int) -> Prob
     k, v = (x.detach()[:, :, : layout.num_tokens].transpose(1, 2).contiguous().transpose(1, 2) for x in padded)
     weights = torch.randn(batch_size, num_queries, 2, device="cuda", generator=generator).tanh()
     return Problem(
-        windows=make_windows(layout, batch_size, num_queries, device="cuda"),
+        windows=make_windows(layout, batch_size, num_queries, device="cuda", bev_cell_size=BEV_CELL_SIZE[layout]),
         q=draw(num_queries),
         k=k.requires_grad_(),
         v=v.requires_grad_(),

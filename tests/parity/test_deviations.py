@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from cmt_aqr.attention import TokenLayout, query_windows
 from cmt_aqr.boxes import Targets
 from cmt_aqr.config import load_config
-from cmt_aqr.geometry import cells_of
 from cmt_aqr.models.decoder import Decoder
 from cmt_aqr.training.distributed import Processes
 from tests.parity.golden import REPOSITORY
@@ -52,9 +52,13 @@ def test_only_the_r50_preset_has_a_grid_smaller_than_its_range(official):
 
 def test_a_point_on_the_far_border_stays_in_its_row():
     # Q12: there column 180 of 180 is column 0 of the next row.
-    x, y = torch.tensor([1.0, 1.0]), torch.tensor([0.25, 1.0])
-    cols, rows = cells_of(x, 180), cells_of(y, 180)
-    assert (rows * 180 + cols).tolist() == [45 * 180 + 179, 180 * 180 - 1]
+    layout = TokenLayout(bev_rows=180, bev_cols=180)
+    points = torch.tensor([[[1.0, 0.25, 0.5], [1.0, 1.0, 0.5]]])
+    windows = query_windows(
+        points, None, layout=layout, point_range=(-54, -54, -5, 54, 54, 3), image_size=None, bev_cell_size=(0.6, 0.6)
+    )
+    _, row, col = windows.bev_cells[0, :, 0].unbind(-1)
+    assert layout.bev_index(row, col).tolist() == [45 * 180 + 179, 180 * 180 - 1]
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))

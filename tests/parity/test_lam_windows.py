@@ -33,11 +33,17 @@ def golden_settings(golden, **options):
 
 
 def find_windows(golden, settings):
+    # The published grid fills the point range.
+    layout, point_range = golden_layout(golden), golden["in/pc_range"].tolist()
     return query_windows(
         golden.tensor("in/ref_points"),
         golden.tensor("in/lidar2img"),
-        layout=golden_layout(golden),
-        point_range=golden["in/pc_range"].tolist(),
+        layout=layout,
+        point_range=point_range,
+        bev_cell_size=(
+            (point_range[3] - point_range[0]) / layout.bev_cols,
+            (point_range[4] - point_range[1]) / layout.bev_rows,
+        ),
         image_size=tuple(golden["in/img_hw"].tolist()),
         settings=settings,
     )
@@ -81,7 +87,7 @@ def test_cells_and_cameras_equal_the_original(golden):
     windows = find_windows(golden, settings)
     regular = ~is_on_far_border(golden)
     expected = golden.tensor("pts_bev", torch.int64)
-    golden.check_equal("BEV cells", windows.bev_cells[regular], expected[regular])
+    golden.check_equal("BEV cells", windows.bev_cells[:, :, 0, 1:][regular], expected[regular])
     expected = golden.tensor("pts_pers", torch.int64)
     golden.check_equal("camera cells, unseen points at the corner", windows.camera_cells[:, :, 0], expected)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cmt_aqr.boxes import box_corners, decode_boxes, encode_boxes, points_in_boxes
-from cmt_aqr.geometry import cells_of, inverse_sigmoid, project, to_metres, to_unit, transform_points
+from cmt_aqr.geometry import inverse_sigmoid, project, to_metres, to_unit, transform_points
 
 RANGE = (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)
 
@@ -16,11 +16,6 @@ def test_unit_cube_and_metres_are_inverse():
     metres = to_metres(points, RANGE)
     assert metres.tolist() == [[-54.0, 0.0, 3.0], [-27.0, 27.0, -4.0]]
     assert torch.equal(to_unit(metres, RANGE), points)
-
-
-def test_cells_floor_and_clamp():
-    unit = torch.tensor([0.0, 0.0999, 0.1, 0.95, 1.0, -0.01, 1.3])
-    assert cells_of(unit, 10).tolist() == [0, 0, 1, 9, 9, 0, 9]
 
 
 def test_inverse_sigmoid_inverts_inside_and_clamps_outside():

@@ -27,6 +27,7 @@ def make_aqr(design="bias", *, scale=2.5, limits=(0.5, 5.0), max_bias=5.0, backe
         ),
         windows=WindowSettings(),
         point_range=(-54, -54, -5, 54, 54, 3),
+        bev_cell_size=(18.0, 18.0),
         scale=None if scale is None else Scale(value=scale, is_learned=True, limits=limits),
         max_bias=max_bias,
         backend=backend,

@@ -23,7 +23,9 @@ def random_windows(layout, settings=None, *, batch=2, queries=9, seed=0):
 
     bev_cells = camera_cells = None
     if layout.num_bev:
-        bev_cells = torch.stack((draw(0, layout.bev_rows), draw(0, layout.bev_cols)), dim=-1)
+        view = -(draw(0, 6, 1) == 0).long()  # every sixth lies beyond the grid
+        row, col = draw(0, layout.bev_rows, 1), draw(0, layout.bev_cols, 1)
+        bev_cells = torch.stack((view, row * (view >= 0), col * (view >= 0)), dim=-1)
     if layout.num_pv:
         if settings.camera_assignment == "first":
             view = draw(-1, layout.num_views, 1)
@@ -35,12 +37,13 @@ def random_windows(layout, settings=None, *, batch=2, queries=9, seed=0):
 
 
 def windows_at_every_cell(layout, settings):
-    """As many queries as the larger modality has cells, so that every cell is some query's; the last has no camera."""
+    """As many queries as the larger modality has cells, so that every cell is some query's; the last has no window."""
     num_queries = max(layout.num_bev, layout.num_pv) + 1
     bev_cells = camera_cells = None
     if layout.num_bev:
         cells = list(itertools.product(range(layout.bev_rows), range(layout.bev_cols)))
-        bev_cells = torch.tensor([[cells[i % len(cells)] for i in range(num_queries)]])
+        chosen = [(0, *cells[i % len(cells)]) for i in range(num_queries - 1)]
+        bev_cells = torch.tensor([[*chosen, (-1, 0, 0)]])[:, :, None]
     if layout.num_pv:
         cells = list(itertools.product(range(layout.num_views), range(layout.pv_rows), range(layout.pv_cols)))
         chosen = [cells[i % len(cells)] for i in range(num_queries - 1)]
@@ -57,7 +60,9 @@ def inside_by_loops(windows):
     for b, q in itertools.product(range(batch), range(queries)):
         centres = []
         if windows.bev_cells is not None:
-            centres.append((-1, *windows.bev_cells[b, q].tolist(), settings.bev // 2))
+            view, row, col = windows.bev_cells[b, q, 0].tolist()
+            if view >= 0:
+                centres.append((-1, row, col, settings.bev // 2))
         if windows.camera_cells is not None:
             for view, row, col in windows.camera_cells[b, q].tolist():
                 if view >= 0:

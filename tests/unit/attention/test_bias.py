@@ -56,8 +56,8 @@ def inside_by_distance(windows):
     """The definition in whole tensors, for grids on which loops take too long."""
     layout, settings = windows.layout, windows.settings
     cells = torch.tensor([layout.cell(index) for index in range(layout.num_tokens)])
-    zero = torch.zeros_like(windows.bev_cells[..., :1])
-    bev = torch.cat((zero - 1, windows.bev_cells), dim=-1)[:, :, None]
+    view, row, col = windows.bev_cells.unbind(-1)
+    bev = torch.stack((torch.where(view >= 0, -1, -2), row, col), dim=-1)  # -1: the view of BEV tokens in `cells`
     inside = torch.zeros(*windows.batch_and_queries, layout.num_tokens, dtype=torch.bool)
     for centre, radius in ((bev, settings.bev // 2), (windows.camera_cells, settings.camera // 2)):
         for n in range(centre.shape[2]):
@@ -89,7 +89,7 @@ def test_codes_of_the_official_grids(layout, sizes, dtype):
     windows = random_windows(layout, settings, batch=1, queries=24)
     # The corners of the grids, where the next row, the next view and the ends of the integers are near.
     last = (layout.bev_rows - 1, layout.bev_cols - 1)
-    windows.bev_cells[0, :4] = torch.tensor([[0, 0], last, [0, last[1]], [last[0], 0]])
+    windows.bev_cells[0, :4, 0] = torch.tensor([[0, 0, 0], [0, *last], [0, 0, last[1]], [0, last[0], 0]])
     view, row, col = layout.num_views - 1, layout.pv_rows - 1, layout.pv_cols - 1
     windows.camera_cells[0, :4, 0] = torch.tensor([[0, 0, 0], [view, row, col], [0, row, col], [view, 0, 0]])
     assert code_plane(layout, settings).dtype == dtype
@@ -118,7 +118,7 @@ def test_a_camera_window_that_is_nowhere_keeps_its_place():
     settings = WindowSettings(bev=3, camera=4, camera_assignment="all")
     cells = torch.tensor([[[[-1, 0, 0], [1, 2, 3], [-1, 0, 0]]]])
     plane = code_plane(BOTH, settings)
-    codes = window_codes(QueryWindows(BOTH, settings, torch.zeros(1, 1, 2).long(), cells), plane, CAMERA)
+    codes = window_codes(QueryWindows(BOTH, settings, torch.zeros(1, 1, 1, 3).long(), cells), plane, CAMERA)
     assert codes.shape == (1, 1, 3)
     assert (codes == plane.nowhere).tolist() == [[[True, False, True]]]
 
@@ -127,7 +127,8 @@ def test_single_codes_as_in_a_score_mod():
     windows = random_windows(BOTH)
     plane = code_plane(BOTH, windows.settings)
     tokens, codes = token_codes(BOTH, plane), window_codes(windows, plane, LIDAR)
-    row, col = windows.bev_cells[0, 0].tolist()
+    view, row, col = windows.bev_cells[0, 0, 0].tolist()
+    assert view == 0
     found = [bool(is_inside(tokens[index], codes[0, 0, 0], plane)) for index in range(len(tokens))]
     assert found == [
         view < 0 and abs(token_row - row) <= 1 and abs(token_col - col) <= 1
@@ -140,6 +141,17 @@ def test_strength_is_scaled_and_clamped():
     assert bias_strength(weights, 4.0, 3.0).tolist() == [[-3.0, -2.0, 0.0, 2.0, 3.0]]
     assert bias_strength(weights, 4.0, None).tolist() == [[-4.0, -2.0, 0.0, 2.0, 4.0]]
     assert bias_strength(weights, torch.tensor([4.0]), 3.0).shape == weights.shape
+
+
+@pytest.mark.parametrize("compiler", (None, "aot_eager"))
+def test_a_bias_exactly_at_its_limit_keeps_its_gradient(compiler):
+    # torch.clamp gives 1 up to PyTorch 2.11 and 0 later: training would depend on the version.
+    function = bias_strength if compiler is None else torch.compile(bias_strength, backend=compiler)
+    weights = torch.tensor([1.25, -1.25, 1.2500001, -1.2500001, 1.0, 0.0, float("nan")], requires_grad=True)
+    bias = function(weights, 4.0, 5.0)
+    assert bias[:6].tolist() == [5.0, -5.0, 5.0, -5.0, 4.0, 0.0] and bias[6].isnan()
+    (grad,) = torch.autograd.grad(bias.sum(), weights)
+    assert grad[:6].tolist() == [4.0, 4.0, 0.0, 0.0, 4.0, 4.0]
 
 
 def test_gradients_of_the_strength():

@@ -53,6 +53,11 @@ def schedule_of(windows, splits=(4, 2), **options):
     return make_schedule(windows, block_q=BLOCK_Q, block_k=BLOCK_K, splits=splits, **options)
 
 
+def smaller_grid(layout, share):
+    """Cell size of a BEV grid that covers a share of the point range along x and y; None without BEV."""
+    return (108 * share / layout.bev_cols, 108 * share / layout.bev_rows) if layout.num_bev else None
+
+
 def owners(schedule, num_tokens):
     """How many parts every token belongs to, for every row: (B, R, num_tokens)."""
     members = membership(flex.make_block_mask(schedule, num_tokens), len(schedule.sides))
@@ -77,7 +82,8 @@ def gradients(out, lse, leaves):
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("layout", GRIDS.values(), ids=GRIDS)
 def test_equals_dense_with_gradients(layout, settings, splits):
-    windows = make_windows(layout, 2, 37, device="cpu", settings=settings)
+    # A fifth of the queries has no BEV window.
+    windows = make_windows(layout, 2, 37, device="cpu", bev_cell_size=smaller_grid(layout, 0.9), settings=settings)
     leaves = leaves_of(layout, 37)
     q, k, v, strength = leaves
     expected = dense_attention(q, k, v, AttentionBias(windows, strength))
@@ -142,7 +148,13 @@ def test_every_token_belongs_to_one_part_of_any_layout(monkeypatch):
             is_local=draw.random() < 0.85,
         )
         windows = make_windows(
-            layout, 2, draw.randint(1, 40), device="cpu", settings=settings, seed=draw.randrange(1000)
+            layout,
+            2,
+            draw.randint(1, 40),
+            device="cpu",
+            settings=settings,
+            seed=draw.randrange(1000),
+            bev_cell_size=smaller_grid(layout, draw.choice((1.0, 0.9, 0.01))),
         )
         splits, has_token_mask = (draw.randint(2, 7), draw.randint(2, 7)), draw.random() < 0.2
         schedule = make_schedule(

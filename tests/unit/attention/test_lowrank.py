@@ -238,7 +238,7 @@ def test_windows_apart_from_each_other_need_a_rank_each():
     # Why this is a comparison: the rank grows with the number of windows.
     layout = TokenLayout(bev_rows=12, bev_cols=12)
     windows = random_windows(layout, WindowSettings(bev=3), batch=1, queries=9)
-    centres = torch.tensor([[row, col] for row in (1, 5, 9) for col in (1, 5, 9)])
-    windows.bev_cells[0] = centres
+    centres = torch.tensor([[0, row, col] for row in (1, 5, 9) for col in (1, 5, 9)])
+    windows.bev_cells[0, :, 0] = centres
     factors, _ = call(factorise, AttentionBias(windows, torch.ones(1, 9, 2)), 1.0)
     assert factors.rank == 9

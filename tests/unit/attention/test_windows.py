@@ -48,7 +48,14 @@ def ring(num_views, *, width_degrees, batch=1):
     return torch.stack(matrices).expand(batch, -1, -1, -1).clone()
 
 
-def find(points, lidar2img=None, *, layout=BOTH, point_range=RANGE, image_size=IMAGE_SIZE, **settings):
+def filling(layout, point_range):
+    """Size of the BEV cells of a grid that fills the range; None without BEV."""
+    if not layout.num_bev:
+        return None
+    return (point_range[3] - point_range[0]) / layout.bev_cols, (point_range[4] - point_range[1]) / layout.bev_rows
+
+
+def find(points, lidar2img=None, *, layout=BOTH, point_range=RANGE, image_size=IMAGE_SIZE, cell_size=None, **settings):
     """query_windows of points in metres (Q, 3), for one sample."""
     low, high = torch.tensor(point_range, dtype=torch.float64).chunk(2)
     unit = (torch.as_tensor(points, dtype=torch.float64) - low) / (high - low)
@@ -59,17 +66,16 @@ def find(points, lidar2img=None, *, layout=BOTH, point_range=RANGE, image_size=I
         layout=layout,
         point_range=point_range,
         image_size=image_size,
+        bev_cell_size=cell_size or filling(layout, point_range),
         settings=WindowSettings(**settings),
     )
 
 
-def cells_by_loops(unit, lidar2img, layout, point_range, image_size):
+def cells_by_loops(unit, lidar2img, layout, point_range, image_size, cell_size):
     """BEV cell, and for every view the camera cell or None, of one reference point; scalar arithmetic."""
     metres = [u * (point_range[axis + 3] - point_range[axis]) + point_range[axis] for axis, u in enumerate(unit)]
-    bev = [
-        min(max(math.floor(u * size), 0), size - 1)
-        for u, size in ((unit[1], layout.bev_rows), (unit[0], layout.bev_cols))
-    ]
+    row, col = (math.floor((metres[axis] - point_range[axis]) / cell_size[axis]) for axis in (1, 0))
+    bev = [0, row, col] if 0 <= row < layout.bev_rows and 0 <= col < layout.bev_cols else [-1, 0, 0]
     views = []
     for matrix in lidar2img.tolist():
         ud, vd, d = (sum(m * x for m, x in zip(row, [*metres, 1.0], strict=True)) for row in matrix[:3])
@@ -90,14 +96,21 @@ def test_cells_equal_loops(assignment, unseen):
     lidar2img[1, :, :2] *= 1.1
     points = torch.rand(2, 80, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     points[:, 60:, :2] = 0.475 + points[:, 60:, :2] / 20  # above and below the cameras
-    settings = WindowSettings(camera_assignment=assignment, unseen=unseen)
+    cell_size = (11.5, 14.0)  # 9 columns of 11.5 m leave 4.5 m of the range without cells, 6 rows of 14 m 4 m
     windows = query_windows(
-        points, lidar2img, layout=layout, point_range=CENTRED, image_size=IMAGE_SIZE, settings=settings
+        points,
+        lidar2img,
+        layout=layout,
+        point_range=CENTRED,
+        image_size=IMAGE_SIZE,
+        bev_cell_size=cell_size,
+        settings=WindowSettings(camera_assignment=assignment, unseen=unseen),
     )
-    seen_by = []
+    seen_by, beyond = [], 0
     for b, q in itertools.product(range(2), range(80)):
-        bev, views = cells_by_loops(points[b, q].tolist(), lidar2img[b], layout, CENTRED, IMAGE_SIZE)
-        assert windows.bev_cells[b, q].tolist() == bev
+        bev, views = cells_by_loops(points[b, q].tolist(), lidar2img[b], layout, CENTRED, IMAGE_SIZE, cell_size)
+        assert windows.bev_cells[b, q].tolist() == [bev]
+        beyond += bev[0] < 0
         found = [[view, *cell] for view, cell in enumerate(views) if cell is not None]
         if assignment == "first":
             expected = found[:1] or [[-1, 0, 0]]
@@ -108,6 +121,7 @@ def test_cells_equal_loops(assignment, unseen):
         assert windows.camera_cells[b, q].tolist() == expected
         seen_by.append(len(found))
     assert set(seen_by) == {0, 1, 2}
+    assert 0 < beyond < 40
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -148,16 +162,52 @@ def test_windows_do_not_wrap_into_the_next_row_or_view():
 
 def test_rows_follow_y_and_columns_x():
     windows = find([[3.0, 12.0, 1.0]], layout=TokenLayout(bev_rows=8, bev_cols=4))
-    assert windows.bev_cells.tolist() == [[[6, 0]]]
+    assert windows.bev_cells.tolist() == [[[[0, 6, 0]]]]
     # Pixel (24 + 8, 16 + 4): column 32 / 8, row 20 / 8.
     windows = find([[1.0, 0.5, 1.0]], layout=TokenLayout(num_views=1, pv_rows=4, pv_cols=6))
     assert windows.camera_cells.tolist() == [[[[0, 2, 4]]]]
 
 
 def test_borders_of_the_range():
-    points = [[0.0, 0.0, 1.0], [16.0, 16.0, 1.0], [16.0, 4.0, 1.0], [-0.01, 16.01, 1.0], [4.0, 12.0, 1.0]]
+    points = [
+        [0.0, 0.0, 1.0],
+        [16.0, 16.0, 1.0],
+        [16.0, 4.0, 1.0],
+        [4.0, 12.0, 1.0],
+        [-0.01, 15.0, 1.0],
+        [9.0, 16.01, 1.0],
+    ]
     windows = find(points, layout=TokenLayout(bev_rows=4, bev_cols=8))
-    assert windows.bev_cells[0].tolist() == [[0, 0], [3, 7], [1, 7], [3, 0], [3, 2]]
+    expected = [[0, 0, 0], [0, 3, 7], [0, 1, 7], [0, 3, 2], [-1, 0, 0], [-1, 0, 0]]
+    assert windows.bev_cells[0, :, 0].tolist() == expected
+
+
+def test_bev_cells_are_metric_and_end_with_the_grid():
+    # Q13: 4 x 4 cells of 3.5 m cover 14 m of a range of 16 m. If they were stretched over the range, the cell of
+    # (3.6, 13.9) would be (3, 0).
+    points = [
+        [3.6, 13.9, 1.0],
+        [12.5, 3.4, 1.0],
+        [14.0, 14.0, 1.0],
+        [14.01, 1.0, 1.0],
+        [1.0, 15.9, 1.0],
+        [7.0, 0.0, 1.0],
+    ]
+    windows = find(points, layout=TokenLayout(bev_rows=4, bev_cols=4), cell_size=(3.5, 3.5))
+    expected = [[0, 3, 1], [0, 0, 3], [0, 3, 3], [-1, 0, 0], [-1, 0, 0], [0, 0, 2]]
+    assert windows.bev_cells[0, :, 0].tolist() == expected
+    _, is_valid = bev_window_tokens(windows)
+    assert is_valid.any(dim=-1)[0].tolist() == [True, True, True, False, False, True]
+    # What lies beyond the grid stands to no token, whatever is near token 0.
+    assert inside_by_loops(windows)[0, 3:5].sum() == 0
+    assert dense_bias(AttentionBias(windows, torch.ones(1, 6, 2)))[0, 3:5].abs().max() == 0
+
+
+def test_points_that_are_not_finite_have_no_window():
+    points = torch.tensor([[[math.nan, 0.5, 0.5], [math.inf, 0.5, 0.5], [1e30, 0.5, 0.5], [0.5, 0.5, 0.5]]])
+    layout = TokenLayout(bev_rows=4, bev_cols=4)
+    windows = query_windows(points, None, layout=layout, point_range=RANGE, image_size=None, bev_cell_size=(4.0, 4.0))
+    assert windows.bev_cells[0, :, 0].tolist() == [[-1, 0, 0]] * 3 + [[0, 2, 2]]
 
 
 def test_borders_of_an_image():
@@ -256,13 +306,14 @@ def test_float32_points_get_the_cells_of_their_exact_values():
             layout=layout,
             point_range=CENTRED,
             image_size=IMAGE_SIZE,
+            bev_cell_size=filling(layout, CENTRED),
             settings=WindowSettings(camera_assignment="all"),
         )
         for lidar2img in [ring(4, width_degrees=110).float()]
         for p in (points, points.double())
     ]
     exact = [math.floor(Fraction(value) * cells) for value in points[:, 0].tolist()]
-    assert calls[0].bev_cells[0].tolist() == [[cell, cell] for cell in exact]
+    assert calls[0].bev_cells[0].tolist() == [[[0, cell, cell]] for cell in exact]
     assert torch.floor(points[:, 0] * cells).long().tolist() != exact
     assert torch.equal(calls[0].bev_cells, calls[1].bev_cells)
     assert torch.equal(calls[0].camera_cells, calls[1].camera_cells)
@@ -285,7 +336,14 @@ def test_float64_calibration_is_not_rounded_to_the_dtype_of_the_points():
 
 def test_no_gradient_passes():
     points = torch.rand(1, 3, 3, requires_grad=True)
-    windows = query_windows(points, camera().expand(1, 3, 4, 4), layout=BOTH, point_range=RANGE, image_size=IMAGE_SIZE)
+    windows = query_windows(
+        points,
+        camera().expand(1, 3, 4, 4),
+        layout=BOTH,
+        point_range=RANGE,
+        image_size=IMAGE_SIZE,
+        bev_cell_size=filling(BOTH, RANGE),
+    )
     assert windows.settings == WindowSettings()
     assert not windows.bev_cells.requires_grad and not windows.camera_cells.requires_grad
 
@@ -294,7 +352,10 @@ def test_one_sensor():
     windows = find([[1.0, 1, 1]] * 4, layout=LAYOUTS["camera"])
     assert windows.bev_cells is None and windows.batch_and_queries == (1, 4)
     points = torch.rand(2, 5, 3)
-    windows = query_windows(points, None, layout=LAYOUTS["lidar"], point_range=RANGE, image_size=None)
+    layout = LAYOUTS["lidar"]
+    windows = query_windows(
+        points, None, layout=layout, point_range=RANGE, image_size=None, bev_cell_size=filling(layout, RANGE)
+    )
     assert windows.camera_cells is None and windows.batch_and_queries == (2, 5)
 
 
@@ -308,18 +369,21 @@ def test_projection_is_the_one_of_geometry():
     unit = pixels / torch.tensor(IMAGE_SIZE[::-1])
     is_seen = ((depth > 0) & (unit >= 0).all(dim=-1) & (unit < 1).all(dim=-1)).transpose(1, 2)
     sizes = (layout.pv_cols, layout.pv_rows)
-    col, row = (geometry.cells_of(unit[..., axis], sizes[axis]).transpose(1, 2) for axis in (0, 1))
+    col, row = (torch.floor(unit[..., axis] * sizes[axis]).long().transpose(1, 2) for axis in (0, 1))
     ours, ours_seen = camera_cells_of(geometry.to_metres(points, CENTRED), lidar2img, IMAGE_SIZE, layout)
     assert torch.equal(ours_seen, is_seen)
     assert torch.equal(ours[is_seen], torch.stack((row, col), dim=-1)[is_seen])
-    settings = WindowSettings(camera_assignment="all")
     windows = query_windows(
-        points, lidar2img, layout=layout, point_range=CENTRED, image_size=IMAGE_SIZE, settings=settings
+        points,
+        lidar2img,
+        layout=layout,
+        point_range=CENTRED,
+        image_size=IMAGE_SIZE,
+        bev_cell_size=filling(layout, CENTRED),
+        settings=WindowSettings(camera_assignment="all"),
     )
     assert torch.equal(windows.camera_cells[..., 0] >= 0, is_seen)
     assert torch.equal(windows.camera_cells[is_seen][:, 1:], ours[is_seen])
-    assert torch.equal(windows.bev_cells[..., 0], geometry.cells_of(points[..., 1], layout.bev_rows))
-    assert torch.equal(windows.bev_cells[..., 1], geometry.cells_of(points[..., 0], layout.bev_cols))
 
 
 @pytest.mark.parametrize("entry", (slice(None), (0, 3), (2, 0), (2, 3), (3, 3)))
@@ -346,7 +410,27 @@ def test_bad_point_ranges():
     layout = TokenLayout(4, 4)
     for point_range in ((-1, -1, 1, 1), (1, -1, -1, -1, 1, 1)):
         with pytest.raises(ValueError, match=r"^point_range must be x, y, z from and x, y, z to in metres, got"):
-            query_windows(torch.rand(1, 2, 3), None, layout=layout, point_range=point_range, image_size=None)
+            query_windows(
+                torch.rand(1, 2, 3),
+                None,
+                layout=layout,
+                point_range=point_range,
+                image_size=None,
+                bev_cell_size=(1.0, 1.0),
+            )
+
+
+@pytest.mark.parametrize("cell_size", (None, (0.5,), (0.0, 1.0), (1.0, -1.0), (math.nan, 1.0), (1.0, math.inf)))
+def test_bad_cell_sizes(cell_size):
+    with pytest.raises(ValueError, match=r"^bev_cell_size must be the metres of a BEV cell along x and y, got"):
+        query_windows(
+            torch.rand(1, 2, 3),
+            None,
+            layout=TokenLayout(4, 4),
+            point_range=RANGE,
+            image_size=None,
+            bev_cell_size=cell_size,
+        )
 
 
 def test_unknown_choices():
@@ -367,6 +451,7 @@ def bad_inputs():
     not_finite = lidar2img.clone()
     not_finite[1, 2, 0, 3] = float("nan")
     good = {"reference_points": points, "lidar2img": lidar2img, "layout": BOTH, "image_size": IMAGE_SIZE}
+    good["bev_cell_size"] = filling(BOTH, RANGE)
     cases = {
         "two dimensions": (
             {"reference_points": points[0]},

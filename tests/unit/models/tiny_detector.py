@@ -16,6 +16,7 @@ from cmt_aqr.models.position import BevEmbedding, RayEmbedding
 from cmt_aqr.models.queries import ReferencePoints
 
 POINT_RANGE = (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)
+BEV_CELL_SIZE = (18.0, 18.0)  # 6 x 6 cells
 IMAGE_SIZE = (64, 160)
 ONE_TASK = (tuple(range(10)),)
 TWO_TASKS = ((3, 0, 5, 9), (1, 2, 4, 6, 7, 8))
@@ -54,6 +55,7 @@ def make_aqr(design, **windows):
         ),
         windows=WindowSettings(**{"bev": 3, "camera": 3} | windows),
         point_range=POINT_RANGE,
+        bev_cell_size=BEV_CELL_SIZE,
         scale=Scale(value=2.5, is_learned=True, limits=(0.5, 5.0)) if design == "bias" else None,
         max_bias=5.0,
         backend="dense",
