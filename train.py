@@ -336,6 +336,7 @@ def train_step(
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(parallel.parameters(), config.training.grad_clip)
     scaler.step(optimizer)
+    names.clamp_parameters()
     scaler.update()
     figures = {} if predictions.aqr_weights is None else names.aqr.figures(predictions.aqr_weights)
     return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}, **figures}, grad_norm

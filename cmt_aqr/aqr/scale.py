@@ -1,43 +1,20 @@
-"""The strength of the bias: one number for the whole model, learnt inside a range or fixed."""
+"""The scale: the factor between weights and bias, one number for the whole model, learned inside limits or fixed."""
 
 import torch
 from torch import Tensor, nn
 
 
-class _ClampInwards(torch.autograd.Function):
-    """Clamp whose gradient is held back only where a step along it would lead (further) out of the range."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.low, ctx.high = low, high
-        return x.clamp(low, high)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        # Descent moves x against its gradient.
-        leads_out = ((x <= ctx.low) & (grad > 0)) | ((x >= ctx.high) & (grad < 0))
-        return grad.masked_fill(leads_out, 0), None, None
-
-
-def clamp_inwards(x: Tensor, low: float, high: float) -> Tensor:
-    """x clamped to [low, high], with a gradient that can bring it back.
-
-    The plain clamp has gradient 0 outside: a parameter that an optimizer's momentum once carried over a border would
-    stay there for ever. Here, at a border and beyond, the gradient passes where a descent step along it leads inwards,
-    and is 0 where it leads outwards. Inside the range it is the identity's.
-    """
-    return _ClampInwards.apply(x, low, high)
-
-
 class Scale(nn.Module):
     """The factor between weights and bias.
+
+    A learned scale is kept inside its limits by :meth:`clamp_`, called after every optimizer step, and not by its
+    gradient: a gradient held back at a limit before processes average theirs would make the result depend on their
+    number.
 
     Args:
         value: at the start.
         is_learned: True: a parameter, ``value``; False: a constant, which is not part of the state.
-        limits: lowest and highest value in the forward pass.
+        limits: lowest and highest value.
 
     Raises:
         ValueError: limits that do not enclose the value.
@@ -56,5 +33,17 @@ class Scale(nn.Module):
             self.register_buffer("value", start, persistent=False)
 
     def forward(self) -> Tensor:
-        """The scale (1,), inside its limits."""
-        return clamp_inwards(self.value, *self.limits)
+        """The scale (1,), inside its limits.
+
+        Inside and exactly at a limit the gradient is that of the identity. A parameter beyond a limit, which only a
+        checkpoint can bring, acts as the limit without a gradient until the first :meth:`clamp_`.
+        """
+        low, high = self.limits
+        # Written out: at a limit, torch.clamp passes the gradient or not depending on the version of torch.
+        value = torch.where(self.value < low, low, self.value)
+        return torch.where(value > high, high, value)
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Move the parameter to the nearest value inside the limits."""
+        self.value.clamp_(*self.limits)

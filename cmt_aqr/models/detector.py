@@ -154,6 +154,11 @@ class Detector(nn.Module):
             return predictions
         return replace(predictions, aqr_weights=weights[:, -self.reference_points.num_queries :].detach())
 
+    def clamp_parameters(self) -> None:
+        """Move parameters with limits (the scale of AQR) back inside them; to be called after every optimizer step."""
+        if self.aqr is not None and self.aqr.scale is not None:
+            self.aqr.scale.clamp_()
+
     def encode_images(self, images: Tensor | None, image_mask: Tensor | None = None) -> Tensor | None:
         """Images (B, V, H, W, 3) uint8 -> camera maps (B, V, C, h, w); None without an image_branch.
 

@@ -1,10 +1,12 @@
 """AQR as a user sees it: what a training logs and says, weights to start from, one step of every design."""
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from cmt_aqr.build import build_detector
 from cmt_aqr.config import load_config
+from cmt_aqr.training.checkpoint import load_weights
 from tests.e2e.conftest import CONFIG, PLAIN, SMALL, read_lines
 
 V1 = ("model.aqr.design=v1", "model.aqr.activation=sigmoid", "training.decay_mult={}")
@@ -31,6 +33,14 @@ def test_the_log_has_scale_and_weights(train):
     assert len(set(scales)) == 3 and all(abs(scale - 2.5) < 0.1 for scale in scales)
     for line in lines:
         assert 0 < line["aqr_weight_lidar"] < 0.2 and 0 < line["aqr_weight_camera"] < 0.2
+
+
+def test_every_step_leaves_the_scale_inside_its_limits(train, tmp_path):
+    """A step of Adam moves it by about 5e-4."""
+    low, high = 2.49995, 2.50005
+    train(f"model.aqr.scale_range=[{low},{high}]")
+    scale = load_weights(tmp_path / "run" / "latest.pt")["aqr.scale.value"]
+    assert any(torch.equal(scale, torch.tensor([limit])) for limit in (low, high))
 
 
 def test_a_map_has_weights_and_no_scale(train):

@@ -1,96 +1,122 @@
-"""The scale: its clamp, the gradient at the clamp's edges, parameter or constant."""
+"""The scale: always inside its limits, with a gradient there that does not depend on how processes share a batch."""
 
 import pytest
 import torch
 
-from cmt_aqr.aqr.scale import Scale, clamp_inwards
+from cmt_aqr.aqr.scale import Scale
 
 LOW, HIGH = 0.5, 5.0
 
 
-@pytest.mark.parametrize(
-    ("x", "grad", "expected"),
-    [
-        (2.5, 3.0, 3.0),  # inside: the identity
-        (2.5, -3.0, -3.0),
-        (6.0, 3.0, 3.0),  # above: descent with a positive gradient leads back
-        (6.0, -3.0, 0.0),
-        (0.1, -3.0, -3.0),  # below: descent with a negative gradient leads back
-        (0.1, 3.0, 0.0),
-        (HIGH, 3.0, 3.0),  # on the border as beyond it
-        (HIGH, -3.0, 0.0),
-        (LOW, -3.0, -3.0),
-        (LOW, 3.0, 0.0),
-        (4.9999, -3.0, -3.0),
-        (0.5001, 3.0, 3.0),
-    ],
-)
-def test_the_gradient_passes_where_it_leads_inwards(x, grad, expected):
-    leaf = torch.tensor([x], dtype=torch.float64, requires_grad=True)
-    out = clamp_inwards(leaf, LOW, HIGH)
-    assert out.item() == min(max(x, LOW), HIGH) and out.dtype == torch.float64
-    (grad * out).sum().backward()
-    assert leaf.grad.item() == expected
+def make_scale(value=2.5):
+    """A learned scale whose parameter has this value, inside the limits or not."""
+    scale = Scale(value=2.5, is_learned=True, limits=(LOW, HIGH))
+    with torch.no_grad():
+        scale.value.fill_(value)
+    return scale
 
 
-def test_every_element_for_itself():
-    leaf = torch.tensor([0.1, 0.1, 1.0, 9.0, 9.0], requires_grad=True)
-    clamp_inwards(leaf, LOW, HIGH).backward(torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0]))
-    assert leaf.grad.tolist() == [0.0, -1.0, 1.0, 1.0, 0.0]
+def gradient(scale, slope):
+    """Gradient of slope * scale."""
+    (grad,) = torch.autograd.grad((slope * scale()).sum(), scale.value)
+    return grad
 
 
-def minimise(scale: Scale, target: float, steps: int) -> list[float]:
-    """Parameter after every step of plain descent on (scale - target)^2."""
-    optimizer = torch.optim.SGD(scale.parameters(), lr=0.2)
+def take_steps(scale, optimizer, slopes):
+    """One optimizer step for each slope, as a training step does it; the parameter after each."""
     values = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (scale() - target).square().sum().backward()
+    for slope in slopes:
+        scale.value.grad = gradient(scale, slope)
         optimizer.step()
+        scale.clamp_()
         values.append(scale.value.item())
     return values
 
 
+@pytest.mark.parametrize("value", (LOW, 0.5001, 2.5, 4.9999, HIGH))
+@pytest.mark.parametrize("slope", (3.0, -3.0))
+def test_inside_and_at_a_limit_it_is_the_identity(value, slope):
+    scale = make_scale(value)
+    assert torch.equal(scale(), scale.value)
+    assert gradient(scale, slope).item() == slope
+
+
+@pytest.mark.parametrize(("value", "expected"), ((-1e9, LOW), (0.1, LOW), (5.0001, HIGH), (1e9, HIGH)))
+def test_beyond_a_limit_it_is_the_limit(value, expected):
+    scale = make_scale(value)
+    assert scale().item() == expected and scale.double()().dtype == torch.float64
+    scale.clamp_()
+    assert scale.value.item() == expected
+
+
+@pytest.mark.parametrize("edge", (LOW, HIGH))
+def test_two_processes_act_like_one_at_a_limit(edge):
+    """+1.0 in one process and -0.4 in the other are +0.3 in a process that has both halves of the batch."""
+    slopes = (1.0, -0.4)
+    for signs in ((1, 1), (-1, -1)):
+        shared, alone = make_scale(edge), make_scale(edge)
+        first, second = (gradient(shared, sign * slope) for sign, slope in zip(signs, slopes, strict=True))
+        shared.value.grad = (first + second) / 2  # what DistributedDataParallel does
+        alone.value.grad = gradient(alone, signs[0] * 0.3)
+        for scale in (shared, alone):
+            torch.optim.SGD(scale.parameters(), lr=0.5).step()
+            scale.clamp_()
+        assert shared.value.item() == pytest.approx(alone.value.item(), abs=1e-6)
+        assert shared.value.item() == pytest.approx(min(max(edge - signs[0] * 0.15, LOW), HIGH), abs=1e-6)
+
+
+@pytest.mark.parametrize(("edge", "inwards"), ((LOW, -1.0), (HIGH, 1.0)))
+def test_it_leaves_a_limit_after_the_loss_pulled_outwards(edge, inwards):
+    scale = make_scale(edge)
+    optimizer = torch.optim.SGD(scale.parameters(), lr=0.1)
+    assert take_steps(scale, optimizer, [-inwards] * 5) == [edge] * 5
+    assert take_steps(scale, optimizer, [inwards])[0] == pytest.approx(edge - 0.1 * inwards)
+
+
+@pytest.mark.parametrize(("edge", "inwards"), ((LOW, -1.0), (HIGH, 1.0)))
+def test_momentum_does_not_carry_it_beyond_a_limit(edge, inwards):
+    scale = make_scale(edge - 0.2 * inwards)
+    optimizer = torch.optim.AdamW(scale.parameters(), lr=0.3, weight_decay=0.0)
+    values = take_steps(scale, optimizer, [-inwards] * 3 + [0.0] * 3)
+    assert values[1:] == [edge] * 5  # without the clamp the first moment goes on for some steps
+    values = take_steps(scale, optimizer, [inwards] * 20)
+    assert (edge - values[-1]) * inwards > 0.5 and all(LOW <= value <= HIGH for value in values)
+
+
 @pytest.mark.parametrize("thrown", (7.0, -2.0))
-def test_a_scale_that_was_thrown_out_comes_back(thrown):
-    scale = Scale(value=2.5, is_learned=True, limits=(LOW, HIGH))
-    with torch.no_grad():
-        scale.value.fill_(thrown)
-    assert scale().item() == (HIGH if thrown > HIGH else LOW)
-    values = minimise(scale, 3.0, 40)
-    assert values[-1] == pytest.approx(3.0, abs=1e-3)
-    with torch.no_grad():
-        scale.value.fill_(thrown)
-    plain = scale.value.clamp(LOW, HIGH)  # the ordinary clamp would leave it where it is
-    (grad,) = torch.autograd.grad((plain - 3.0).square().sum(), scale.value)
-    assert grad.item() == 0
+def test_a_value_of_a_checkpoint_beyond_a_limit_comes_back(thrown):
+    scale = make_scale(thrown)
+    optimizer = torch.optim.SGD(scale.parameters(), lr=0.2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        (scale() - 3.0).square().sum().backward()
+        optimizer.step()
+        scale.clamp_()
+    assert scale().item() == pytest.approx(3.0, abs=1e-3)
 
 
-@pytest.mark.parametrize(("target", "border"), ((9.0, HIGH), (0.0, LOW)))
-def test_a_loss_that_pulls_outwards_leaves_the_scale_near_the_border(target, border):
-    scale = Scale(value=2.5, is_learned=True, limits=(LOW, HIGH))
-    values = minimise(scale, target, 100)
-    assert scale().item() == border
-    assert abs(values[-1] - border) < 2.5 and values[-1] == values[-50]  # at most one step too far, then no more
-
-
-def test_a_learnt_scale_is_a_parameter_with_one_element():
-    scale = Scale(value=2.5, is_learned=True, limits=(LOW, HIGH))
+def test_a_learned_scale_is_a_parameter_with_one_element():
+    scale = make_scale()
     assert [(name, tuple(p.shape)) for name, p in scale.named_parameters()] == [("value", (1,))]
     assert scale().shape == (1,) and scale().item() == 2.5
 
 
+def test_a_scale_that_is_not_a_number_is_not_hidden():
+    scale = make_scale(float("nan"))
+    scale.clamp_()
+    assert scale().isnan().all()
+
+
 def test_a_fixed_scale_is_no_parameter_and_no_state():
     scale = Scale(value=2.5, is_learned=False, limits=(LOW, HIGH))
+    scale.clamp_()
     assert not list(scale.parameters()) and not scale.state_dict()
     assert scale().shape == (1,) and scale().item() == 2.5 and not scale().requires_grad
     assert scale.double()().dtype == torch.float64
 
 
 def test_one_graph():
-    scale = Scale(value=2.5, is_learned=True, limits=(LOW, HIGH))
-    with torch.no_grad():
-        scale.value.fill_(7.0)
+    scale = make_scale(HIGH)
     torch._dynamo.reset()
     compiled = torch.compile(scale, fullgraph=True, backend="aot_eager")
     out = compiled()
