@@ -13,13 +13,14 @@ from pathlib import Path
 
 from torch import nn
 
-from cmt_aqr.build import PRECISIONS, build_detector, check_device, evaluation_dataset, open_split
+from cmt_aqr.build import build_detector, check_device, evaluation_dataset, open_split
 from cmt_aqr.config import Config, load_config, to_tree
 from cmt_aqr.data.loader import make_loader
 from cmt_aqr.data.sampling import EvaluationSampler
 from cmt_aqr.errors import report_errors
 from cmt_aqr.evaluation.nuscenes_eval import Metrics, Tables, format_table
 from cmt_aqr.evaluation.run import Decoding, Pictures, evaluate, predict
+from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.strict_yaml import differences
 from cmt_aqr.synthetic import generate_world
 from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights, read_config

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from cmt_aqr.build import (
-    PRECISIONS,
     build_criterion,
     build_detector,
     check_device,
@@ -41,6 +40,7 @@ from cmt_aqr.losses.criterion import Criterion, total_loss
 from cmt_aqr.models.denoising import make_denoising
 from cmt_aqr.models.grid_mask import draw_grid_mask, grid_mask
 from cmt_aqr.models.local_start import start_reference_points
+from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.predictions import DenoisingQueries
 from cmt_aqr.strict_yaml import to_yaml
 from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights

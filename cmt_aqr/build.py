@@ -37,7 +37,6 @@ from cmt_aqr.predictions import task_classes
 
 POINT_FEATURES = 5
 RESNET_DEPTHS = {"resnet18": 18, "resnet50": 50}
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_device(config: ModelConfig, device: torch.device) -> None:

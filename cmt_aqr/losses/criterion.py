@@ -4,6 +4,7 @@ Shape letters: T tasks, L decoder layers, B batch, G boxes, Q matching queries, 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from cmt_aqr.boxes import CODE_SIZE, Targets, encode_boxes
 from cmt_aqr.geometry import constant_like
 from cmt_aqr.losses.focal import ALPHA, GAMMA, focal_loss, one_hot
 from cmt_aqr.losses.matcher import UNMATCHED, PaddedTargets, class_table, match, pad_targets
+from cmt_aqr.precision import at_least_float32
 from cmt_aqr.predictions import DenoisingQueries, Predictions, TaskClasses
 
 # Added to every normaliser (mmdet `weight_reduce_loss`): no positives then give 0 and not 0 / 0.
@@ -107,7 +109,7 @@ class Criterion(nn.Module):
         """All terms, weighted; their sum (:func:`total_loss`) is what to minimise.
 
         Args:
-            predictions: of the detector, at least float32; the loss is computed in their dtype.
+            predictions: of the detector; the loss is computed in their dtype, and in float32 for lower ones.
             targets: one record per sample, on the device of the predictions.
             denoising: what the detector was given.
 
@@ -120,6 +122,10 @@ class Criterion(nn.Module):
             ValueError: the number of samples, tasks or denoising rows does not fit.
         """
         self._check(predictions, targets, denoising)
+        predictions = replace(
+            predictions,
+            tasks=tuple({name: at_least_float32(x) for name, x in task.items()} for task in predictions.tasks),
+        )
         like = predictions.tasks[0]["center"]
         with torch.autocast(like.device.type, enabled=False):
             padded = pad_targets(targets, dtype=like.dtype)

@@ -26,7 +26,7 @@ class Tokens:
     Attributes:
         values: (B, K, C); behind the tokens of the layout there may be zeros up to ``padded_length(layout)``, for an
             attention that ignores them.
-        positions: (B, K, C) position embeddings; keys are values + positions.
+        positions: (B, K, C) position embeddings, at least float32; keys are values + positions.
         layout: which token is where, BEV tokens first.
     """
 

@@ -11,14 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmt_aqr.geometry import inverse_sigmoid, to_metres
+from cmt_aqr.precision import at_least_float32
 from cmt_aqr.predictions import BOX_BRANCHES, CLASS_BRANCH, Predictions, TaskClasses
 
 LAYER_NORM_EPS = 1e-6
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision -> float32; float32 and float64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def layerwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -84,8 +80,8 @@ class LayerwiseNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_layers * channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(L, B, Q, H) -> the same shape, at least float32."""
-        normal = F.layer_norm(at_least_float32(x), (self.channels,), eps=LAYER_NORM_EPS)
+        """(L, B, Q, H) -> the same shape."""
+        normal = F.layer_norm(x, (self.channels,), eps=LAYER_NORM_EPS)
         shape = (self.num_layers, 1, 1, self.channels)
         return normal * self.weight.view(shape) + self.bias.view(shape)
 
@@ -154,8 +150,8 @@ class TaskHead(nn.Module):
             nn.init.constant_(self.branches[CLASS_BRANCH].out.bias, -math.log((1 - cls_prior) / cls_prior))
 
     def forward(self, x: Tensor, is_live: Tensor | None) -> dict[str, Tensor]:
-        """(L, B, Q, C) -> raw branches (L, B, Q, width), at least float32."""
-        return {name: at_least_float32(branch(x, is_live)) for name, branch in self.branches.items()}
+        """(L, B, Q, C) -> raw branches (L, B, Q, width)."""
+        return {name: branch(x, is_live) for name, branch in self.branches.items()}
 
 
 def place_boxes(raw: dict[str, Tensor], reference_points: Tensor, point_range: Sequence[float]) -> dict[str, Tensor]:
@@ -221,7 +217,9 @@ class Heads(nn.Module):
     def forward(
         self, hidden: Tensor, reference_points: Tensor, *, num_dn: int = 0, is_live: Tensor | None = None
     ) -> Predictions:
-        """Predict from every layer's output.
+        """Predict from every layer's output, in at least float32 whatever autocast says.
+
+        bfloat16 would move box centres by 2 cm on average.
 
         Args:
             hidden: (L, B, Q, C) decoder output.
@@ -229,5 +227,7 @@ class Heads(nn.Module):
             num_dn: denoising rows at the front of Q.
             is_live: (Q,) bool, False for dead denoising rows; None: all rows are live.
         """
-        tasks = tuple(place_boxes(task(hidden, is_live), reference_points, self.point_range) for task in self.tasks)
+        hidden, points = at_least_float32(hidden), at_least_float32(reference_points)
+        with torch.autocast(hidden.device.type, enabled=False):
+            tasks = tuple(place_boxes(task(hidden, is_live), points, self.point_range) for task in self.tasks)
         return Predictions(tasks, self.classes, num_dn)

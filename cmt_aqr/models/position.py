@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cmt_aqr.geometry import to_unit
+from cmt_aqr.precision import at_least_float32
 
 # First depth of a camera ray in metres; the last bin ends at x_max of the point range (Quirk Q5).
 MIN_DEPTH = 1.0
@@ -122,10 +123,9 @@ def camera_rays(pixels: Tensor, img2lidar: Tensor, depths: Tensor, point_range: 
 
     *Source*: original `CmtHead._rv_pe` and `_rv_query_embed`.
     """
-    with torch.autocast(pixels.device.type, enabled=False):
-        directions = pixels @ img2lidar[..., :3, :3].transpose(-1, -2)
-        points = directions[..., None, :] * depths[:, None] + img2lidar[..., None, None, :3, 3]
-        return to_unit(points, point_range).flatten(-2)
+    directions = pixels @ img2lidar[..., :3, :3].transpose(-1, -2)
+    points = directions[..., None, :] * depths[:, None] + img2lidar[..., None, None, :3, 3]
+    return to_unit(points, point_range).flatten(-2)
 
 
 class BevEmbedding(nn.Module):
@@ -141,8 +141,10 @@ class BevEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim))
 
     def forward(self, xy: Tensor) -> Tensor:
-        """Unit coordinates (..., 2), x first -> (..., C)."""
-        return self.mlp(sine_embedding(xy, self.dim))
+        """Unit coordinates (..., 2), x first -> (..., C), at least float32 also under autocast."""
+        xy = at_least_float32(xy)
+        with torch.autocast(xy.device.type, enabled=False):
+            return self.mlp(sine_embedding(xy, self.dim))
 
 
 class RayEmbedding(nn.Module):
@@ -169,10 +171,12 @@ class RayEmbedding(nn.Module):
             img2lidar: (B, V, 4, 4), same dtype.
 
         Returns:
-            (B, V, P, C).
+            (B, V, P, C), at least float32 also under autocast.
         """
+        pixels, img2lidar = at_least_float32(pixels), at_least_float32(img2lidar)
         depths = ray_depths(self.num_depths, self.point_range[3], dtype=pixels.dtype, device=pixels.device)
-        return self.mlp(camera_rays(pixels, img2lidar, depths, self.point_range))
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.mlp(camera_rays(pixels, img2lidar, depths, self.point_range))
 
 
 def bev_positions(embedding: BevEmbedding, rows: int, cols: int, *, like: Tensor) -> Tensor:

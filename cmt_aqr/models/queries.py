@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cmt_aqr.geometry import DEPTH_EPS, inverse_sigmoid, project, to_metres
 from cmt_aqr.models.position import BevEmbedding, Cameras, RayEmbedding
+from cmt_aqr.precision import at_least_float32
 from cmt_aqr.predictions import DenoisingQueries
 
 
@@ -20,7 +21,7 @@ class Queries:
 
     Attributes:
         reference_points: (B, Q, 3) in [0, 1] of the point range, at least float32.
-        positions: (B, Q, C) position embeddings.
+        positions: (B, Q, C) position embeddings, at least float32.
         num_dn: number of denoising rows at the front of Q.
         attention_mask: (Q, Q) bool, True = may attend, or None when every query sees every other.
         is_live: (Q,) bool, False for the dead denoising rows, or None when there are none.
@@ -79,8 +80,7 @@ def project_to_pixels(
 
     *Source*: original `CmtHead._rv_query_embed`.
     """
-    with torch.autocast(reference_points.device.type, enabled=False):
-        scaled, depth = project(to_metres(reference_points, point_range), cameras.lidar2img)
+    scaled, depth = project(to_metres(reference_points, point_range), cameras.lidar2img)
     in_front = depth.detach() > 0
     divisor = depth.detach() + torch.where(in_front, DEPTH_EPS, -DEPTH_EPS).to(depth.dtype)
     pixels = torch.cat((scaled, depth[..., None]), dim=-1) / divisor[..., None]
@@ -101,9 +101,12 @@ def query_positions(
     """Position embeddings (B, Q, C): ground embedding plus, in a model with cameras, the ray embedding.
 
     The points first pass inverse sigmoid and sigmoid, i.e. they are clamped to about [1e-5, 1 - 1e-5] (*Quirk Q6*).
+    All of it is computed in at least float32, also under autocast.
     """
-    points = inverse_sigmoid(reference_points).sigmoid()
-    positions = bev_embedding(points[..., :2])
-    if ray_embedding is None or cameras is None:
-        return positions
-    return positions + ray_query_positions(ray_embedding, points, cameras)
+    points = at_least_float32(reference_points)
+    with torch.autocast(points.device.type, enabled=False):
+        points = inverse_sigmoid(points).sigmoid()
+        positions = bev_embedding(points[..., :2])
+        if ray_embedding is None or cameras is None:
+            return positions
+        return positions + ray_query_positions(ray_embedding, points, cameras)

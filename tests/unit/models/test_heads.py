@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cmt_aqr.models.heads import LAYER_NORM_EPS, Branch, Heads, LayerwiseConv, LayerwiseNorm, place_boxes
+from cmt_aqr.models.heads import LAYER_NORM_EPS, Branch, Heads, LayerwiseConv, place_boxes
 from cmt_aqr.predictions import BOX_BRANCHES, Predictions, task_classes
 from tests.unit.models.tiny_detector import ONE_TASK, POINT_RANGE, TWO_TASKS, gradients
 
@@ -71,14 +71,6 @@ def test_layerwise_conv_is_a_grouped_convolution_in_values_and_initialisation():
     torch.testing.assert_close(ours(x), expected)
 
 
-def test_norm_is_computed_in_float32_for_half_inputs():
-    norm = LayerwiseNorm(num_layers=LAYERS, channels=HIDDEN)
-    x = 300 + torch.randn(LAYERS, 2, 4, HIDDEN)
-    output = norm(x.bfloat16())
-    assert output.dtype == torch.float32
-    torch.testing.assert_close(output, norm(x.bfloat16().float()))
-
-
 def test_boxes_are_placed_relative_to_the_reference_point():
     reference = torch.tensor([[[0.25, 0.5, 0.75], [0.0, 1.0, 0.5]]], dtype=torch.float64)
     raw = {name: torch.zeros(1, 1, 2, width, dtype=torch.float64) for name, width in BOX_BRANCHES.items()}
@@ -112,14 +104,6 @@ def test_every_task_has_its_own_classes_and_boxes():
         assert predictions.logits(task).shape == (LAYERS, 2, 7, len(members))
         assert predictions.codes(task).shape == (LAYERS, 2, 7, 10)
     assert not torch.equal(predictions.codes(0), predictions.codes(1))
-
-
-def test_predictions_are_float32_under_autocast():
-    heads = make_heads()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        predictions = heads(torch.randn(LAYERS, 2, 7, DIM), torch.rand(2, 7, 3))
-    for outputs in predictions.tasks:
-        assert {tensor.dtype for tensor in outputs.values()} == {torch.float32}
 
 
 def test_class_prior_sets_the_initial_scores():

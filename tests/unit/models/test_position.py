@@ -80,10 +80,10 @@ def test_points_of_a_ray_project_back_to_their_pixel_and_depth():
 def test_autocast_does_not_round_coordinates():
     cameras = make_cameras(ring_of_cameras(1), IMAGE_SIZE, dtype=torch.float32)
     pixels = pixel_corners(3, 5, IMAGE_SIZE, like=cameras.img2lidar)
-    depths = ray_depths(7, 54.0, dtype=torch.float32, device=torch.device("cpu"))
-    exact = camera_rays(pixels, cameras.img2lidar, depths, POINT_RANGE)
+    embedding = RayEmbedding(dim=8, num_depths=7, point_range=POINT_RANGE)
+    exact = embedding(pixels, cameras.img2lidar)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(camera_rays(pixels, cameras.img2lidar, depths, POINT_RANGE), exact)
+        assert torch.equal(embedding(pixels, cameras.img2lidar), exact)
 
 
 def test_camera_positions_come_in_token_order():
