@@ -20,59 +20,43 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cmt_aqr.build import (
-    build_criterion,
-    build_detector,
-    check_device,
-    count_parameters,
-    open_split,
-    training_dataset,
-)
-from cmt_aqr.config import Config, ConfigError, load_config
-from cmt_aqr.data.index import FrameIndex
-from cmt_aqr.data.loader import Loader, make_loader
+from cmt_aqr.build import build_criterion, build_detector, count_parameters, open_split
+from cmt_aqr.config import Config, load_config
 from cmt_aqr.data.sample import Batch
-from cmt_aqr.data.sampling import TrainingSampler
 from cmt_aqr.errors import UserError, report_errors
 from cmt_aqr.evaluation.nuscenes_eval import Tables, format_table
 from cmt_aqr.evaluation.submission import EvaluationError
-from cmt_aqr.losses.criterion import Criterion, total_loss
-from cmt_aqr.models.denoising import make_denoising
-from cmt_aqr.models.grid_mask import draw_grid_mask, grid_mask
-from cmt_aqr.models.local_start import start_reference_points
-from cmt_aqr.precision import PRECISIONS
-from cmt_aqr.predictions import DenoisingQueries
+from cmt_aqr.jobs import evaluate_split, prepare_data
+from cmt_aqr.losses.criterion import total_loss
+from cmt_aqr.run import (
+    Run,
+    build_optimizer,
+    check_init_from,
+    check_settings,
+    compute_losses,
+    make_training_loader,
+    set_first_weights,
+    set_rates,
+)
 from cmt_aqr.strict_yaml import to_yaml
-from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights
 from cmt_aqr.training.distributed import (
-    Processes,
+    RankInfo,
     any_process,
     main_first,
-    processes,
-    reduce_max,
+    process_group,
     reduce_mean,
     share_buffers,
     wrap,
 )
-from cmt_aqr.training.logs import RunLog, read_log
-from cmt_aqr.training.optim import (
-    BETA1,
-    check_norm_prefixes,
-    check_prefixes,
-    cyclic,
-    freeze,
-    make_optimizer,
-    set_schedule,
-    set_training_mode,
-)
+from cmt_aqr.training.logs import Progress, RunLog, read_log
+from cmt_aqr.training.optim import freeze, set_training_mode
 from cmt_aqr.training.run_folder import LATEST, find_checkpoint, make_work_dir, remove_run, restore, save
-from cmt_aqr.training.seeding import denoising_noise, seed_process, seed_step
+from cmt_aqr.training.seeding import seed_process
 from cmt_aqr.training.signals import stop_signals
-from test import evaluate_split, prepare_data
 
 
 class TrainingStopped(UserError):
-    """The run cannot go on: a loss that is not finite."""
+    """The run cannot continue: a loss that is not finite."""
 
 
 def main() -> int:
@@ -81,8 +65,8 @@ def main() -> int:
 
     def run() -> int:
         config = load_config(arguments.config, arguments.set)
-        with processes(arguments.device) as place:
-            return train(config, place, arguments)
+        with process_group(arguments.device) as rank_info:
+            return train(config, rank_info, arguments)
 
     return report_errors(run)
 
@@ -98,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work-dir", type=Path, help="where results go (default: runs/<name>)")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="go on from the work dir's latest checkpoint")
+    start.add_argument("--resume", action="store_true", help="continue from the work dir's latest checkpoint")
     start.add_argument("--overwrite", action="store_true", help="remove the run that the work dir holds; start anew")
     parser.add_argument("--seed", type=int, help="replaces the configuration's seed")
     parser.add_argument("--deterministic", action="store_true", help="repeat a run bit for bit; slower")
@@ -112,299 +96,194 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def train(config: Config, place: Processes, arguments: argparse.Namespace) -> int:
-    """Prepare everything, then run the epochs that are left; returns the exit status."""
+def train(config: Config, rank_info: RankInfo, arguments: argparse.Namespace) -> int:
+    """Set up, run the epochs that are left, finish; returns the exit status."""
     work_dir = arguments.work_dir or Path("runs") / config.name
-    check_settings(config, place)
-    checkpoint = find_checkpoint(work_dir, config, resume=arguments.resume, overwrite=arguments.overwrite)
-    if checkpoint is None:
-        check_start(config)
-    make_work_dir(work_dir)
-    seed_process(config.seed, deterministic=arguments.deterministic)
-    with main_first(place):
-        prepare_data(config, talk=place.is_main)
-        index = open_split(config.data, config.data.train_split)
-        loader, steps_per_epoch = make_training_loader(config, index, place)
-        open_split(config.data, config.data.val_split)  # a wrong name must not wait for the first evaluation
-
-    model = build_detector(config.model).to(place.device)
-    if config.model.start == "local" and checkpoint is None:
-        start_reference_points(model, training_centres(index), config.model.point_range)
-    start = ""
-    if config.training.init_from is not None and checkpoint is None:
-        start = initialise(model, config.training.init_from)
-    freeze(model, config.training.freeze)
-    criterion = build_criterion(config, reduce_mean=reduce_mean, num_processes=place.world_size)
-    optimizer = build_optimizer(model, config)
-    scaler = torch.amp.GradScaler(place.device.type, enabled=config.training.precision == "fp16")
-    parallel = wrap(model, place)
-    tables = Tables(config.data.root, config.data.version)  # for all evaluations of this run
-
-    total_steps = steps_per_epoch * config.training.epochs
-    last_step = min(total_steps, arguments.max_steps or total_steps)
-    step = 0
-    if checkpoint is not None:
-        step = restore(checkpoint, model, optimizer, scaler)
-    elif arguments.overwrite and place.is_main:
-        remove_run(work_dir)
-    with RunLog(work_dir, place.is_main, resume_step=step or None) as log:
-        describe(config, place, model, steps_per_epoch, step, work_dir, log)
-        if start:
-            log.say(start)
-        if arguments.resume and checkpoint is None:
-            log.say(f"{work_dir} holds no {LATEST} to resume from: starting anew")
-        if checkpoint is not None:
-            evaluate_epoch(model, config, place, step, steps_per_epoch, work_dir, log, tables)
-        with log.progress("train", total_steps, step) as progress:
-            while step < last_step:
-                epoch, first = divmod(step, steps_per_epoch)
-                loader.set_epoch(epoch, first)
-                with stop_signals() as stop:
-                    clock = progress.restart_clock()
-                    for batch in islice(loader, steps_per_epoch - first):
-                        data_time = time.perf_counter() - clock
-                        set_rates(optimizer, config, step, total_steps)
-                        terms, grad_norm = train_step(
-                            parallel, criterion, optimizer, scaler, batch, config, place, step, names=model
-                        )
-                        step += 1
-                        step_time = time.perf_counter() - clock
-                        if step % config.training.log_every == 0 or step == total_steps:
-                            record(log, optimizer, terms, grad_norm, step, steps_per_epoch, data_time, step_time)
-                        figures = {"epoch": step / steps_per_epoch, "lr": optimizer.param_groups[0]["lr"]}
-                        progress.advance(loss=terms["loss"], **figures)
-                        is_interrupted = any_process(stop.is_set, place.device)
-                        if is_interrupted or step == last_step:
-                            break
-                        clock = time.perf_counter()
-                is_last = is_interrupted or step == last_step
-                if place.is_main and (is_last or step // steps_per_epoch % config.training.save_every == 0):
-                    save(work_dir, config, model, optimizer, scaler, step, steps_per_epoch)
-                if is_interrupted:
-                    log.say(f"stopped after step {step}; go on with --resume --work-dir {work_dir}")
-                    return 130
-                evaluate_epoch(model, config, place, step, steps_per_epoch, work_dir, log, tables)
-        if step < total_steps:
-            log.say(f"stopped after step {step} (--max-steps); go on with --resume --work-dir {work_dir}")
+    run, notes, is_resumed = set_up(config, rank_info, work_dir, arguments)
+    with RunLog(work_dir, rank_info.is_main, resume_step=run.step or None) as log:
+        describe(run, log)
+        for note in notes:
+            log.print(note)
+        if is_resumed:
+            evaluate_epoch(run, log)  # where the run was stopped in the middle of one
+        if not train_epochs(run, log):
+            log.print(f"stopped after step {run.step}; {resume_hint(work_dir)}")
+            return 130
+        if run.step < run.total_steps:
+            log.print(f"stopped after step {run.step} (--max-steps); {resume_hint(work_dir)}")
         else:
-            log.say(f"finished: weights {work_dir / LATEST}, log {log.path}")
+            log.print(f"finished: weights {work_dir / LATEST}, log {log.path}")
     return 0
 
 
-def evaluate_epoch(
-    model: nn.Module,
-    config: Config,
-    place: Processes,
-    step: int,
-    steps_per_epoch: int,
-    work_dir: Path,
-    log: RunLog,
-    tables: Tables,
-) -> None:
-    """Evaluate where an evaluation is due after this step and the log has none: also after a stop in the middle of one.
+def set_up(
+    config: Config, rank_info: RankInfo, work_dir: Path, arguments: argparse.Namespace
+) -> tuple[Run, list[str], bool]:
+    """Everything a run needs, restored from the latest checkpoint where it is resumed.
 
-    Trouble with the ground truth or the disk is said and logged, and the run goes on: the weights are safe.
+    Returns:
+        The run, notes on how it starts, whether it is resumed.
     """
-    epoch, rest = divmod(step, steps_per_epoch)
-    is_due = rest == 0 and (epoch % config.training.eval_every == 0 or epoch == config.training.epochs)
-    if is_due and place.is_main:
-        is_due = not any(line["kind"] == "eval" and line["step"] == step for line in read_log(log.path))
-    if not any_process(is_due and place.is_main, place.device):
-        return
-    share_buffers(model)
-    try:
-        folder = work_dir / "eval" / f"epoch_{epoch}"
-        metrics = evaluate_split(model, config, config.data.val_split, place, folder, log, tables)
-    except EvaluationError as error:
-        log.say(f"epoch {epoch} could not be evaluated: {error}")
-        log.record("eval", step, epoch=epoch, error=str(error))
-        return
-    if metrics is not None:
-        log.record("eval", step, epoch=epoch, **metrics.scalars())
-        log.say(format_table(metrics))
+    check_settings(config, rank_info)
+    checkpoint = find_checkpoint(work_dir, config, resume=arguments.resume, overwrite=arguments.overwrite)
+    if checkpoint is None:
+        check_init_from(config)
+    make_work_dir(work_dir)
+    seed_process(config.seed, deterministic=arguments.deterministic)
+    with main_first(rank_info):
+        prepare_data(config, talk=rank_info.is_main)
+        index = open_split(config.data, config.data.train_split)
+        loader, steps_per_epoch = make_training_loader(config, index, rank_info)
+        open_split(config.data, config.data.val_split)  # a wrong name must not wait for the first evaluation
 
-
-def check_settings(config: Config, place: Processes) -> None:
-    """Refuse a batch that the processes cannot share equally, and an attention that cannot run or learn."""
-    if config.model.aqr is not None and config.model.attention.backend == "lowrank":
-        raise ConfigError(["model.attention.backend: 'lowrank' gives AQR no gradient; it is for test.py only"])
-    check_device(config.model, place.device)
-    size = config.training.batch_size
-    if size % place.world_size:
-        raise ConfigError([f"training.batch_size: {size} is not a multiple of the {place.world_size} processes"])
-
-
-def check_start(config: Config) -> None:
-    """Refuse to prepare hours of data for a run whose first weights are not there."""
-    path = config.training.init_from
-    if path is not None and not Path(path).is_file():
-        raise CheckpointError(f"training.init_from {path}: no such file")
-
-
-def make_training_loader(config: Config, index: FrameIndex, place: Processes) -> tuple[Loader, int]:
-    """Batches of this process, and how many of them make an epoch, whatever the number of processes."""
-
-    def sampler(rank: int, world_size: int) -> TrainingSampler:
-        return TrainingSampler(
-            frame_labels=index.frame_labels,
-            class_balanced=config.data.class_balanced,
-            seed=config.seed,
-            rank=rank,
-            world_size=world_size,
-        )
-
-    # The loader of one of several processes may have one more: samplers round up.
-    steps_per_epoch = len(sampler(0, 1)) // config.training.batch_size
-    loader = make_loader(
-        training_dataset(config, index),
-        sampler=sampler(place.rank, place.world_size),
-        batch_size=config.training.batch_size // place.world_size,
-        num_workers=config.data.workers,
-        drop_last=steps_per_epoch > 0,
+    model = build_detector(config.model).to(rank_info.device)
+    notes = []
+    if checkpoint is None:
+        notes += set_first_weights(model, config, index)
+    if arguments.resume and checkpoint is None:
+        notes.append(f"{work_dir} holds no {LATEST} to resume from: starting anew")
+    freeze(model, config.training.freeze)
+    total_steps = steps_per_epoch * config.training.epochs
+    run = Run(
+        config=config,
+        rank_info=rank_info,
+        work_dir=work_dir,
+        model=model,
+        optimizer=build_optimizer(model, config),
+        ddp_model=wrap(model, rank_info),
+        criterion=build_criterion(config, reduce_mean=reduce_mean, num_processes=rank_info.world_size),
+        scaler=torch.amp.GradScaler(rank_info.device.type, enabled=config.training.precision == "fp16"),
+        loader=loader,
+        tables=Tables(config.data.root, config.data.version),
+        steps_per_epoch=steps_per_epoch,
+        last_step=min(total_steps, arguments.max_steps or total_steps),
     )
-    return loader, max(1, steps_per_epoch)
+    if checkpoint is not None:
+        run.step = restore(checkpoint, model, run.optimizer, run.scaler)
+    elif arguments.overwrite and rank_info.is_main:
+        remove_run(work_dir)
+    return run, notes, checkpoint is not None
 
 
-def training_centres(index: FrameIndex) -> Tensor:
-    """Centres (N, 3) of all boxes of the training split that a sensor saw, metres, LiDAR frame."""
-    return torch.cat([index.frame(i).targets(valid_only=True).boxes[:, :3] for i in range(len(index))])
+def train_epochs(run: Run, log: RunLog) -> bool:
+    """Train, save and evaluate until the last step; False where a signal stopped the run."""
+    with log.progress("train", run.total_steps, run.step) as progress:
+        while run.step < run.last_step:
+            is_stopped = train_epoch(run, log, progress)
+            is_last = is_stopped or run.step == run.last_step
+            if is_last or run.step // run.steps_per_epoch % run.config.training.save_every == 0:
+                save_run(run)
+            if is_stopped:
+                return False
+            evaluate_epoch(run, log)
+    return True
 
 
-def initialise(model: nn.Module, path: str) -> str:
-    """Start from a checkpoint of this project, or from backbone weights (torchvision's names); says how much of it."""
-    weights = load_weights(path)
-    own = model.state_dict()
-    prefix = next((p for p in ("", "image_branch.backbone.") if any(p + name in own for name in weights)), None)
-    if prefix is None:
-        raise CheckpointError(f"training.init_from {path}: no tensor in it has a name of this model")
-    fitting = {prefix + name: value for name, value in weights.items() if prefix + name in own}
-    load_into(model, {**own, **fitting}, path)
-    return f"init_from {path}: {len(fitting)} of {len(own)} tensors of the model taken"
+def train_epoch(run: Run, log: RunLog, progress: Progress) -> bool:
+    """The steps that are left of the current epoch; True where a signal stopped the run."""
+    epoch, first = divmod(run.step, run.steps_per_epoch)
+    run.loader.set_epoch(epoch, first)
+    with stop_signals() as stop:
+        clock = progress.restart_clock()
+        for batch in islice(run.loader, run.steps_per_epoch - first):
+            data_time = time.perf_counter() - clock
+            metrics = train_step(run, batch)
+            step_time = time.perf_counter() - clock
+            if run.step % run.config.training.log_every == 0 or run.step == run.total_steps:
+                log_step(run, log, metrics | {"data_time": data_time, "step_time": step_time})
+            progress.advance(loss=metrics["loss"], epoch=run.step / run.steps_per_epoch, lr=metrics["lr"])
+            if any_process(stop.is_set, run.rank_info.device):
+                return True
+            if run.step == run.last_step:
+                break
+            clock = time.perf_counter()
+    return False
 
 
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW with the configuration's factors, after checking that every prefix means something."""
-    training = config.training
-    for key in ("lr_mult", "decay_mult", "freeze"):
-        check_prefixes(model, list(getattr(training, key)), f"training.{key}")
-    check_norm_prefixes(model, training.norm_eval, "training.norm_eval")
-    return make_optimizer(
-        model,
-        lr=training.lr,
-        weight_decay=training.weight_decay,
-        lr_mult=training.lr_mult,
-        decay_mult=training.decay_mult,
-    )
-
-
-def set_rates(optimizer: torch.optim.Optimizer, config: Config, step: int, total_steps: int) -> None:
-    """Learning rate and momentum of this step, from the step alone."""
-    training = config.training
-    rate = cyclic(step, total_steps, up_fraction=training.up_fraction, top=training.lr_peak, end=training.lr_end)
-    momentum = cyclic(step, total_steps, up_fraction=training.up_fraction, top=training.momentum_dip, end=1.0)
-    set_schedule(optimizer, lr=training.lr * rate, momentum=BETA1 * momentum)
-
-
-def train_step(
-    parallel: nn.Module,
-    criterion: Criterion,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    batch: Batch,
-    config: Config,
-    place: Processes,
-    step: int,
-    *,
-    names: nn.Module,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """One optimizer step; returns the loss terms, their sum as ``loss`` and figures of AQR, and the gradient's norm."""
-    set_training_mode(names, (*config.training.freeze, *config.training.norm_eval))
-    shared_rng = seed_step(config.seed, step, place.rank)
-    batch = batch.to(place.device, non_blocking=True)
-    precision = PRECISIONS[config.training.precision]
-    with torch.autocast(place.device.type, dtype=precision, enabled=precision != torch.float32):
-        denoising = noise_targets(batch, config, place, step)
-        mask = draw_image_mask(batch, config, shared_rng)
-        predictions = parallel(batch.images, batch.points, batch.lidar2img, denoising, image_mask=mask)
-    terms = criterion(predictions, batch.targets, denoising)
+def train_step(run: Run, batch: Batch) -> dict[str, Tensor | float]:
+    """One optimizer step; returns the loss, its terms, metrics of AQR, the gradient's norm and the learning rate."""
+    training = run.config.training
+    set_training_mode(run.model, (*training.freeze, *training.norm_eval))
+    set_rates(run)
+    batch = batch.to(run.rank_info.device, non_blocking=True)
+    terms, aqr_metrics = compute_losses(run, batch)
     loss = total_loss(terms)
     if not math.isfinite(loss.item()):
         shown = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-        raise TrainingStopped(f"step {step}: the loss is {loss.item()}; samples {', '.join(batch.tokens)}; {shown}")
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(parallel.parameters(), config.training.grad_clip)
-    scaler.step(optimizer)
-    names.clamp_parameters()
-    scaler.update()
-    figures = {} if predictions.aqr_weights is None else names.aqr.figures(predictions.aqr_weights)
-    return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}, **figures}, grad_norm
+        raise TrainingStopped(f"step {run.step}: the loss is {loss.item()}; samples {', '.join(batch.tokens)}; {shown}")
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), training.grad_clip)
+    run.scaler.step(run.optimizer)
+    run.model.clamp_parameters()
+    run.scaler.update()
+    run.step += 1
+    terms = {"loss": loss.detach()} | {name: value.detach() for name, value in terms.items()} | aqr_metrics
+    return terms | {"grad_norm": grad_norm, "lr": run.optimizer.param_groups[0]["lr"]}
 
 
-def noise_targets(batch: Batch, config: Config, place: Processes, step: int) -> DenoisingQueries | None:
-    """Denoising queries of this process's part of the batch."""
-    settings = config.model.denoising
-    if settings.num_dn == 0:
-        return None
-    size = len(batch)
-    return make_denoising(
-        batch.targets,
-        num_queries=config.model.num_queries,
-        num_dn=settings.num_dn,
-        point_range=config.model.point_range,
-        max_groups=settings.max_groups,
-        noise_scale=settings.noise_scale,
-        split=settings.split,
-        max_boxes=reduce_max(max(len(targets.labels) for targets in batch.targets), place.device),
-        noise=denoising_noise(
-            config.seed, step, range(place.rank, size * place.world_size, place.world_size), settings.num_dn
-        ),
-    )
+def save_run(run: Run) -> None:
+    """Write the checkpoints of the current step; the main process does."""
+    if run.rank_info.is_main:
+        save(run.work_dir, run.config, run.model, run.optimizer, run.scaler, run.step, run.steps_per_epoch)
 
 
-def draw_image_mask(batch: Batch, config: Config, rng) -> Tensor | None:
-    """GridMask of this step, the same for every image and process."""
-    if batch.images is None or config.model.camera.grid_mask == 0:
-        return None
-    height, width = batch.images.shape[2:4]
-    draw = draw_grid_mask(rng, height=height, probability=config.model.camera.grid_mask)
-    return None if draw is None else grid_mask(draw, height=height, width=width, device=batch.images.device)
+def evaluate_epoch(run: Run, log: RunLog) -> None:
+    """Evaluate where an evaluation is due after this step and the log has none: also after a stop in the middle of one.
+
+    Trouble with the ground truth or the disk is logged, and the run continues: the weights are safe.
+    """
+    training = run.config.training
+    epoch, rest = divmod(run.step, run.steps_per_epoch)
+    is_due = rest == 0 and (epoch % training.eval_every == 0 or epoch == training.epochs)
+    if is_due and run.rank_info.is_main:
+        is_due = not any(line["kind"] == "eval" and line["step"] == run.step for line in read_log(log.path))
+    if not any_process(is_due and run.rank_info.is_main, run.rank_info.device):
+        return
+    share_buffers(run.model)
+    try:
+        folder = run.work_dir / "eval" / f"epoch_{epoch}"
+        metrics = evaluate_split(
+            run.model, run.config, run.config.data.val_split, run.rank_info, folder, log, run.tables
+        )
+    except EvaluationError as error:
+        log.print(f"epoch {epoch} could not be evaluated: {error}")
+        log.record("eval", run.step, epoch=epoch, error=str(error))
+        return
+    if metrics is not None:
+        log.record("eval", run.step, epoch=epoch, **metrics.scalars())
+        log.print(format_table(metrics))
 
 
-def record(log, optimizer, terms, grad_norm, step, steps_per_epoch, data_time, step_time) -> None:
-    """One line of the log; the terms are means over the processes."""
-    names = list(terms)
-    values = reduce_mean(torch.stack([terms[name].double() for name in names])).tolist()
+def log_step(run: Run, log: RunLog, metrics: dict[str, Tensor | float]) -> None:
+    """One line of the log; tensors are averaged over the processes."""
+    tensors = {name: value.double() for name, value in metrics.items() if isinstance(value, Tensor)}
+    means = reduce_mean(torch.stack(list(tensors.values()))).tolist()
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    log.record(
-        "train",
-        step,
-        epoch=step / steps_per_epoch,
-        lr=optimizer.param_groups[0]["lr"],
-        grad_norm=grad_norm,
-        data_time=data_time,
-        step_time=step_time,
-        memory_gib=memory,
-        **dict(zip(names, values, strict=True)),
-    )
+    values = metrics | dict(zip(tensors, means, strict=True)) | {"memory_gib": memory}
+    log.record("train", run.step, epoch=run.step / run.steps_per_epoch, **values)
 
 
-def describe(
-    config: Config, place: Processes, model: nn.Module, steps_per_epoch: int, step: int, work_dir: Path, log: RunLog
-) -> None:
-    """Say what is about to happen, and keep the resolved configuration."""
-    if place.is_main:
-        (work_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    log.say(
-        f"{config.name}: {count_parameters(model) / 1e6:.1f} M parameters, {place.world_size} x {place.device.type}, "
-        f"{config.training.precision}, {config.training.epochs} epochs of {steps_per_epoch} steps, "
-        f"results in {work_dir}"
+def describe(run: Run, log: RunLog) -> None:
+    """Tell what is about to happen, and keep the resolved configuration."""
+    config, rank_info = run.config, run.rank_info
+    if rank_info.is_main:
+        (run.work_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    log.print(
+        f"{config.name}: {count_parameters(run.model) / 1e6:.1f} M parameters, "
+        f"{rank_info.world_size} x {rank_info.device.type}, {config.training.precision}, "
+        f"{config.training.epochs} epochs of {run.steps_per_epoch} steps, results in {run.work_dir}"
     )
-    if model.aqr is not None:
-        log.say(model.aqr.describe(place.device))
-    if step:
-        log.say(f"resuming after step {step}")
+    if run.model.aqr is not None:
+        log.print(run.model.aqr.describe(rank_info.device))
+    if run.step:
+        log.print(f"resuming after step {run.step}")
+
+
+def resume_hint(work_dir: Path) -> str:
+    """How to resume, for the end of a sentence."""
+    return f"resume with --resume --work-dir {work_dir}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One process or many: the only room that talks to ``torch.distributed``.
+"""One process or many: the only module that talks to ``torch.distributed``.
 
 Every function also works, without any set-up, in a single process.
 """
@@ -23,7 +23,7 @@ TIMEOUT = timedelta(hours=3)
 
 
 @dataclass(frozen=True)
-class Processes:
+class RankInfo:
     """Who this process is.
 
     Attributes:
@@ -43,7 +43,7 @@ class Processes:
 
 
 @contextmanager
-def processes(device: str | None = None) -> Iterator[Processes]:
+def process_group(device: str | None = None) -> Iterator[RankInfo]:
     """Join the process group that ``torchrun`` describes in the environment, and leave it at the end.
 
     Args:
@@ -57,12 +57,12 @@ def processes(device: str | None = None) -> Iterator[Processes]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _choose_device(device, local_rank)
     if world_size == 1:
-        yield Processes(0, 1, chosen)
+        yield RankInfo(0, 1, chosen)
         return
     device_id = chosen if chosen.type == "cuda" else None
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", device_id=device_id, timeout=TIMEOUT)
     try:
-        yield Processes(rank, world_size, chosen)
+        yield RankInfo(rank, world_size, chosen)
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -83,17 +83,17 @@ def _choose_device(device: str | None, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def wrap(model: nn.Module, place: Processes) -> nn.Module:
+def wrap(model: nn.Module, rank_info: RankInfo) -> nn.Module:
     """DistributedDataParallel when there are several processes, else the model itself.
 
     Buffers are not broadcast: each process keeps its own batch-norm statistics while training, as in the original, and
     process 0's go into the checkpoint; :func:`share_buffers` before an evaluation gives them to all.
     """
-    if place.world_size == 1:
+    if rank_info.world_size == 1:
         return model
     # Said of weights whose last side is 1, for which the two layouts are the same.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    ids = [place.device.index] if place.device.type == "cuda" else None
+    ids = [rank_info.device.index] if rank_info.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
@@ -137,22 +137,22 @@ def gather(items: list[Any]) -> list[Any]:
 
 
 @contextmanager
-def main_first(place: Processes) -> Iterator[None]:
+def main_first(rank_info: RankInfo) -> Iterator[None]:
     """Process 0 runs the block, then the others: for files that the first one writes and all read.
 
     Where process 0 fails, the others leave with exit status 2 and say nothing: process 0 says why.
     """
-    if not place.is_main:
-        if any_process(False, place.device):
+    if not rank_info.is_main:
+        if any_process(False, rank_info.device):
             raise SystemExit(2)
         yield
         return
     try:
         yield
     except BaseException:
-        any_process(True, place.device)
+        any_process(True, rank_info.device)
         raise
-    any_process(False, place.device)
+    any_process(False, rank_info.device)
 
 
 def _is_joined() -> bool:

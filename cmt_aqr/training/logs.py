@@ -114,7 +114,7 @@ class RunLog:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line to stdout without tearing a progress bar."""
         if self._is_main:
             tqdm.write(text, file=sys.stdout)
@@ -201,7 +201,7 @@ class Progress:
             self._bar.update(count)
         elif now - self._last_line >= self._plain_period:
             self._last_line = now
-            self._log.say(self.line())
+            self._log.print(self.line())
 
     def restart_clock(self) -> float:
         """Leave the time since the last step (an evaluation, a checkpoint) out of the speed; returns perf_counter()."""

@@ -59,7 +59,7 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(world, whole_run, tm
     assert err == ""
     stopped_at = weights(work_dir)["step"]
     assert 1 <= stopped_at < 12
-    assert f"stopped after step {stopped_at}; go on with --resume" in out
+    assert f"stopped after step {stopped_at}; resume with --resume --work-dir {work_dir}" in out
 
     result = world.run("train.py", "--work-dir", work_dir, "--resume", "--max-steps", "9", settings=ONE_AT_A_TIME)
     assert result.status == 0, result.err

@@ -8,9 +8,9 @@ import torch
 
 from cmt_aqr.build import open_split
 from cmt_aqr.config import load_config
-from cmt_aqr.training.distributed import Processes
+from cmt_aqr.run import make_training_loader
+from cmt_aqr.training.distributed import RankInfo
 from tests.e2e.conftest import CONFIG, read_lines
-from train import make_training_loader
 
 pytestmark = pytest.mark.e2e
 
@@ -117,9 +117,9 @@ def test_an_epoch_has_as_many_steps_as_with_one_process(world):
     config = load_config(CONFIG, [*world.settings, "data.train_split=synthetic_val"])
     for world_size in (1, 2):
         for rank in range(world_size):
-            place = Processes(rank, world_size, torch.device("cpu"))
+            rank_info = RankInfo(rank, world_size, torch.device("cpu"))
             index = open_split(config.data, config.data.train_split)
-            assert make_training_loader(config, index, place)[1] == 1
+            assert make_training_loader(config, index, rank_info)[1] == 1
 
 
 def test_process_zero_says_what_is_wrong_once(world, tmp_path):

@@ -13,7 +13,8 @@ from cmt_aqr.attention import TokenLayout, query_windows
 from cmt_aqr.boxes import Targets
 from cmt_aqr.config import load_config
 from cmt_aqr.models.decoder import Decoder
-from cmt_aqr.training.distributed import Processes
+from cmt_aqr.training.distributed import RankInfo
+from cmt_aqr.training.optim import make_optimizer
 from tests.parity.golden import REPOSITORY
 
 OFFICIAL = ("cmt_r50_800x320", "cmt_vov_1600x640", "cmt_lidar_0075", "cmt_camera_vov_1600x640")
@@ -69,7 +70,7 @@ def test_training_stops_at_a_loss_that_is_not_finite(bad):
     config = load_config(REPOSITORY / "configs" / "cmt_lidar_0075.yaml", ("model.denoising.num_dn=0",))
     model = nn.Linear(2, 1)
     before = model.weight.clone()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = make_optimizer(model, lr=1.0, weight_decay=0.0, lr_mult={}, decay_mult={})
     batch = SimpleNamespace(
         images=None,
         points=None,
@@ -81,16 +82,26 @@ def test_training_stops_at_a_loss_that_is_not_finite(bad):
 
     class Predict(nn.Module):
         def forward(self, *args, **kwargs):
-            return model(torch.ones(1, 2))
+            return SimpleNamespace(output=model(torch.ones(1, 2)), aqr_weights=None)
 
     def criterion(predictions, targets, denoising):
-        return {"loss_cls": predictions.sum(), "loss_bbox": predictions.sum() * bad}
+        return {"loss_cls": predictions.output.sum(), "loss_bbox": predictions.output.sum() * bad}
 
-    place = Processes(rank=0, world_size=1, device=torch.device("cpu"))
+    run = SimpleNamespace(
+        config=config,
+        rank_info=RankInfo(rank=0, world_size=1, device=torch.device("cpu")),
+        model=model,
+        ddp_model=Predict(),
+        criterion=criterion,
+        optimizer=optimizer,
+        scaler=None,
+        step=7,
+        total_steps=10,
+    )
     with pytest.raises(
         TrainingStopped, match=r"^step 7: the loss is .*; samples a1; loss_cls .*, loss_bbox (nan|-?inf)"
     ):
-        train_step(Predict(), criterion, optimizer, None, batch, config, place, 7, names=model)
+        train_step(run, batch)
     assert torch.equal(model.weight, before) and model.weight.grad is None
 
 

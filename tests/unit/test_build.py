@@ -12,8 +12,8 @@ from cmt_aqr.classes import CLASSES
 from cmt_aqr.config import Config, load_config
 from cmt_aqr.data.sample import DataError
 from cmt_aqr.models.heads import CLASS_BRANCH
+from cmt_aqr.run import build_optimizer, initialise
 from cmt_aqr.training.optim import freeze
-from train import build_optimizer, initialise
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))

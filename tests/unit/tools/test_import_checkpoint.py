@@ -231,7 +231,7 @@ def test_backbone_of_torchvision_and_mmdet(tmp_path, capsys, prefix):
 
 
 def test_backbone_starts_a_training(tmp_path):
-    from train import initialise
+    from cmt_aqr.run import initialise
 
     tensors = backbone_tensors(FUSION, SMALL)
     counters = [name for name in tensors if name.endswith("num_batches_tracked")]

@@ -79,7 +79,7 @@ def test_resume_without_a_log_starts_one(tmp_path):
 def test_other_processes_do_nothing(tmp_path, capsys):
     with RunLog(tmp_path / "run", False) as log:
         log.record("train", 1, loss=1.0)
-        log.say("hello")
+        log.print("hello")
         with log.progress("train", 10) as progress:
             progress.advance(loss=1.0)
     assert list(tmp_path.iterdir()) == []
@@ -124,7 +124,7 @@ def test_bar_on_a_terminal_and_lines_beside_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     with quiet(tmp_path) as log, log.progress("epoch 1/2", total=4) as progress:
         progress.advance(2, loss=3.0)
-        log.say("saved")
+        log.print("saved")
         progress.advance(2, loss=3.0)
     assert "epoch 1/2" in terminal.getvalue()
     assert capsys.readouterr().out == "saved\n"

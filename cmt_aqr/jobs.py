@@ -1,0 +1,101 @@
+"""What both scripts do: prepare the data, evaluate a split."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from cmt_aqr.build import evaluation_dataset, open_split
+from cmt_aqr.config import Config
+from cmt_aqr.data.loader import make_loader
+from cmt_aqr.data.sampling import EvaluationSampler
+from cmt_aqr.evaluation.nuscenes_eval import Metrics, Tables
+from cmt_aqr.evaluation.run import Decoding, Pictures, evaluate, predict
+from cmt_aqr.precision import PRECISIONS
+from cmt_aqr.synthetic import generate_world
+from cmt_aqr.training.distributed import RankInfo, gather
+from cmt_aqr.training.logs import RunLog
+
+
+def prepare_data(config: Config, *, talk: bool) -> None:
+    """Write the synthetic world of a configuration that has one, unless it is there."""
+    world = config.data.synthetic
+    if world is None:
+        return
+    root = Path(config.data.root)
+    if talk and not root.exists():
+        print(f"{root} does not exist: writing the synthetic world of this configuration", flush=True)
+    generate_world(
+        root,
+        scenes=world.train_scenes,
+        val_scenes=world.val_scenes,
+        seed=world.seed,
+        samples_per_scene=world.samples_per_scene,
+        image_size=world.image_size,
+        sweeps_per_keyframe=world.sweeps_per_keyframe,
+        lidar_columns=world.lidar_columns,
+        workers=world.workers,
+        progress=talk and not root.exists(),
+    )
+
+
+def evaluate_split(
+    model: nn.Module, config: Config, split: str, rank_info: RankInfo, folder: Path, log: RunLog, tables: Tables
+) -> Metrics | None:
+    """Predict a split with all processes, then score and draw it in the main one; the others return None.
+
+    ``tables`` are those of the configuration's data set; only the main process loads them.
+    """
+    index = open_split(config.data, split)
+    loader = make_loader(
+        evaluation_dataset(config, index),
+        sampler=EvaluationSampler(num_frames=len(index), rank=rank_info.rank, world_size=rank_info.world_size),
+        batch_size=config.evaluation.batch_size,
+        num_workers=min(config.data.workers, len(index)),
+    )
+    count = config.evaluation.num_pictures if rank_info.is_main else 0
+    pictures = Pictures(
+        folder / "pictures",
+        tokens=spread(index.tokens[rank_info.rank :: rank_info.world_size], count),
+        score_threshold=config.evaluation.picture_score,
+        written=[],
+    )
+    with log.progress(f"evaluate {split}", len(loader)) as progress:
+
+        def after_batch(batch, detections):
+            pictures(batch, detections)
+            progress.advance()
+
+        results = predict(
+            model,
+            loader,
+            device=rank_info.device,
+            precision=PRECISIONS[config.training.precision],
+            decoding=Decoding(
+                max_detections=config.evaluation.max_detections,
+                post_range=config.evaluation.post_range,
+                score_threshold=config.evaluation.score_threshold,
+            ),
+            on_batch=after_batch,
+        )
+    results = gather(results)
+    if not rank_info.is_main:
+        return None
+    rank_of = {token: i for i, token in enumerate(index.tokens)}
+    results.sort(key=lambda result: rank_of[result.token])  # the same file however many processes
+    velocities = config.data.velocity_file
+    return evaluate(
+        results,
+        folder=folder,
+        tables=tables,
+        split=split,
+        velocity_file=None if velocities is None else str(Path(config.data.root) / velocities),
+        use_camera=config.model.camera is not None,
+        use_lidar=config.model.lidar is not None,
+    )
+
+
+def spread(tokens: Sequence[str], count: int) -> tuple[str, ...]:
+    """``count`` of the tokens, evenly spread over them; all when there are fewer."""
+    count = min(count, len(tokens))
+    return tuple(tokens[(2 * i + 1) * len(tokens) // (2 * count)] for i in range(count))

@@ -1,0 +1,197 @@
+"""A training run: its record, its parts made from the configuration, and the losses of its current step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cmt_aqr.build import check_device, training_dataset
+from cmt_aqr.config import Config, ConfigError
+from cmt_aqr.data.index import FrameIndex
+from cmt_aqr.data.loader import Loader, make_loader
+from cmt_aqr.data.sample import Batch
+from cmt_aqr.data.sampling import TrainingSampler
+from cmt_aqr.evaluation.nuscenes_eval import Tables
+from cmt_aqr.losses.criterion import Criterion
+from cmt_aqr.models.denoising import make_denoising
+from cmt_aqr.models.detector import Detector
+from cmt_aqr.models.grid_mask import draw_grid_mask, grid_mask
+from cmt_aqr.models.local_start import start_reference_points
+from cmt_aqr.precision import PRECISIONS
+from cmt_aqr.predictions import DenoisingQueries
+from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights
+from cmt_aqr.training.distributed import RankInfo, reduce_max
+from cmt_aqr.training.optim import BETA1, check_norm_prefixes, check_prefixes, cyclic, make_optimizer, set_schedule
+from cmt_aqr.training.seeding import denoising_noise, seed_step
+
+
+@dataclass
+class Run:
+    """What a training run is made of and how far it is.
+
+    Attributes:
+        model: the detector.
+        ddp_model: the same in DistributedDataParallel where there are several processes.
+        tables: of the data set, for all evaluations of the run.
+        steps_per_epoch: optimizer steps, the same for any number of processes.
+        last_step: the run ends after this many steps.
+        step: finished optimizer steps.
+    """
+
+    config: Config
+    rank_info: RankInfo
+    work_dir: Path
+    model: Detector
+    ddp_model: nn.Module
+    criterion: Criterion
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loader: Loader
+    tables: Tables
+    steps_per_epoch: int
+    last_step: int
+    step: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole schedule."""
+        return self.steps_per_epoch * self.config.training.epochs
+
+
+def check_settings(config: Config, rank_info: RankInfo) -> None:
+    """Refuse a batch that the processes cannot share equally, and an attention that cannot run or learn."""
+    if config.model.aqr is not None and config.model.attention.backend == "lowrank":
+        raise ConfigError(["model.attention.backend: 'lowrank' gives AQR no gradient; it is for test.py only"])
+    check_device(config.model, rank_info.device)
+    size = config.training.batch_size
+    if size % rank_info.world_size:
+        raise ConfigError([f"training.batch_size: {size} is not a multiple of the {rank_info.world_size} processes"])
+
+
+def check_init_from(config: Config) -> None:
+    """Refuse to prepare hours of data for a run whose first weights are not there."""
+    path = config.training.init_from
+    if path is not None and not Path(path).is_file():
+        raise CheckpointError(f"training.init_from {path}: no such file")
+
+
+def make_training_loader(config: Config, index: FrameIndex, rank_info: RankInfo) -> tuple[Loader, int]:
+    """Batches of this process, and how many of them make an epoch, whatever the number of processes."""
+
+    def sampler(rank: int, world_size: int) -> TrainingSampler:
+        return TrainingSampler(
+            frame_labels=index.frame_labels,
+            class_balanced=config.data.class_balanced,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    # The loader of one of several processes may have one more: samplers round up.
+    steps_per_epoch = len(sampler(0, 1)) // config.training.batch_size
+    loader = make_loader(
+        training_dataset(config, index),
+        sampler=sampler(rank_info.rank, rank_info.world_size),
+        batch_size=config.training.batch_size // rank_info.world_size,
+        num_workers=config.data.workers,
+        drop_last=steps_per_epoch > 0,
+    )
+    return loader, max(1, steps_per_epoch)
+
+
+def training_centres(index: FrameIndex) -> Tensor:
+    """Centres (N, 3) of all boxes of the training split that a sensor saw, metres, LiDAR frame."""
+    return torch.cat([index.frame(i).targets(valid_only=True).boxes[:, :3] for i in range(len(index))])
+
+
+def initialise(model: nn.Module, path: str) -> str:
+    """Start from a checkpoint of this project, or from backbone weights (torchvision's names); says how much of it."""
+    weights = load_weights(path)
+    own = model.state_dict()
+    prefix = next((p for p in ("", "image_branch.backbone.") if any(p + name in own for name in weights)), None)
+    if prefix is None:
+        raise CheckpointError(f"training.init_from {path}: no tensor in it has a name of this model")
+    fitting = {prefix + name: value for name, value in weights.items() if prefix + name in own}
+    load_into(model, {**own, **fitting}, path)
+    return f"init_from {path}: {len(fitting)} of {len(own)} tensors of the model taken"
+
+
+def set_first_weights(model: Detector, config: Config, index: FrameIndex) -> list[str]:
+    """Reference points and weights that a new run starts from; returns what there is to say about them."""
+    if config.model.start == "local":
+        start_reference_points(model, training_centres(index), config.model.point_range)
+    if config.training.init_from is None:
+        return []
+    return [initialise(model, config.training.init_from)]
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW with the configuration's factors, after checking that every prefix means something."""
+    training = config.training
+    for key in ("lr_mult", "decay_mult", "freeze"):
+        check_prefixes(model, list(getattr(training, key)), f"training.{key}")
+    check_norm_prefixes(model, training.norm_eval, "training.norm_eval")
+    return make_optimizer(
+        model,
+        lr=training.lr,
+        weight_decay=training.weight_decay,
+        lr_mult=training.lr_mult,
+        decay_mult=training.decay_mult,
+    )
+
+
+def set_rates(run: Run) -> None:
+    """Learning rate and momentum of the current step, from the step alone."""
+    training, step, total = run.config.training, run.step, run.total_steps
+    rate = cyclic(step, total, up_fraction=training.up_fraction, top=training.lr_peak, end=training.lr_end)
+    momentum = cyclic(step, total, up_fraction=training.up_fraction, top=training.momentum_dip, end=1.0)
+    set_schedule(run.optimizer, lr=training.lr * rate, momentum=BETA1 * momentum)
+
+
+def compute_losses(run: Run, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Forward pass of the current step on this process's part of the batch.
+
+    Returns:
+        Loss terms by name, and metrics of AQR (empty without it).
+    """
+    config, device = run.config, run.rank_info.device
+    shared_rng = seed_step(config.seed, run.step, run.rank_info.rank)
+    precision = PRECISIONS[config.training.precision]
+    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+        denoising = make_denoising_queries(run, batch)
+        mask = draw_image_mask(config, batch, shared_rng)
+        predictions = run.ddp_model(batch.images, batch.points, batch.lidar2img, denoising, image_mask=mask)
+    terms = run.criterion(predictions, batch.targets, denoising)
+    metrics = {} if predictions.aqr_weights is None else run.model.aqr.figures(predictions.aqr_weights)
+    return terms, metrics
+
+
+def make_denoising_queries(run: Run, batch: Batch) -> DenoisingQueries | None:
+    """Denoising queries of this process's part of the batch."""
+    settings = run.config.model.denoising
+    if settings.num_dn == 0:
+        return None
+    rank, world_size = run.rank_info.rank, run.rank_info.world_size
+    positions = range(rank, len(batch) * world_size, world_size)  # of the frames in the global batch
+    return make_denoising(
+        batch.targets,
+        num_queries=run.config.model.num_queries,
+        num_dn=settings.num_dn,
+        point_range=run.config.model.point_range,
+        max_groups=settings.max_groups,
+        noise_scale=settings.noise_scale,
+        split=settings.split,
+        max_boxes=reduce_max(max(len(targets.labels) for targets in batch.targets), run.rank_info.device),
+        noise=denoising_noise(run.config.seed, run.step, positions, settings.num_dn),
+    )
+
+
+def draw_image_mask(config: Config, batch: Batch, rng: np.random.Generator) -> Tensor | None:
+    """GridMask of this step, the same for every image and process."""
+    if batch.images is None or config.model.camera.grid_mask == 0:
+        return None
+    height, width = batch.images.shape[2:4]
+    draw = draw_grid_mask(rng, height=height, probability=config.model.camera.grid_mask)
+    return None if draw is None else grid_mask(draw, height=height, width=width, device=batch.images.device)
