@@ -18,14 +18,7 @@ SMALL = TokenLayout(24, 24, 6, 10, 25)
 R50 = TokenLayout(128, 128, 6, 20, 50)
 LIDAR_ONLY, CAMERA_ONLY = TokenLayout(24, 24), TokenLayout(0, 0, 6, 10, 25)
 ODD = TokenLayout(19, 23, 6, 10, 25)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+NUM_DRAWS = 6
 
 
 def make_case(layout, num_queries, *, settings=None, batch_size=2, seed=0, zero=False):
@@ -85,8 +78,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", CASES)
+# The detector pads its tokens; every length without padding is a kernel more to compile.
+PADDED = [(name, True) for name in CASES] + [("few queries", False), ("odd grid", False), ("camera only", False)]
+
+
+@pytest.mark.parametrize(("name", "padded"), PADDED)
 def test_float32_equals_dense_float64(name, padded):
     layout, num_queries, settings = CASES[name]
     windows, leaves = make_case(layout, num_queries, settings=settings)
@@ -101,15 +97,19 @@ def test_float32_equals_dense_float64(name, padded):
 @pytest.mark.parametrize("name", ["r50", "several blocks", "every camera", "whole modality"])
 def test_half_precision_is_as_good_as_dense(name, dtype):
     layout, num_queries, settings = CASES[name]
-    windows, leaves = make_case(layout, num_queries, settings=settings)
-    leaves = [leaf.to(dtype).double() if i < 3 else leaf for i, leaf in enumerate(leaves)]
-    expected = run(windows, leaves, "dense", torch.float64)
-    dense = run(windows, leaves, "dense", dtype)
-    actual = run(windows, leaves, "flex", dtype)
+    squares = {"flex": 0.0, "dense": 0.0}
+    # Root mean square over several draws: the gradient of the scale is one number, whose roundings cancel by chance, so
+    # in a single draw the ratio of its errors lies anywhere between 0.02 and 3.
+    for seed in range(NUM_DRAWS):
+        windows, leaves = make_case(layout, num_queries, settings=settings, seed=seed)
+        leaves = [leaf.to(dtype).double() if i < 3 else leaf for i, leaf in enumerate(leaves)]
+        expected = run(windows, leaves, "dense", torch.float64)
+        for backend in squares:
+            errors = [error(x, ref) for x, ref in zip(run(windows, leaves, backend, dtype), expected, strict=True)]
+            squares[backend] = squares[backend] + torch.tensor(errors).square()
+    ratios = (squares["flex"] / squares["dense"]).sqrt().tolist()
     names = ("out", "lse", "q", "k", "v", "weights", "scale")
-    zipped = zip(names, actual, dense, expected, strict=True)
-    ratios = {name: error(mine, ref) / error(theirs, ref) for name, mine, theirs, ref in zipped}
-    assert max(ratios.values()) <= 1.5, ratios
+    assert max(ratios) <= 1.5, dict(zip(names, ratios, strict=True))
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
@@ -158,6 +158,7 @@ def test_token_mask(padded):
 
 
 def test_no_recompilation_while_contents_change():
+    counters.clear()
     for seed in range(3):
         windows, leaves = make_case(SMALL, 100, seed=seed)
         expected = run(windows, leaves, "dense", torch.float64)
