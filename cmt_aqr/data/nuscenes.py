@@ -1,4 +1,4 @@
-"""nuScenes tables -> frames of the index. The only module of this package that imports the devkit.
+"""nuScenes tables -> frames of the index.
 
 Frames: global (nuScenes map), ego (vehicle at a time stamp), LiDAR (x right, y forward, z up) and camera. Matrices are
 named a2b: p_b = a2b @ [p_a, 1].
@@ -6,31 +6,38 @@ named a2b: p_b = a2b @ [p_a, 1].
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from nuscenes.eval.detection.utils import category_to_detection_name
-from nuscenes.nuscenes import NuScenes
-from nuscenes.utils.splits import create_splits_scenes
 from tqdm import tqdm
 
 from cmt_aqr.classes import CAMERAS, CLASSES
 from cmt_aqr.data.index import CameraRecord, Frame, FrameIndex, SweepRecord, open_index
 from cmt_aqr.data.sample import DataError
+from cmt_aqr.nuscenes_tables import (
+    LIDAR_CHANNEL,
+    SPLITS_FILE,
+    CheckedNuScenes,
+    read_splits,
+    read_table,
+    read_velocities,
+)
+from cmt_aqr.table_schema import SCHEMA, TableError
 
 # Previous sweeps kept per key frame: what the original's converter keeps, so its loader never had to choose among more.
 MAX_SWEEPS = 10
-LIDAR_CHANNEL = "LIDAR_TOP"
 # Tables that decide what a frame holds; the devkit reads more, but they do not reach the index.
 _TABLES = (
     "calibrated_sensor", "category", "ego_pose", "instance", "sample", "sample_annotation", "sample_data", "scene",
     "sensor",
 )  # fmt: skip
-_OTHER_TABLES = ("attribute", "log", "map", "visibility")
-# A rotation whose quaternion is further from unit length than this was not written by a calibration.
-_QUATERNION_TOLERANCE = 1e-3
-_MIN_DETERMINANT = 1e-9
+# Seconds; a sweep older than this belongs to another recording.
+_MAX_LAG = 60.0
+# Version and split become parts of file names.
+_NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]*")
 # Boxes end as float32; a tenth of a micrometre (and microradian) keeps the index small and loses nothing.
 _BOX_DECIMALS = 7
 
@@ -62,6 +69,9 @@ def load_index(
         DataError: missing folder, table or split; a split without frames; broken calibration, box or reference.
     """
     root = Path(dataroot)
+    for key, value in (("version", version), ("split", split)):
+        if not _NAME.fullmatch(value):
+            raise DataError(f"{key} is {value!r}, expected a name of the characters 0-9 A-Z a-z _ . -")
     tables = _table_files(root, version)
     if velocity_file is not None:
         tables["velocity_file"] = Path(velocity_file)
@@ -92,82 +102,50 @@ def _table_files(root: Path, version: str) -> dict[str, Path]:
     if not folder.is_dir():
         found = sorted(path.parent.name for path in root.glob("*/sample.json"))
         raise DataError(f"dataroot {root} has no version {version!r}; it has {', '.join(found) or 'none'}")
-    for name in (*_TABLES, *_OTHER_TABLES):
-        if not (folder / f"{name}.json").is_file():
-            raise DataError(f"table {folder / name}.json is missing")
+    for file in (folder / f"{name}.json" for name in SCHEMA):
+        if not file.is_file():
+            raise DataError(f"table {file} is {'no regular file' if file.exists() else 'missing'}")
     files = {name: folder / f"{name}.json" for name in _TABLES}
-    if (folder / "splits.json").is_file():
-        files["splits"] = folder / "splits.json"
+    if (folder / SPLITS_FILE).is_file():
+        files["splits"] = folder / SPLITS_FILE
     return files
-
-
-def _read_json(path: Path) -> list | dict:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
 
 
 def _build_frames(
     root: Path, version: str, split: str, cameras: Sequence[str], velocity_file: str | Path | None
 ) -> Iterator[Frame]:
     folder = root / version
-    scenes = _scenes_of_split(folder, split)
-    channels = {row["channel"] for row in _read_json(folder / "sensor.json")}
-    for channel in (LIDAR_CHANNEL, *cameras):
-        if channel not in channels:
-            raise DataError(
-                f"{folder / 'sensor.json'} has no channel {channel!r}; it has {', '.join(sorted(channels))}"
-            )
-    for row in _read_json(folder / "map.json"):
-        if not (root / row["filename"]).is_file():
-            raise DataError(
-                f"{folder / 'map.json'}: map file {root / row['filename']} does not exist (the devkit needs it)"
-            )
-    velocities = None if velocity_file is None else _read_velocities(Path(velocity_file))
-    nusc = _open_devkit(folder)
+    try:
+        scenes = _scenes_of_split(folder, split)
+        velocities = None if velocity_file is None else read_velocities(Path(velocity_file))
+        nusc = CheckedNuScenes(root, version)
+    except TableError as error:
+        raise DataError(str(error)) from None
+    _check_sensors(folder / "sensor.json", nusc.sensor, cameras)
     tables = _Tables(nusc, folder, cameras, velocities)
     samples = [sample for sample in nusc.sample if nusc.get("scene", sample["scene_token"])["name"] in scenes]
     if not samples:
         raise DataError(f"split {split!r} has scenes but no sample in {folder / 'sample.json'}, expected at least one")
     for sample in tqdm(samples, desc=f"index of {split}", unit="frame", disable=None):
-        try:
-            yield tables.frame(sample)
-        except KeyError as error:
-            raise DataError(f"{folder}: sample {sample['token']} leads to {error}, which no table holds") from None
+        yield tables.frame(sample)
 
 
-def _open_devkit(folder: Path) -> NuScenes:
-    try:
-        return NuScenes(version=folder.name, dataroot=str(folder.parent), verbose=False)
-    except KeyError as error:
-        raise DataError(f"{folder}: a table refers to {error}, which no other table holds") from None
-    except ValueError:
-        for name in (*_TABLES, *_OTHER_TABLES):
-            _read_json(folder / f"{name}.json")
-        raise
-
-
-def _read_velocities(path: Path) -> dict[str, tuple[float, float] | None]:
-    """Annotation token -> global vx, vy in m/s or None."""
-    try:
-        entries = {token: entry["velocity_global_xy"] for token, entry in _read_json(path).items()}
-        velocities = {token: None if v is None else (float(v[0]), float(v[1])) for token, v in entries.items()}
-    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
-        expected = 'annotation token -> {"velocity_global_xy": [vx, vy] or null}'
-        raise DataError(f"velocity_file {path} has an entry of another form ({error!r}), expected {expected}") from None
-    for token, velocity in velocities.items():
-        if velocity is not None and not np.isfinite(velocity).all():
-            raise DataError(f"velocity_file {path}: {token} has {velocity}, expected finite m/s or null")
-    return velocities
+def _check_sensors(file: Path, sensors: Sequence[dict], cameras: Sequence[str]) -> None:
+    channels = {row["channel"] for row in sensors}
+    for channel, modality in ((LIDAR_CHANNEL, "lidar"), *((camera, "camera") for camera in cameras)):
+        if channel not in channels:
+            raise DataError(f"{file} has no channel {channel!r}; it has {', '.join(sorted(channels))}")
+        for row in sensors:
+            if row["channel"] == channel and row["modality"] != modality:
+                raise DataError(
+                    f"{file}: {row['token']}, {channel}, has modality {row['modality']!r}, expected {modality!r}"
+                )
 
 
 def _scenes_of_split(folder: Path, split: str) -> set[str]:
     """Scene names of the split that exist in this version; at least one."""
-    splits = dict(create_splits_scenes())
-    if (folder / "splits.json").is_file():
-        splits |= _read_json(folder / "splits.json")
-    present = {row["name"] for row in _read_json(folder / "scene.json")}
+    splits = read_splits(folder)
+    present = {row["name"] for row in read_table(folder / "scene.json")}
     available = ", ".join(sorted(name for name, scenes in splits.items() if present & set(scenes))) or "none"
     if split not in splits:
         raise DataError(f"split {split!r} is not known in {folder}; splits with frames there: {available}")
@@ -209,7 +187,7 @@ def original_yaw(rotation: np.ndarray) -> float:
 class _Tables:
     """The devkit's tables with checked poses; makes frames."""
 
-    def __init__(self, nusc: NuScenes, folder: Path, cameras: Sequence[str], velocities: Mapping | None):
+    def __init__(self, nusc: CheckedNuScenes, folder: Path, cameras: Sequence[str], velocities: Mapping | None):
         self.nusc = nusc
         self.folder = folder
         self.cameras = cameras
@@ -220,10 +198,6 @@ class _Tables:
     def frame(self, sample: dict) -> Frame:
         """Everything about one key frame."""
         get = self.nusc.get
-        if LIDAR_CHANNEL not in sample["data"]:
-            raise DataError(
-                f"{self.folder / 'sample_data.json'}: sample {sample['token']} has no {LIDAR_CHANNEL} record"
-            )
         lidar = get("sample_data", sample["data"][LIDAR_CHANNEL])
         lidar2ego, ego2global = self._sensor2ego(lidar["calibrated_sensor_token"]), self._ego2global(lidar)
         lidar2global = ego2global @ lidar2ego
@@ -252,9 +226,17 @@ class _Tables:
     def _sweeps(self, key: dict, global2lidar: np.ndarray) -> list[SweepRecord]:
         sweeps, row = [], key
         while row["prev"] and len(sweeps) < MAX_SWEEPS:
-            row = self.nusc.get("sample_data", row["prev"])
-            sweep2global = self._ego2global(row) @ self._sensor2ego(row["calibrated_sensor_token"])
+            later, row = row, self.nusc.get("sample_data", row["prev"])
+            where = f"{self.folder / 'sample_data.json'}: {later['token']} has prev {row['token']}"
+            if row["channel"] != LIDAR_CHANNEL:
+                raise DataError(f"{where} of channel {row['channel']}, expected {LIDAR_CHANNEL}")
             lag = (key["timestamp"] - row["timestamp"]) * 1e-6
+            if not (row["timestamp"] < later["timestamp"] and lag <= _MAX_LAG):
+                raise DataError(
+                    f"{where} with timestamp {row['timestamp']}, expected a time before its own "
+                    f"{later['timestamp']} and at most {_MAX_LAG:g} s before the key frame's {key['timestamp']}"
+                )
+            sweep2global = self._ego2global(row) @ self._sensor2ego(row["calibrated_sensor_token"])
             sweeps.append(SweepRecord(row["filename"], lag, (global2lidar @ sweep2global).tolist()))
         return sweeps
 
@@ -265,14 +247,9 @@ class _Tables:
             file, ego2global = row["filename"], self._ego2global(row)
         else:
             file, (calibration, row) = None, self._stand_in(channel, sample)
-        if not (row["width"] > 0 and row["height"] > 0):
-            size = f"{row['width']} x {row['height']}"
-            raise DataError(
-                f"{self.folder / 'sample_data.json'}: {row['token']} has image size {size}, expected both > 0"
-            )
         lidar2cam = _inverse(self._sensor2ego(calibration["token"])) @ _inverse(ego2global) @ lidar2global
-        intrinsic = self._intrinsic(calibration)
-        return CameraRecord(channel, file, row["height"], row["width"], intrinsic.tolist(), lidar2cam.tolist())
+        intrinsic = calibration["camera_intrinsic"]
+        return CameraRecord(channel, file, row["height"], row["width"], intrinsic, lidar2cam.tolist())
 
     def _stand_in(self, channel: str, sample: dict) -> tuple[dict, dict]:
         """Calibration and size for a view without image: same scene first, then any calibration of the sensor."""
@@ -296,7 +273,8 @@ class _Tables:
             if self.nusc.get("sensor", calibration["sensor_token"])["channel"] == channel
         )
         calibration = next(of_sensor, None)
-        size = next((r for r in self.nusc.sample_data if r["sensor_modality"] == "camera" and r["width"]), None)
+        images = (r for r in self.nusc.sample_data if r["is_key_frame"] and r["sensor_modality"] == "camera")
+        size = next(images, None)
         if calibration is None or size is None:
             raise DataError(
                 f"{self.folder / 'calibrated_sensor.json'}: sample {sample['token']} has no {channel} image and no "
@@ -304,45 +282,26 @@ class _Tables:
             )
         return calibration, size
 
-    def _pose(self, table: str, row: dict) -> np.ndarray:
-        where = f"{self.folder / table}.json: {row['token']}"
-        translation = np.asarray(row["translation"], dtype=np.float64)
-        quaternion = np.asarray(row["rotation"], dtype=np.float64)
-        if translation.shape != (3,) or not np.isfinite(translation).all():
-            raise DataError(f"{where} has translation {row['translation']}, expected three finite numbers")
-        if quaternion.shape != (4,) or not abs(np.linalg.norm(quaternion) - 1) < _QUATERNION_TOLERANCE:
-            raise DataError(f"{where} has rotation {row['rotation']}, expected a quaternion of length 1")
+    @staticmethod
+    def _pose(row: dict) -> np.ndarray:
+        """(4, 4) float64."""
         matrix = np.eye(4)
-        matrix[:3, :3] = rotation_matrix(quaternion)
-        matrix[:3, 3] = translation
+        matrix[:3, :3] = rotation_matrix(row["rotation"])
+        matrix[:3, 3] = row["translation"]
         return matrix
 
     def _ego2global(self, sample_data: dict) -> np.ndarray:
-        return self._pose("ego_pose", self.nusc.get("ego_pose", sample_data["ego_pose_token"]))
+        return self._pose(self.nusc.get("ego_pose", sample_data["ego_pose_token"]))
 
     def _sensor2ego(self, token: str) -> np.ndarray:
         if token not in self._calibrations:
-            self._calibrations[token] = self._pose("calibrated_sensor", self.nusc.get("calibrated_sensor", token))
+            self._calibrations[token] = self._pose(self.nusc.get("calibrated_sensor", token))
         return self._calibrations[token]
-
-    def _intrinsic(self, calibration: dict) -> np.ndarray:
-        where = f"{self.folder / 'calibrated_sensor.json'}: {calibration['token']}"
-        intrinsic = np.asarray(calibration["camera_intrinsic"], dtype=np.float64)
-        if intrinsic.shape != (3, 3) or not np.isfinite(intrinsic).all():
-            raise DataError(
-                f"{where} has camera_intrinsic {calibration['camera_intrinsic']}, expected 3 x 3 finite numbers"
-            )
-        if abs(determinant := np.linalg.det(intrinsic)) < _MIN_DETERMINANT:
-            raise DataError(f"{where} has a singular camera_intrinsic: determinant {determinant:.3g}, expected not 0")
-        return intrinsic
 
     def _box(self, row: dict, global2lidar: np.ndarray) -> list[float | None]:
         """Box (9) in the LiDAR frame; *Source*: mmdet3d `nuscenes_converter` with gravity centres."""
-        where = f"{self.folder / 'sample_annotation.json'}: {row['token']}"
         width, length, height = row["size"]
-        if not (np.isfinite(row["size"]).all() and min(row["size"]) > 0):
-            raise DataError(f"{where} has size {row['size']}, expected three finite numbers > 0")
-        pose = global2lidar @ self._pose("sample_annotation", row)
+        pose = global2lidar @ self._pose(row)
         velocity = self._velocity(row["token"])
         if velocity is not None:
             velocity = (global2lidar[:3, :3] @ (*velocity, 0.0))[:2].tolist()

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,14 @@ from nuscenes import NuScenes
 from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.common.data_classes import EvalBoxes
 from nuscenes.eval.common.loaders import add_center_dist, filter_eval_boxes, load_gt_of_sample_tokens
+from nuscenes.eval.detection.constants import ATTRIBUTE_NAMES
 from nuscenes.eval.detection.data_classes import DetectionBox, DetectionConfig, DetectionMetrics
 from nuscenes.eval.detection.evaluate import DetectionEval
-from nuscenes.utils.splits import create_splits_scenes
 
 from cmt_aqr.classes import CLASSES
 from cmt_aqr.evaluation.submission import EvaluationError, read_submission
+from cmt_aqr.nuscenes_tables import CheckedNuScenes, read_splits, read_velocities
+from cmt_aqr.table_schema import TableError, show
 
 CONFIGURATION = "detection_cvpr_2019"
 METRICS_FILE = "metrics.json"
@@ -81,15 +84,11 @@ def load_nuscenes(dataroot: str | os.PathLike, version: str, *, verbose: bool = 
     Raises:
         EvaluationError: no such data set or version (available ones are listed), or a broken table.
     """
-    root = Path(dataroot)
-    if not (root / version).is_dir():
-        found = sorted(p.parent.name for p in root.glob("*/sample.json"))
-        raise EvaluationError(f"{root}: no version {version!r} there; available: {', '.join(found) or 'none'}")
     try:
         with _quiet(verbose):
-            return NuScenes(version=version, dataroot=str(root), verbose=verbose)
-    except (OSError, AssertionError, KeyError, ValueError, TypeError) as error:
-        raise EvaluationError(f"{root / version}: the nuScenes tables cannot be loaded: {error}") from error
+            return CheckedNuScenes(dataroot, version, verbose=verbose)
+    except TableError as error:
+        raise EvaluationError(str(error)) from None
 
 
 class Tables:
@@ -159,11 +158,9 @@ def evaluate_submission(
     config = config_factory(CONFIGURATION)
     tokens = split_tokens(nusc, split)
     predictions = _load_predictions(Path(submission_path), nusc, split, tokens, config)
+    _check_attributes(nusc)
     with _quiet(verbose), _velocities(nusc, velocity_file):
-        try:
-            truth = load_gt_of_sample_tokens(nusc, tokens, DetectionBox, verbose=verbose)
-        except (AssertionError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{nusc.table_root}: the ground truth cannot be read: {error!r}") from error
+        truth = load_gt_of_sample_tokens(nusc, tokens, DetectionBox, verbose=verbose)
     num_annotated = len(truth.all)
     with _quiet(verbose):
         truth = _in_range(nusc, truth, config, verbose)
@@ -226,16 +223,20 @@ class _LoadedDetectionEval(DetectionEval):
 
 def _splits(nusc: NuScenes) -> dict[str, list[str]]:
     """Split name -> scene names: the official splits and those of the version's splits.json, which win."""
-    path = Path(nusc.table_root) / "splits.json"
-    custom = {}
-    if path.is_file():
-        try:
-            custom = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise EvaluationError(f"{path}: no valid JSON: {error}") from error
-        if not isinstance(custom, dict) or not all(isinstance(scenes, list) for scenes in custom.values()):
-            raise EvaluationError(f"{path}: must map the name of a split to a list of scene names")
-    return create_splits_scenes() | custom
+    try:
+        return read_splits(Path(nusc.table_root))
+    except TableError as error:
+        raise EvaluationError(str(error)) from None
+
+
+def _check_attributes(nusc: NuScenes) -> None:
+    file = Path(nusc.table_root) / "attribute.json"
+    used = set(chain.from_iterable(row["attribute_tokens"] for row in nusc.sample_annotation))
+    for row in nusc.attribute:
+        if row["token"] in used and row["name"] not in ATTRIBUTE_NAMES:
+            raise EvaluationError(
+                f"{file}: {row['token']} has name {show(row['name'])}, expected one of {', '.join(ATTRIBUTE_NAMES)}"
+            )
 
 
 def _load_predictions(path: Path, nusc: NuScenes, split: str, tokens: list[str], config: DetectionConfig) -> EvalBoxes:
@@ -323,17 +324,16 @@ def _velocities(nusc: NuScenes, path: str | os.PathLike | None) -> Iterator[None
         yield
         return
     try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
-        known = {token: entry["velocity_global_xy"] or (np.nan, np.nan) for token, entry in table.items()}
-    except OSError as error:
-        raise EvaluationError(f"{path}: the velocity file cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise EvaluationError(f"{path}: no velocity file (token -> velocity_global_xy): {error!r}") from error
+        known = read_velocities(Path(path))
+    except TableError as error:
+        raise EvaluationError(str(error)) from None
 
     estimate = nusc.box_velocity
 
     def box_velocity(token: str, max_time_diff: float = 1.5) -> np.ndarray:
-        return np.array([*known[token], np.nan]) if token in known else estimate(token, max_time_diff)
+        if token not in known:
+            return estimate(token, max_time_diff)
+        return np.array([*(known[token] or (np.nan, np.nan)), np.nan])
 
     nusc.box_velocity = box_velocity
     try:

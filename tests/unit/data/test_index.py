@@ -129,7 +129,9 @@ def test_velocity_file_overrides(world, tmp_path):
     assert index.frame(0).boxes == plain.frame(0).boxes
     assert torch.isnan(index.frame(2).targets(valid_only=False).boxes[0, 7:]).all()
     path.write_text(json.dumps({tokens[0]: [1, 2]}))
-    with pytest.raises(DataError, match=r"velocities.json has an entry of another form"):
+    with pytest.raises(
+        DataError, match=r"velocities.json: 'scene-a-sample-1-car' has \[1, 2\], expected annotation token"
+    ):
         index_of(world, tmp_path / "cache", velocity_file=path)
 
 
@@ -188,16 +190,16 @@ def _set(field, value):
 BROKEN = [
     ("calibrated_sensor", _set("rotation", [0, 0, 0, 0]), ("calibration-LIDAR_TOP", "[0, 0, 0, 0]", "length 1")),
     ("calibrated_sensor", _set("translation", [0, math.nan, 0]), ("calibration-LIDAR_TOP", "nan", "finite")),
-    ("calibrated_sensor", lambda rows: rows[0].update(camera_intrinsic=[[1, 0, 0]] * 3), ("singular", "determinant 0")),
+    ("calibrated_sensor", lambda rows: rows[0].update(camera_intrinsic=[[1, 0, 0]] * 3), ("[1, 0, 0]", "singular")),
     ("calibrated_sensor", lambda rows: rows[0].update(camera_intrinsic=[]), ("calibration-CAM_FRONT", "3 x 3")),
     ("ego_pose", _set("translation", [math.inf, 0, 0]), ("ego_pose.json", "inf", "finite")),
-    ("sample_annotation", lambda rows: rows[0].update(size=[1, -2, 3]), ("sample-0-car", "[1, -2, 3]", "> 0")),
-    ("sample_annotation", lambda rows: rows[0].update(size=[1, math.nan, 3]), ("sample-0-car", "nan", "> 0")),
+    ("sample_annotation", lambda rows: rows[0].update(size=[1, -2, 3]), ("sample-0-car", "[1, -2, 3]", "from 0.001")),
+    ("sample_annotation", lambda rows: rows[0].update(size=[1, math.nan, 3]), ("sample-0-car", "nan", "from 0.001")),
     ("sample_annotation", lambda rows: rows[0].update(translation=[1, math.nan, 3]), ("sample-0-car", "nan", "finite")),
-    ("sample_data", _set("ego_pose_token", "lost"), ("'lost'", "no table holds")),
-    ("sample_annotation", _set("instance_token", "lost"), ("'lost'", "no other table holds")),
-    ("sample_data", lambda rows: rows[0].update(width=0), ("sample_data.json", "0 x 36", "> 0")),
-    ("sample_data", lambda rows: rows.remove(next(r for r in rows if "LIDAR" in r["filename"])), ("LIDAR_TOP",)),
+    ("sample_data", _set("ego_pose_token", "lost"), ("ego_pose_token 'lost'", "a token of ego_pose.json")),
+    ("sample_annotation", _set("instance_token", "lost"), ("instance_token 'lost'", "a token of instance.json")),
+    ("sample_data", lambda rows: rows[0].update(width=0), ("sample_data.json", "width 0", "from 1 to")),
+    ("sample_data", lambda rows: rows.pop(), ("LIDAR_TOP", "'scene-a-sample-2'")),
     ("map", lambda rows: rows[0].update(filename="maps/none.png"), ("maps/none.png", "does not exist")),
     ("sensor", lambda rows: rows[0].update(channel="CAM_X"), ("sensor.json", "'CAM_FRONT'", "CAM_X")),
 ]  # fmt: skip

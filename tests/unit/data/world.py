@@ -53,6 +53,10 @@ def _inverse_rotate(q, points) -> np.ndarray:
     return _rotate(q * [1, -1, -1, -1], points)
 
 
+def category_token(name: str) -> str:
+    return "category-" + name.replace(".", "-")
+
+
 def view_colour(camera: str) -> tuple[int, int, int]:
     """RGB of the one-coloured image of a camera."""
     return (30 + 30 * CAMERAS.index(camera), 100, 200)
@@ -93,7 +97,7 @@ def write_world(
     t["sensor"].append({"token": "sensor-LIDAR_TOP", "channel": "LIDAR_TOP", "modality": "lidar"})
     t["calibrated_sensor"] = [_calibration(c) for c in (*CAMERAS, "LIDAR_TOP")]
     names = ("vehicle.car", "human.pedestrian.adult", "movable_object.pushable_pullable")
-    t["category"] = [{"token": f"category-{n}", "name": n, "description": ""} for n in names]
+    t["category"] = [{"token": category_token(n), "name": n, "description": ""} for n in names]
     t["attribute"], t["visibility"] = [], []
     t["log"] = [{"token": "log", "logfile": "", "vehicle": "", "date_captured": "", "location": ""}]
     t["map"] = [{"token": "map", "log_tokens": ["log"], "category": "", "filename": "maps/blank.png"}]
@@ -206,7 +210,7 @@ def _annotations(t, scene: str, sample: list[str]) -> None:
             "last_annotation_token": tokens[-1],
             "nbr_annotations": len(tokens),
         }
-        t["instance"].append({"token": f"{scene}-{name}", "category_token": f"category-{category}", **ends})
+        t["instance"].append({"token": f"{scene}-{name}", "category_token": category_token(category), **ends})
         for k, token in enumerate(tokens):
             position = (
                 car_position(k * KEY_INTERVAL) if name == "car" else np.array([405.0, 908.0 + (name == "car"), 0.9])

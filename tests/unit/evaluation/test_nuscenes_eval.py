@@ -172,7 +172,7 @@ def test_devkit_is_silent_unless_asked(world, tmp_path, capsys):
 
 def test_tables_are_loaded_once_for_many_evaluations(world, tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr(nuscenes_eval, "NuScenes", lambda **options: loaded.append(options) or world)
+    monkeypatch.setattr(nuscenes_eval, "CheckedNuScenes", lambda *place, **_: loaded.append(place) or world)
     tables = Tables(world.dataroot, world.version)
     assert not loaded  # processes that do not evaluate have nothing to load
     frames = [
@@ -192,7 +192,7 @@ def test_tables_are_loaded_once_for_many_evaluations(world, tmp_path, monkeypatc
             use_lidar=True,
         )
         assert metrics.mean_ap == 0 and sum(metrics.num_ground_truth.values()) > 0
-    assert [options["dataroot"] for options in loaded] == [str(world.dataroot)]
+    assert loaded == [(world.dataroot, world.version)]
 
 
 def test_split_tokens(world):
@@ -245,13 +245,13 @@ def test_bad_submission_is_one_sentence(world, tmp_path, results, sentence):
 
 
 def test_missing_or_broken_data_set_is_one_sentence(tmp_path):
-    with pytest.raises(EvaluationError, match=r"no version 'v1.0-mini' there; available: none"):
+    with pytest.raises(EvaluationError, match=r"no version 'v1.0-mini'; it has none"):
         load_nuscenes(tmp_path, "v1.0-mini")
     root = tiny_world.write(tmp_path / "w", scenes={"one": 1}, boxes=CARS, splits={})
-    with pytest.raises(EvaluationError, match=r"no version 'v1.0-mini' there; available: v1.0-tiny"):
+    with pytest.raises(EvaluationError, match=r"no version 'v1.0-mini'; it has v1.0-tiny"):
         load_nuscenes(root, "v1.0-mini")
     (root / tiny_world.VERSION / "sample.json").write_text("[{")
-    with pytest.raises(EvaluationError, match="tables cannot be loaded"):
+    with pytest.raises(EvaluationError, match=r"sample\.json is not valid JSON"):
         load_nuscenes(root, tiny_world.VERSION)
 
 
@@ -279,14 +279,18 @@ def test_velocity_file_replaces_what_it_lists(world, tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "the velocity file cannot be read: No such file"),
-        ("{", "no velocity file"),
-        ('{"a": 3}', "no velocity file"),
+        (None, r"v\.json does not exist"),
+        ("{", r"v\.json is not valid JSON"),
+        ('{"a": 3}', r"v\.json: 'a' has 3, expected annotation token"),
+        (
+            '{"a": {"velocity_global_xy": [1, "x"]}}',
+            r"'a' has velocity_global_xy \[1, 'x'\], expected two finite",
+        ),
     ],
 )
 def test_bad_velocity_file_is_one_sentence(world, tmp_path, content, sentence):
     path = tmp_path / "v.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(EvaluationError, match=rf"v\.json: {sentence}"):
+    with pytest.raises(EvaluationError, match=sentence):
         score(world, perfect(), tmp_path, velocity_file=path)

@@ -25,7 +25,7 @@ def write(
     folder.mkdir(parents=True)
     categories = sorted({category for category, _ in boxes}) or ["vehicle.car"]
     tables: dict[str, list[dict]] = {
-        "category": [{"token": f"category-{c}", "name": c, "description": ""} for c in categories],
+        "category": [{"token": _category_token(c), "name": c, "description": ""} for c in categories],
         "attribute": [{"token": "parked", "name": "vehicle.parked", "description": ""}],
         "visibility": [{"token": "4", "level": "v80-100", "description": ""}],
         "sensor": [{"token": "lidar", "channel": "LIDAR_TOP", "modality": "lidar"}],
@@ -45,11 +45,11 @@ def write(
             tables["sample"].append({"token": token, "timestamp": i, "scene_token": f"scene-{scene}"})
             tables["sample_data"].append({
                 "token": f"data-{token}", "sample_token": token, "ego_pose_token": "pose", "is_key_frame": True,
-                "calibrated_sensor_token": "calibration", "filename": "", "timestamp": i,
+                "calibrated_sensor_token": "calibration", "filename": "none.bin", "timestamp": i, "prev": "",
             })  # fmt: skip
             for j, (category, translation) in enumerate(boxes):
                 name = f"{token}-{j}"
-                tables["instance"].append({"token": f"instance-{name}", "category_token": f"category-{category}"})
+                tables["instance"].append({"token": f"instance-{name}", "category_token": _category_token(category)})
                 tables["sample_annotation"].append({
                     "token": name, "sample_token": token, "instance_token": f"instance-{name}", "size": [1, 2, 1],
                     "translation": list(translation), "rotation": [1, 0, 0, 0], "prev": "", "next": "",
@@ -61,6 +61,10 @@ def write(
     (folder / "splits.json").write_text(json.dumps(splits))
     cv2.imwrite(str(root / "map.png"), np.zeros((8, 8), np.uint8))
     return root
+
+
+def _category_token(name: str) -> str:
+    return "category-" + name.replace(".", "-")
 
 
 def row(token: str, translation: tuple[float, float, float], score: float = 0.5, **changes: object) -> dict:
