@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cmt_aqr.errors import UserError
+
 # Metres: further from the map's origin than any city is wide.
 MAX_DISTANCE = 1e7
 # Metres: no sensor is mounted, and no object is, larger than this.
@@ -36,7 +38,7 @@ _TOKEN_BYTES = (string.ascii_letters + string.digits + "_-").encode()
 _FILE = re.compile(r"(?!/)(?!(?:.*/)?\.\.(?:/|$))[^\x00-\x1f\x7f\\\ud800-\udfff]{1,512}")
 
 
-class TableError(ValueError):
+class TableError(UserError):
     """Tables that break the schema: one sentence with the file, the row's token, the key and both values."""
 
 

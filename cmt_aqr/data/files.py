@@ -1,5 +1,11 @@
-"""Sensor files: LiDAR .bin and camera JPEG into tensors, with every way a file can be wrong said in one sentence."""
+"""Sensor files: LiDAR .bin and camera JPEG into tensors, with every way a file can be wrong said in one sentence.
 
+Names come from the tables, which keep them below the data root (`table_schema.FILE`). A symbolic link there may lead
+out of it: data sets are often put together from several disks. What it leads to must be a regular file.
+"""
+
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,17 +14,26 @@ import torch
 from torch import Tensor
 
 from cmt_aqr.data.index import Frame
-from cmt_aqr.data.jpeg import decode, find_damage
+from cmt_aqr.data.jpeg import decode, find_damage, stated_size
 from cmt_aqr.data.sample import DataError
 
 # nuScenes LiDAR files: x, y, z, intensity, ring index, float32 each.
 POINT_SIZE = 5
 _COLUMNS = ("x", "y", "z", "intensity", "ring")
+# Metres, and whatever the intensity's unit is: a larger number is damage, and would be the only thing a network sees.
+MAX_VALUE = 1e5
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer would keep open() waiting
 
 
 def _read_bytes(path: Path, kind: str) -> bytes:
     try:
-        return path.read_bytes()
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise DataError(f"{kind} file {path} is no regular file, expected one")
+            return file.read()
     except FileNotFoundError:
         raise DataError(f"{kind} file {path} is named in the tables but does not exist") from None
     except OSError as error:
@@ -29,31 +44,33 @@ def read_points(path: Path) -> Tensor:
     """Read one LiDAR sweep.
 
     Args:
-        path: nuScenes .bin file; an empty file is an empty sweep.
+        path: nuScenes .bin file with at least one point: a real sweep has tens of thousands, an empty file is a copy
+            that failed. (In memory an empty cloud is legal, it is what remains when no point is in range.)
 
     Returns:
         (P, 5) float32: x, y, z in metres in the sensor's frame, intensity 0..255, ring index.
 
     Raises:
-        DataError: missing file, size that is no multiple of one point, NaN or infinite value.
+        DataError: missing, empty or no regular file, size that is no multiple of one point, a value that is not finite
+            or larger than `MAX_VALUE`.
     """
     data = _read_bytes(path, "LiDAR")
     point_bytes = POINT_SIZE * np.dtype(np.float32).itemsize
+    if not data:
+        raise DataError(f"LiDAR file {path} is empty: 0 bytes, expected at least the {point_bytes} of one point")
     if len(data) % point_bytes:
         raise DataError(
             f"LiDAR file {path} is truncated: {len(data)} bytes, expected a multiple of {point_bytes} (5 float32 each)"
         )
-    if not data:
-        return torch.empty(0, POINT_SIZE)
     points = torch.frombuffer(bytearray(data), dtype=torch.float32).view(-1, POINT_SIZE)
-    if not torch.isfinite(points.sum()):
-        bad = (~torch.isfinite(points)).nonzero()
-        if len(bad):
-            row, column = bad[0].tolist()
-            value = points[row, column].item()
-            raise DataError(
-                f"LiDAR file {path}: point {row} has {_COLUMNS[column]} = {value}, expected a finite number"
-            )
+    lowest, highest = torch.aminmax(points)
+    if not (lowest >= -MAX_VALUE and highest <= MAX_VALUE):  # false for NaN, too
+        row, column = (~(points.abs() <= MAX_VALUE)).nonzero()[0].tolist()
+        value = points[row, column].item()
+        raise DataError(
+            f"LiDAR file {path}: point {row} has {_COLUMNS[column]} = {value:g}, expected a finite number of at most "
+            f"{MAX_VALUE:.0f}"
+        )
     return points
 
 
@@ -112,15 +129,24 @@ def read_image(path: Path, *, size: tuple[int, int]) -> np.ndarray:
     data = _read_bytes(path, "image")
     if damage := find_damage(data):
         raise DataError(f"image file {path} {damage}")
+    # Before decoding: a damaged header can ask for gigabytes.
+    stated = stated_size(data)
+    if stated is not None and sorted(stated) != sorted(size):  # sorted: the decoder may turn it upright
+        raise _wrong_size(path, stated, size)
     image = decode(data)
     if image is None:
         raise DataError(
             f"image file {path} is corrupt: its {len(data)} bytes, starting {data[:4].hex(' ')}, are no JPEG"
         )
     if image.shape[:2] != tuple(size):
-        found = f"{image.shape[1]} x {image.shape[0]}"
-        raise DataError(f"image file {path} has {found} pixels, the sample_data table says {size[1]} x {size[0]}")
+        raise _wrong_size(path, image.shape[:2], size)
     return image
+
+
+def _wrong_size(path: Path, found: Sequence[int], size: tuple[int, int]) -> DataError:
+    return DataError(
+        f"image file {path} has {found[1]} x {found[0]} pixels, the sample_data table says {size[1]} x {size[0]}"
+    )
 
 
 def load_points(frame: Frame, dataroot: Path, *, num_clouds: int, close_radius: float) -> Tensor:

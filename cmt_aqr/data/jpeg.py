@@ -5,6 +5,7 @@ stands in where it is gone. Neither says that a file was damaged in the middle: 
 """
 
 import re
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -26,6 +27,8 @@ _ZEROS = bytes(256)
 # Second byte of the markers that matter here (ITU-T T.81, table B.1).
 _SEQUENTIAL = (0xC0, 0xC1)
 _HUFFMAN_TABLES, _SCAN = 0xC4, 0xDA
+# All markers that start a frame: C0 to CF without the tables and extensions among them.
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def decode_with_torchvision(data: bytes | bytearray) -> np.ndarray | None:
@@ -87,6 +90,24 @@ def find_damage(data: bytes) -> str | None:
     return None
 
 
+def stated_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) that the header of a JPEG states, before any turning upright; None where there is no header."""
+    for marker, segment, _ in _segments(data):
+        if marker in _FRAMES and len(segment) >= 5:
+            return int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
+    return None
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """Second byte of the marker, content and end of the segments before the first scan's data."""
+    position, marker = 2, 0
+    while position + 4 <= len(data) and data[position] == 0xFF and marker != _SCAN:
+        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
+        segment = data[position + 4 : position + 2 + length]
+        position += 2 + length
+        yield marker, segment, position
+
+
 def _scan_start(data: bytes) -> tuple[int | None, bool]:
     """Where the compressed data of a sequential JPEG with one scan begin (else None), and whether it may be all zeros.
 
@@ -94,11 +115,8 @@ def _scan_start(data: bytes) -> tuple[int | None, bool]:
     ends here", as tables made for a flat picture do, a flat area becomes zeros. In the usual luminance table it is a
     coefficient, which no picture repeats for long.
     """
-    position, num_components, first_symbols = 2, 0, []
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
-        segment = data[position + 4 : position + 2 + length]
-        position += 2 + length
+    num_components, first_symbols = 0, []
+    for marker, segment, position in _segments(data):
         if marker in _SEQUENTIAL and len(segment) > 5:
             num_components = segment[5]
         elif marker == _HUFFMAN_TABLES:

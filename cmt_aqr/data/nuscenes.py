@@ -145,12 +145,13 @@ def _check_sensors(file: Path, sensors: Sequence[dict], cameras: Sequence[str]) 
 def _scenes_of_split(folder: Path, split: str) -> set[str]:
     """Scene names of the split that exist in this version; at least one."""
     splits = read_splits(folder)
-    present = {row["name"] for row in read_table(folder / "scene.json")}
+    file = folder / "scene.json"
+    present = {row["name"] for row in read_table(file)}
     available = ", ".join(sorted(name for name, scenes in splits.items() if present & set(scenes))) or "none"
     if split not in splits:
-        raise DataError(f"split {split!r} is not known in {folder}; splits with frames there: {available}")
+        raise DataError(f"split {split!r} is not known in {file.parent}; splits with frames there: {available}")
     if not present & set(splits[split]):
-        raise DataError(f"split {split!r} has no frame in {folder}; splits with frames there: {available}")
+        raise DataError(f"split {split!r} has no frame in {file}; splits with frames there: {available}")
     return present & set(splits[split])
 
 

@@ -8,7 +8,7 @@ import torch
 
 from cmt_aqr.classes import CAMERAS, CLASSES
 from cmt_aqr.data.dataset import FrameDataset, TrainingAugmentation
-from cmt_aqr.data.files import read_points
+from cmt_aqr.data.files import read_image, read_points
 from cmt_aqr.data.image_transforms import ImageAugmentation
 from cmt_aqr.data.sample import DataError, collate
 from cmt_aqr.data.sampling import SampleKey
@@ -136,11 +136,14 @@ def test_camera_missing_everywhere_uses_any_calibration_or_says_so(world, tmp_pa
 
 def test_empty_cloud_and_frame_without_boxes_train(world, tmp_path):
     world.edit("sample_annotation", lambda rows: rows.clear())
+    world.edit("instance", lambda rows: rows.clear())
     index = index_of(world, tmp_path / "cache")
-    (world.root / index.frame(0).lidar_file).write_bytes(b"")
-    for augmentation in (None, _augmentation(scene=SceneAugmentation(), image=ImageAugmentation((0.7, 0.9)))):
+    # One point, too far away to be in range: an empty file would be refused.
+    np.array([[900, 0, 0, 1, 0]], np.float32).tofile(world.root / index.frame(0).lidar_file)
+    augmented = _augmentation(scene=SceneAugmentation(), image=ImageAugmentation((0.7, 0.9)))
+    for augmentation, num_points in ((None, 1), (augmented, 0)):
         sample = _dataset(index, augmentation=augmentation)[0]
-        assert sample.points.shape == (0, 5) and sample.points.dtype == torch.float32
+        assert sample.points.shape == (num_points, 5) and sample.points.dtype == torch.float32
         assert sample.targets.boxes.shape == (0, 9) and sample.targets.labels.shape == (0,)
         batch = collate([sample, _dataset(index, augmentation=augmentation)[1]])
         assert len(batch) == 2 and len(batch.points[1]) > 0
@@ -167,9 +170,40 @@ def test_bad_lidar_files(world, index):
         dataset[0]
 
 
-def test_huge_but_finite_points_are_accepted(tmp_path):
-    np.full((4, 5), 3e38, dtype=np.float32).tofile(tmp_path / "a.bin")
+def test_points_larger_than_any_sensor_sees_are_refused(tmp_path):
+    points = np.full((4, 5), 9e4, dtype=np.float32)
+    points.tofile(tmp_path / "a.bin")
     assert read_points(tmp_path / "a.bin").shape == (4, 5)
+    points[2, 3] = -3e38
+    points.tofile(tmp_path / "a.bin")
+    with pytest.raises(DataError, match=r"a\.bin: point 2 has intensity = -3e\+38, expected .* at most 100000$"):
+        read_points(tmp_path / "a.bin")
+
+
+def test_empty_lidar_file_is_refused_and_no_other_kind_of_file_is_waited_for(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"")
+    with pytest.raises(DataError, match=r"LiDAR file .*a\.bin is empty: 0 bytes, expected at least the 20 of"):
+        read_points(tmp_path / "a.bin")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name in ("pipe", "link"):
+        with pytest.raises(DataError, match=rf"LiDAR file .*{name} is no regular file"):
+            read_points(tmp_path / name)
+        with pytest.raises(DataError, match=rf"image file .*{name} is no regular file"):
+            read_image(tmp_path / name, size=(4, 4))
+    with pytest.raises(DataError, match=r"cannot be read: Is a directory"):
+        read_points(tmp_path)
+
+
+def test_image_whose_header_asks_for_gigabytes_is_not_decoded(tmp_path, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 255, (36, 64, 3), dtype=np.uint8)
+    data = bytearray(cv2.imencode(".jpg", image)[1].tobytes())
+    start = data.index(b"\xff\xc0")
+    data[start + 5 : start + 9] = b"\xff\xff\xff\xff"
+    (tmp_path / "a.jpg").write_bytes(data)
+    monkeypatch.setattr("cmt_aqr.data.files.decode", None)
+    with pytest.raises(DataError, match=r"a\.jpg has 65535 x 65535 pixels, the sample_data table says 64 x 36"):
+        read_image(tmp_path / "a.jpg", size=(36, 64))
 
 
 def test_bad_images(world, index):

@@ -93,6 +93,7 @@ def test_database_is_rebuilt_for_other_inputs_only(world, tmp_path):
 
 def test_empty_database_changes_nothing(world, tmp_path):
     world.edit("sample_annotation", lambda rows: rows.clear())
+    world.edit("instance", lambda rows: rows.clear())
     index = index_of(world, tmp_path / "cache")
     database = open_gt_database(index, cache_dir=tmp_path / "cache", **BUILD)
     sample = FrameDataset(index, final_size=None, num_clouds=1)[0]
