@@ -105,16 +105,13 @@ def _try_damage(base: Base, place: Path, rng: random.Random) -> Outcome:
         if isinstance(content, _InPlace):
             content.make(root / VERSION / f"{table}.json")
 
+    named = [str(root), str(base.submission)]
     results = [
-        observe(lambda: _frames(root, place / "cache") == base.frames, named=_named(base), limit=LIMIT),
-        observe(lambda: _metrics(base, root, place) == base.metrics, named=_named(base), limit=LIMIT),
+        observe(lambda: _frames(root, place / "cache") == base.frames, named=named, limit=LIMIT),
+        observe(lambda: _metrics(base, root, place) == base.metrics, named=named, limit=LIMIT),
     ]
     result, text = min(results, key=lambda each: WORST_FIRST.index(each[0]))
     return Outcome(kind, f"{name}: {what}", result, text)
-
-
-def _named(base: Base) -> list[str]:
-    return [f"{table}.json" for table in base.tables] + ["samples/"]
 
 
 def _frames(root: Path, cache: Path) -> list[str]:
