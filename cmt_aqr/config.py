@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cmt_aqr.config_checks import CHECKS
-from cmt_aqr.strict_yaml import ConfigError, apply_overrides, build, limits, read_yaml, to_tree
+from cmt_aqr.strict_yaml import apply_overrides, build, limits, to_tree
+from cmt_aqr.yaml_reader import ConfigError, read_yaml
 
 Range6 = tuple[float, float, float, float, float, float]
 Triple = tuple[float, float, float]
@@ -21,23 +22,23 @@ Triple = tuple[float, float, float]
 class SyntheticConfig:
     """The synthetic world that is written to ``data.root`` when that folder does not exist."""
 
-    train_scenes: int = limits(low=1)
-    val_scenes: int = limits(low=1)
-    samples_per_scene: int = limits(low=1)
-    image_size: tuple[int, int] = limits(low=16)  # width, height in pixels
-    sweeps_per_keyframe: int = limits(low=0)
-    lidar_columns: int = limits(low=16)
-    seed: int = limits(low=0)
-    workers: int = limits(low=0)  # processes that write; 0 = in this process
+    train_scenes: int = limits(low=1, high=99_999)
+    val_scenes: int = limits(low=1, high=99_999)
+    samples_per_scene: int = limits(low=1, high=200)
+    image_size: tuple[int, int] = limits(low=16, high=4096)  # width, height in pixels
+    sweeps_per_keyframe: int = limits(low=0, high=19)
+    lidar_columns: int = limits(low=16, high=4096)
+    seed: int = limits(low=0, high=2**32 - 1)
+    workers: int = limits(low=0, high=1024)  # processes that write; 0 = in this process
 
 
 @dataclass(frozen=True)
 class ImageAugmentationConfig:
     """Training-time resize, crop, flip and rotation of the six images; ``lidar2img`` follows."""
 
-    resize: tuple[float, float] = limits(above=0)  # range of the scale from the camera's size
+    resize: tuple[float, float] = limits(above=0, high=10)  # range of the scale from the camera's size
     crop_bottom: tuple[float, float] = limits(low=0, high=1)  # range of the fraction cut off at the bottom
-    rotation_deg: tuple[float, float]
+    rotation_deg: tuple[float, float] = limits(low=-360, high=360)
     flip: bool
 
 
@@ -45,9 +46,9 @@ class ImageAugmentationConfig:
 class SceneAugmentationConfig:
     """Training-time rotation, scale, shift and flips of the whole scene in the LiDAR frame."""
 
-    rotation: tuple[float, float]  # radians about +z
-    scale: tuple[float, float] = limits(above=0)
-    translation_std: Triple = limits(low=0)  # metres
+    rotation: tuple[float, float] = limits(low=-7, high=7)  # radians about +z
+    scale: tuple[float, float] = limits(above=0, high=10)
+    translation_std: Triple = limits(low=0, high=100)  # metres
     flip: bool  # mirror x and y, each with probability 0.5
 
 
@@ -55,10 +56,10 @@ class SceneAugmentationConfig:
 class GtSamplingConfig:
     """Paste objects of other training frames, points and image patches, until a class has this many boxes."""
 
-    per_class: dict[str, int] = limits(low=0)
-    min_points: int = limits(low=0)
+    per_class: dict[str, int] = limits(low=0, high=1000)
+    min_points: int = limits(low=0, high=100_000)
     mix: float = limits(low=0, high=1)  # share of a pasted patch in its pixels
-    stop_before_end: int = limits(low=0)  # epochs at the end that train without it
+    stop_before_end: int = limits(low=0, high=10_000)  # epochs at the end that train without it
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class DataConfig:
     image_augmentation: ImageAugmentationConfig | None
     scene_augmentation: SceneAugmentationConfig | None
     gt_sampling: GtSamplingConfig | None
-    workers: int = limits(low=0)
+    workers: int = limits(low=0, high=256)
     synthetic: SyntheticConfig | None
 
 
@@ -86,33 +87,34 @@ class DataConfig:
 class LidarConfig:
     """Voxels, sparse encoder, BEV backbone and neck."""
 
-    voxel_size: Triple = limits(above=0)  # metres
-    sparse_shape: tuple[int, int, int] = limits(low=1)  # z, y, x
-    max_points_per_voxel: int = limits(low=1)
-    max_voxels_train: int = limits(low=1)
-    max_voxels_test: int = limits(low=1)
+    voxel_size: Triple = limits(low=0.001, high=100)  # metres
+    sparse_shape: tuple[int, int, int] = limits(low=1, high=4096)  # z, y, x
+    max_points_per_voxel: int = limits(low=1, high=1000)
+    max_voxels_train: int = limits(low=1, high=10_000_000)
+    max_voxels_test: int = limits(low=1, high=10_000_000)
     out_of_range: Literal["drop", "alias"]  # voxels outside sparse_shape (docs/quirks.md, Q13)
-    base_channels: int = limits(low=1)
-    encoder_channels: tuple[tuple[int, ...], ...] = limits(low=1)
-    downsample_paddings: tuple[tuple[int, int, int], ...]  # z, y, x padding of each stage's stride-2 convolution
-    encoder_out_channels: int = limits(low=1)
-    second_channels: tuple[int, ...] = limits(low=1)
-    second_layers: tuple[int, ...] = limits(low=0)
-    second_strides: tuple[int, ...] = limits(low=1)
-    neck_channels: tuple[int, ...] = limits(low=1)
-    neck_strides: tuple[int, ...] = limits(low=1)
+    base_channels: int = limits(low=1, high=2048)
+    encoder_channels: tuple[tuple[int, ...], ...] = limits(low=1, high=2048, entries=(1, 16))
+    # z, y, x padding of each stage's stride-2 convolution
+    downsample_paddings: tuple[tuple[int, int, int], ...] = limits(low=0, high=1, entries=(0, 16))
+    encoder_out_channels: int = limits(low=1, high=2048)
+    second_channels: tuple[int, ...] = limits(low=1, high=2048, entries=(1, 8))
+    second_layers: tuple[int, ...] = limits(low=0, high=64, entries=(1, 8))
+    second_strides: tuple[int, ...] = limits(low=1, high=16, entries=(1, 8))
+    neck_channels: tuple[int, ...] = limits(low=1, high=2048, entries=(1, 8))
+    neck_strides: tuple[int, ...] = limits(low=1, high=16, entries=(1, 8))
 
 
 @dataclass(frozen=True)
 class CameraConfig:
     """Image size and normalisation, backbone and neck."""
 
-    input_size: tuple[int, int] = limits(low=32)  # height, width that the network sees
+    input_size: tuple[int, int] = limits(low=32, high=4096)  # height, width that the network sees
     channel_order: Literal["bgr", "rgb"]
-    mean: Triple
-    std: Triple = limits(above=0)
+    mean: Triple = limits(low=-1000, high=1000)
+    std: Triple = limits(low=0.001, high=1000)
     backbone: Literal["resnet18", "resnet50", "vovnet99"]
-    base_channels: int = limits(low=1)  # of the ResNet's first stage; 64 is the standard network
+    base_channels: int = limits(low=1, high=512)  # of the ResNet's first stage; 64 is the standard network
     grid_mask: float = limits(low=0, high=1)  # probability
     activation_checkpointing: bool
 
@@ -121,9 +123,9 @@ class CameraConfig:
 class DenoisingConfig:
     """Denoising queries: noised ground truth that the decoder must put right."""
 
-    num_dn: int = limits(low=0)  # rows kept for them in every batch; 0 switches them off
-    max_groups: int = limits(low=1)
-    noise_scale: float = limits(low=0)
+    num_dn: int = limits(low=0, high=10_000)  # rows kept for them in every batch; 0 switches them off
+    max_groups: int = limits(low=1, high=1000)
+    noise_scale: float = limits(low=0, high=100)
     split: float = limits(above=0, high=1)
 
 
@@ -142,35 +144,35 @@ class AqrConfig:
     design: Literal["bias", "v1", "v2"]  # a bias of the cross-attention, or the earlier maps on token features
     num_layers: int = limits(low=1, high=4)  # of the weight generator
     activation: Literal["tanh", "sigmoid"]  # weights in [-1, 1] or in [0, 1]
-    bev_window: int = limits(low=1)  # cells; size w reaches w // 2 cells to every side
-    camera_window: int = limits(low=1)
+    bev_window: int = limits(low=1, high=1000)  # cells; size w reaches w // 2 cells to every side
+    camera_window: int = limits(low=1, high=1000)
     camera_assignment: Literal["first", "all"]  # a window in the first camera that sees the point, or in every one
     unseen: Literal["none", "corner"]  # corner: a point that no camera sees has one at view 0, cell 0 (Quirk Q11)
     local: bool  # false: the bias acts on the whole modality
     # The bias is clamp(scale * weight, -max_bias, max_bias); the designs v1 and v2 use none of these four.
-    scale: float
+    scale: float = limits(low=0, high=1000)
     learn_scale: bool
-    scale_range: tuple[float, float] = limits(low=0)
-    max_bias: float | None = limits(above=0)
+    scale_range: tuple[float, float] = limits(low=0, high=1000)
+    max_bias: float | None = limits(above=0, high=1000)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The detector."""
 
-    point_range: Range6  # metres, LiDAR frame
-    hidden_dim: int = limits(low=4)
-    num_queries: int = limits(low=1)
-    num_layers: int = limits(low=1)
-    num_heads: int = limits(low=1)
-    ffn_dim: int = limits(low=1)
+    point_range: Range6 = limits(low=-10_000, high=10_000)  # metres, LiDAR frame
+    hidden_dim: int = limits(low=4, high=4096)
+    num_queries: int = limits(low=1, high=10_000)
+    num_layers: int = limits(low=1, high=64)
+    num_heads: int = limits(low=1, high=256)
+    ffn_dim: int = limits(low=1, high=32_768)
     dropout: float = limits(low=0, high=1)
-    depth_bins: int = limits(low=1)
-    head_channels: int = limits(low=1)
+    depth_bins: int = limits(low=1, high=1024)
+    head_channels: int = limits(low=1, high=4096)
     head_kernel: Literal[1, 3]  # over the query axis; the official LiDAR-only model has 3
     cls_prior: float | None  # start of every class probability; null keeps the layer's own initialisation
     start: Literal["official", "local"]  # local: attention begins near each query (models/local_start.py)
-    tasks: tuple[tuple[str, ...], ...]
+    tasks: tuple[tuple[str, ...], ...] = limits(entries=(1, 10))
     lidar: LidarConfig | None
     camera: CameraConfig | None
     denoising: DenoisingConfig
@@ -182,48 +184,48 @@ class ModelConfig:
 class LossConfig:
     """Weights of the matching cost and of the loss."""
 
-    cls_weight: float = limits(low=0)
-    box_weight: float = limits(low=0)
-    dn_weight: float = limits(low=0)
-    cls_cost: float = limits(low=0)
-    box_cost: float = limits(low=0)
-    code_weights: tuple[float, ...] = limits(low=0)
+    cls_weight: float = limits(low=0, high=1_000_000)
+    box_weight: float = limits(low=0, high=1_000_000)
+    dn_weight: float = limits(low=0, high=1_000_000)
+    cls_cost: float = limits(low=0, high=1_000_000)
+    box_cost: float = limits(low=0, high=1_000_000)
+    code_weights: tuple[float, ...] = limits(low=0, high=1_000_000)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """The loop, the optimizer and its schedule."""
 
-    epochs: int = limits(low=1)
-    batch_size: int = limits(low=1)  # frames in one step, over all processes
+    epochs: int = limits(low=1, high=10_000)
+    batch_size: int = limits(low=1, high=4096)  # frames in one step, over all processes
     precision: Literal["fp32", "bf16", "fp16"]
-    lr: float = limits(above=0)
-    weight_decay: float = limits(low=0)
-    lr_peak: float = limits(above=0)  # top of the cycle, in units of lr
-    lr_end: float = limits(above=0)  # end of the cycle, in units of lr
+    lr: float = limits(above=0, high=10)
+    weight_decay: float = limits(low=0, high=100)
+    lr_peak: float = limits(above=0, high=10_000)  # top of the cycle, in units of lr
+    lr_end: float = limits(above=0, high=10_000)  # end of the cycle, in units of lr
     up_fraction: float = limits(above=0, high=1)  # part of the steps that climbs
     momentum_dip: float = limits(above=0, high=1)  # momentum at the top of the cycle, in units of beta1
-    grad_clip: float = limits(above=0)
-    lr_mult: dict[str, float] = limits(low=0)  # parameter-name prefix -> factor; the longest prefix wins
-    decay_mult: dict[str, float] = limits(low=0)
+    grad_clip: float = limits(above=0, high=1_000_000)
+    lr_mult: dict[str, float] = limits(low=0, high=1_000_000)  # parameter-name prefix -> factor; longest wins
+    decay_mult: dict[str, float] = limits(low=0, high=1_000_000)
     freeze: tuple[str, ...]  # parameter-name prefixes; frozen batch-norm stays in eval mode
     norm_eval: tuple[str, ...]  # module-name prefixes whose batch-norm keeps its statistics while its weights train
     init_from: str | None  # weights to start from: from import_checkpoint or train.py, or a backbone's
-    log_every: int = limits(low=1)  # steps
-    eval_every: int = limits(low=1)  # epochs; the last epoch is always evaluated
-    save_every: int = limits(low=1)  # epochs; the last epoch is always saved
-    keep_checkpoints: int = limits(low=1)
+    log_every: int = limits(low=1, high=1_000_000)  # steps
+    eval_every: int = limits(low=1, high=1_000_000)  # epochs; the last epoch is always evaluated
+    save_every: int = limits(low=1, high=1_000_000)  # epochs; the last epoch is always saved
+    keep_checkpoints: int = limits(low=1, high=1_000_000)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Decoding and pictures."""
 
-    batch_size: int = limits(low=1)
+    batch_size: int = limits(low=1, high=4096)
     max_detections: int = limits(low=1, high=500)
-    post_range: Range6  # metres; boxes whose centre lies outside are dropped
+    post_range: Range6 = limits(low=-10_000, high=10_000)  # metres; boxes whose centre lies outside are dropped
     score_threshold: float | None = limits(low=0, high=1)
-    num_pictures: int = limits(low=0)
+    num_pictures: int = limits(low=0, high=100_000)
     picture_score: float = limits(low=0, high=1)  # boxes below are not drawn
 
 
@@ -232,7 +234,7 @@ class Config:
     """One experiment."""
 
     name: str
-    seed: int = limits(low=0)
+    seed: int = limits(low=0, high=2**32 - 1)
     data: DataConfig
     model: ModelConfig
     loss: LossConfig
@@ -251,8 +253,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: lists every unknown, missing, mistyped and out-of-range key and every contradiction between keys.
     """
     tree = read_yaml(path)
-    apply_overrides(tree, overrides)
-    return config_from_tree(tree, str(path))
+    return build(Config, tree, str(path), CHECKS, apply_overrides(tree, overrides))
 
 
 def config_from_tree(tree: dict[str, Any], source: str) -> Config:

@@ -12,18 +12,30 @@ from typing import TYPE_CHECKING
 
 from cmt_aqr.boxes import CODE_SIZE
 from cmt_aqr.classes import CLASSES
+from cmt_aqr.config_data_checks import (
+    Found,
+    check_dropout,
+    check_image_ranges,
+    check_names,
+    check_paths,
+    check_sampling,
+    check_scene_ranges,
+    check_synthetic,
+)
 
 if TYPE_CHECKING:
     from cmt_aqr.config import Config, LidarConfig
 
 # FlexAttention refuses narrower heads.
 MIN_FLEX_HEAD = 16
+# One pair of sine and cosine for each of two coordinates.
+MIN_LOCAL_HEAD = 4
+# Metres at which a camera's rays begin (cmt_aqr/models/position.py, Quirk Q5).
+MIN_RAY_END = 1.0
 # Pixels of the network's input to a camera token.
 CAMERA_STRIDE = 16
 # Parameter-name prefix of AQR's learnt scale.
 AQR_SCALE = "aqr.scale"
-
-Found = Iterator[tuple[str, str]]
 
 
 def _check_ranges(config: Config) -> Found:
@@ -42,6 +54,19 @@ def _check_widths(config: Config) -> Found:
         yield "model.hidden_dim", f"the sine embedding needs a multiple of 4, got {width}"
 
 
+def _check_local_start(config: Config) -> Found:
+    model = config.model
+    if model.start != "local":
+        return
+    channels = model.hidden_dim // model.num_heads
+    if channels < MIN_LOCAL_HEAD:
+        yield "model.start", f"'local' needs heads of {MIN_LOCAL_HEAD} channels or more, got {channels}"
+    if model.camera is not None and model.depth_bins < 2:
+        yield "model.depth_bins", f"model.start 'local' needs 2 or more, got {model.depth_bins}"
+    if model.camera is not None and model.lidar is not None and model.num_heads < 2:
+        yield "model.num_heads", f"model.start 'local' needs 2 or more, one a sensor, got {model.num_heads}"
+
+
 def _check_sensors(config: Config) -> Found:
     if config.model.lidar is None and config.model.camera is None:
         yield "model", "lidar and camera are both null: a detector needs at least one sensor"
@@ -49,6 +74,14 @@ def _check_sensors(config: Config) -> Found:
         height, width = config.model.camera.input_size
         if height % 32 or width % 32:
             yield "model.camera.input_size", f"height and width must be multiples of 32, got {height} x {width}"
+
+
+def _check_camera_range(config: Config) -> Found:
+    if config.model.camera is not None and config.model.point_range[3] <= MIN_RAY_END:
+        yield (
+            "model.point_range",
+            f"x_max must be above {MIN_RAY_END:g} m, where a camera's rays begin, got {config.model.point_range[3]:g}",
+        )
 
 
 def _check_lidar_lengths(config: Config) -> Found:
@@ -59,12 +92,6 @@ def _check_lidar_lengths(config: Config) -> Found:
     if len({len(getattr(lidar, key)) for key in keys}) != 1:
         shown = ", ".join(f"{key} {len(getattr(lidar, key))}" for key in keys)
         yield "model.lidar", f"these lists must have the same length: {shown}"
-    elif len({_second_scale(lidar, i) for i in range(len(lidar.second_strides))}) != 1:
-        yield (
-            "model.lidar.neck_strides",
-            f"{list(lidar.neck_strides)} does not bring the maps of model.lidar.second_strides "
-            f"{list(lidar.second_strides)} to one size",
-        )
     halvings = len(lidar.encoder_channels) - 1
     if len(lidar.downsample_paddings) != halvings:
         yield (
@@ -72,6 +99,70 @@ def _check_lidar_lengths(config: Config) -> Found:
             f"expected {halvings} entries, one a stage of model.lidar.encoder_channels but the last, got "
             f"{len(lidar.downsample_paddings)}",
         )
+
+
+def _check_encoder_channels(config: Config) -> Found:
+    lidar = config.model.lidar
+    if lidar is None:
+        return
+    channels = lidar.base_channels
+    for i, widths in enumerate(lidar.encoder_channels):
+        is_last = i == len(lidar.encoder_channels) - 1
+        if any(width != channels for width in (widths if is_last else widths[:-1])):
+            yield (
+                f"model.lidar.encoder_channels[{i}]",
+                f"residual blocks keep their width, so all entries{'' if is_last else ' but the last'} must be "
+                f"{channels}, the channels that enter the stage, got {list(widths)}",
+            )
+        channels = widths[-1]
+
+
+def _check_bev_map(config: Config) -> Found:
+    """The maps on the way from the voxels to the BEV tokens have cells, and those of SECOND come to one size."""
+    lidar = config.model.lidar
+    if lidar is None or any(_check_lidar_lengths(config)):
+        return
+    shape = encoder_cells(lidar.sparse_shape, lidar.downsample_paddings)
+    if min(shape) < 1:
+        yield (
+            "model.lidar.sparse_shape",
+            f"{list(lidar.sparse_shape)} (z, y, x) is too small for the {len(lidar.downsample_paddings)} stride-2 "
+            f"convolutions of model.lidar.encoder_channels and the final one along z, which would leave "
+            f"{list(shape)} cells; use more cells or fewer stages",
+        )
+        return
+    maps, sizes = list(second_maps(lidar, shape[1:])), set()
+    for (rows, cols), stride in zip(maps, lidar.neck_strides, strict=True):
+        if rows * cols < 2:
+            yield (
+                "model.lidar.second_strides",
+                f"{list(lidar.second_strides)} leave a map of one cell out of {shape[1]} x {shape[2]}; use more cells "
+                f"in model.lidar.sparse_shape or smaller strides",
+            )
+            return
+        sizes.add((rows * stride, cols * stride))
+    if len(sizes) != 1:
+        shown = ", ".join(f"{rows} x {cols}" for rows, cols in sorted(sizes))
+        yield (
+            "model.lidar.neck_strides",
+            f"{list(lidar.neck_strides)} does not bring the maps of model.lidar.second_strides "
+            f"{list(lidar.second_strides)} to one size, but to {shown} cells",
+        )
+
+
+def encoder_cells(sparse_shape: tuple[int, ...], paddings: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """Cells (z, y, x) that the sparse encoder leaves: kernels of 3 at stride 2, at last along z only, unpadded."""
+    for padding in paddings:
+        sparse_shape = tuple(max(0, (n + 2 * p - 3) // 2 + 1) for n, p in zip(sparse_shape, padding, strict=True))
+    return (max(0, (sparse_shape[0] - 3) // 2 + 1), *sparse_shape[1:])
+
+
+def second_maps(lidar: LidarConfig, cells: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Rows and columns of every map of SECOND: kernels of 3, padding 1."""
+    rows, cols = cells
+    for stride in lidar.second_strides:
+        rows, cols = (rows - 1) // stride + 1, (cols - 1) // stride + 1
+        yield rows, cols
 
 
 def _second_scale(lidar: LidarConfig, level: int) -> float:
@@ -108,9 +199,6 @@ def _check_classes(config: Config) -> Found:
     if sorted(named) != sorted(CLASSES):
         wrong = sorted(set(named) ^ set(CLASSES)) or sorted({name for name in named if named.count(name) > 1})
         yield "model.tasks", f"must name each of the ten classes once; at fault: {', '.join(wrong)}"
-    sampling = config.data.gt_sampling
-    for name in sorted(set(sampling.per_class if sampling else ()) - set(CLASSES)):
-        yield f"data.gt_sampling.per_class.{name}", f"no such class; the classes are {', '.join(CLASSES)}"
 
 
 def _check_aqr(config: Config) -> Found:
@@ -130,7 +218,7 @@ def _check_aqr(config: Config) -> Found:
         return
     low, high = aqr.scale_range
     if low >= high:
-        yield "model.aqr.scale_range", f"its lower end {low:g} is not below its upper end {high:g}"
+        yield "model.aqr.scale_range", f"{low:g} is not below {high:g}: give the smaller value first"
     elif not low <= aqr.scale <= high:
         yield "model.aqr.scale", f"{aqr.scale:g} lies outside model.aqr.scale_range {low:g} to {high:g}"
     if model.attention.backend in ("auto", "flex") and model.hidden_dim // model.num_heads < MIN_FLEX_HEAD:
@@ -173,21 +261,39 @@ def _check_numbers(config: Config) -> Found:
     prior = config.model.cls_prior
     if prior is not None and not 0 < prior < 1:
         yield "model.cls_prior", f"must lie between 0 and 1, got {prior:g}"
-    lidar, cameras = config.data.drop_lidar, config.data.drop_cameras
-    if lidar + cameras > 1:
-        yield "data.drop_lidar", f"{lidar:g} and data.drop_cameras {cameras:g} add up to more than 1"
     if config.training.up_fraction >= 1:
         yield "training.up_fraction", f"must be below 1, got {config.training.up_fraction:g}"
 
 
 # Each check with the keys it reads: it runs when they are sound.
 CHECKS = (
+    (("name", "data.version", "data.train_split", "data.val_split"), check_names),
+    (("data.root", "data.index_dir", "data.velocity_file", "training.init_from"), check_paths),
+    (("data.synthetic", "data.version", "data.train_split", "data.val_split"), check_synthetic),
+    (("data.image_augmentation",), check_image_ranges),
+    (("data.scene_augmentation",), check_scene_ranges),
+    (("data.gt_sampling",), check_sampling),
+    (("data.drop_lidar", "data.drop_cameras", "model.lidar", "model.camera"), check_dropout),
     (("model.point_range", "evaluation.post_range"), _check_ranges),
     (("model.hidden_dim", "model.num_heads"), _check_widths),
+    (
+        (
+            "model.start",
+            "model.hidden_dim",
+            "model.num_heads",
+            "model.depth_bins",
+            "model.lidar",
+            "model.camera",
+        ),
+        _check_local_start,
+    ),
     (("model.lidar", "model.camera"), _check_sensors),
+    (("model.camera", "model.point_range"), _check_camera_range),
     (("model.lidar",), _check_lidar_lengths),
+    (("model.lidar",), _check_encoder_channels),
+    (("model.lidar",), _check_bev_map),
     (("model.lidar", "model.point_range"), _check_voxels),
-    (("model.tasks", "data.gt_sampling"), _check_classes),
+    (("model.tasks",), _check_classes),
     (
         (
             "model.aqr",
@@ -201,8 +307,5 @@ CHECKS = (
     ),
     (("model.aqr", "model.lidar", "model.camera"), _check_aqr_windows),
     (("model.aqr", "training.decay_mult"), _check_scale_decay),
-    (
-        ("loss.code_weights", "model.cls_prior", "data.drop_lidar", "data.drop_cameras", "training.up_fraction"),
-        _check_numbers,
-    ),
+    (("loss.code_weights", "model.cls_prior", "training.up_fraction"), _check_numbers),
 )

@@ -5,118 +5,84 @@ The dataclasses are the schema. A field's type says what it accepts: bool, int, 
 """
 
 import dataclasses
-import difflib
-import math
-import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import yaml
-
-from cmt_aqr.errors import UserError
+from cmt_aqr.yaml_reader import ConfigError, dump_yaml, parse_yaml, show, show_key, show_value, suggest
 
 T = TypeVar("T")
 Problems = list[tuple[str, str]]  # (dotted key, what is wrong)
+# A file that is no configuration at all has thousands.
+MAX_PROBLEMS = 40
+# No setting is near it, and sums and ratios of smaller numbers stay finite.
+MAX_NUMBER = 1e30
 
 
-class ConfigError(UserError):
-    """A configuration that cannot be used; ``str()`` lists every problem, one a line."""
+def limits(
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    entries: tuple[int, int] | None = None,
+) -> Any:
+    """A dataclass field with a range: ``low <= value``, ``above < value``, ``value <= high`` (also inside tuples).
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n".join(problems))
-
-
-def limits(*, low: float | None = None, above: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field with a range: ``low <= value``, ``above < value``, ``value <= high`` (also inside tuples)."""
-    return dataclasses.field(metadata={"low": low, "above": above, "high": high})
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if repeated:
-            line = node.start_mark.line + 1
-            raise ConfigError([f"key {repeated[0]!r} appears more than once in the block that starts at line {line}"])
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read one YAML file whose top level is a mapping.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, repeats a key, or is not a mapping.
+    ``entries`` are the fewest and the most values of a tuple, of inner tuples too.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError([f"{path}: no such file{_similar_file(path)}"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
-    try:
-        tree = yaml.load(text, _Loader)
-    except ConfigError as error:
-        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError([f"{path}: not valid YAML{where}: {getattr(error, 'problem', error)}"]) from None
-    if not isinstance(tree, dict):
-        raise ConfigError([f"{path}: expected a mapping of keys, got {_kind(tree)}"])
-    return tree
+    return dataclasses.field(metadata={"low": low, "above": above, "high": high, "entries": entries})
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
     """Apply ``a.b=c`` to a nested dictionary, in place and in order; the values are YAML.
+
+    Returns:
+        dotted key -> the entry that set it, for :func:`build`.
 
     Raises:
         ConfigError: an entry has no ``=``, or goes through something that is not a mapping. Unknown keys are found
             later, by :func:`build`, so that they are reported with everything else.
     """
-    problems = []
+    problems, origins = [], {}
     for entry in overrides:
+        shown = f"--set {show_key(entry)}"
         path, equals, text = entry.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
-            problems.append(f"--set {entry}: expected KEY=VALUE with a dotted key, such as training.epochs=3")
+            problems.append(f"{shown}: expected KEY=VALUE with a dotted key, such as training.epochs=3")
             continue
         try:
-            value = yaml.load(text, _Loader)
-        except (yaml.YAMLError, ConfigError):
-            problems.append(f"--set {entry}: {text!r} is not a YAML value")
+            value = parse_yaml(text)
+        except ConfigError as error:
+            problems.append(f"{shown}: {show_value(text)} is not a YAML value: {error}")
             continue
         place = tree
         for depth, key in enumerate(keys[:-1]):
             inner = place.setdefault(key, {})
             if not isinstance(inner, dict):
-                problems.append(f"--set {entry}: {'.'.join(keys[: depth + 1])} is {_show(inner)}, not a block of keys")
+                problems.append(f"{shown}: {'.'.join(keys[: depth + 1])} is {show(inner)}, not a block of keys")
                 break
             place = inner
         else:
             place[keys[-1]] = value
+            origins[".".join(keys)] = shown
     if problems:
         raise ConfigError(problems)
+    return origins
 
 
 # A check across keys: the keys it reads, and a function of the configuration that yields (key, problem).
 Check = tuple[tuple[str, ...], Callable[[Any], Iterable[tuple[str, str]]]]
 
 
-def build(schema: type[T], tree: Any, source: str, checks: Sequence[Check] = ()) -> T:
+def build(
+    schema: type[T],
+    tree: Any,
+    source: str,
+    checks: Sequence[Check] = (),
+    origins: Mapping[str, str] = types.MappingProxyType({}),
+) -> T:
     """Turn a nested dictionary into the dataclass ``schema``.
 
     Args:
@@ -124,6 +90,8 @@ def build(schema: type[T], tree: Any, source: str, checks: Sequence[Check] = ())
         tree: what :func:`read_yaml` gives.
         source: what the tree was read from; begins every problem.
         checks: run when the keys they read are sound, also when others are not, so that all is reported at once.
+        origins: what :func:`apply_overrides` returns; a problem of such a key names the entry instead of the source,
+            a contradiction with one names both.
 
     Raises:
         ConfigError: with every problem found, in the order of the schema, then of the checks.
@@ -131,17 +99,33 @@ def build(schema: type[T], tree: Any, source: str, checks: Sequence[Check] = ())
     problems: Problems = []
     value = _convert(schema, tree, "", problems)
     unsound = [path for path, _ in problems]
+    found = [(path, text, (path,)) for path, text in problems]
     for reads, check in checks:
-        if not any(_overlap(path, key) for path in unsound for key in reads):
-            problems.extend(check(value))
-    if problems:
-        raise ConfigError([f"{source}: {path or 'top level'}: {text}" for path, text in problems])
+        if value is not None and not any(_overlap(path, key) for path in unsound for key in reads):
+            found += [(path, text, reads) for path, text in check(value)]
+    if found:
+        lines = [
+            f"{_blame(path, reads, source, origins)}: {path or 'top level'}: {text}" for path, text, reads in found
+        ]
+        hidden = len(lines) - MAX_PROBLEMS
+        raise ConfigError(lines if hidden <= 0 else [*lines[:MAX_PROBLEMS], f"{source}: and {hidden} more problems"])
     return value
 
 
+def _blame(path: str, reads: Sequence[str], source: str, origins: Mapping[str, str]) -> str:
+    """What a problem at a key comes from: entries of ``--set``, the source, or both."""
+    own = [entry for key, entry in origins.items() if _overlap(path, key)]
+    if own:
+        return ", ".join(own)
+    related = [entry for key, entry in origins.items() if any(_overlap(read, key) for read in reads)]
+    return f"{source} with {', '.join(related)}" if related else source
+
+
 def _overlap(left: str, right: str) -> bool:
-    """Is one key the other, or inside the other?"""
-    left, right = left.replace("[", ".[") + ".", right + "."
+    """Is one key the other, or inside the other? The top level, an empty key, holds all."""
+    if not left or not right:
+        return True
+    left, right = left.replace("[", ".[") + ".", right.replace("[", ".[") + "."
     return left.startswith(right) or right.startswith(left)
 
 
@@ -158,7 +142,7 @@ def to_tree(config: Any) -> Any:
 
 def to_yaml(config: Any) -> str:
     """A dataclass as YAML text, keys in the order of the schema."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False, default_flow_style=None, width=110)
+    return dump_yaml(to_tree(config))
 
 
 def differences(left: Any, right: Any, prefix: str = "") -> list[str]:
@@ -168,7 +152,7 @@ def differences(left: Any, right: Any, prefix: str = "") -> list[str]:
         for key in [*left, *(key for key in right if key not in left)]:
             found += differences(left.get(key), right.get(key), f"{prefix}.{key}" if prefix else str(key))
         return found
-    return [] if left == right else [f"{prefix}: {_value(left)} against {_value(right)}"]
+    return [] if left == right else [f"{prefix}: {show_value(left)} against {show_value(right)}"]
 
 
 def _convert(kind: Any, value: Any, path: str, problems: Problems) -> Any:
@@ -180,9 +164,9 @@ def _convert(kind: Any, value: Any, path: str, problems: Problems) -> Any:
         return None if value is None else _convert(inner[0], value, path, problems)
     if origin is typing.Literal:
         options = typing.get_args(kind)
-        if value not in options:
+        if not any(value == option and type(value) is type(option) for option in options):
             wanted = ", ".join(map(repr, options))
-            problems.append((path, f"expected one of {wanted}, got {_show(value)}{_suggest(value, options)}"))
+            problems.append((path, f"expected one of {wanted}, got {show(value)}{suggest(value, options)}"))
         return value
     if origin is tuple:
         return _convert_tuple(typing.get_args(kind), value, path, problems)
@@ -193,14 +177,14 @@ def _convert(kind: Any, value: Any, path: str, problems: Problems) -> Any:
 
 def _convert_block(schema: type, value: Any, path: str, problems: Problems) -> Any:
     if not isinstance(value, dict):
-        problems.append((path, f"expected a block of keys, got {_show(value)}"))
+        problems.append((path, f"expected a block of keys, got {show(value)}"))
         return None
     fields = {field.name: field for field in dataclasses.fields(schema)}
     hints = typing.get_type_hints(schema)
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in fields:
-            problems.append((f"{prefix}{key}", f"unknown key{_suggest(key, fields)}"))
+            problems.append((f"{prefix}{show_key(key)}", f"unknown key{suggest(key, fields)}"))
     before = len(problems)
     converted = {}
     for name, field in fields.items():
@@ -217,12 +201,12 @@ def _convert_block(schema: type, value: Any, path: str, problems: Problems) -> A
 
 def _convert_tuple(kinds: tuple, value: Any, path: str, problems: Problems) -> Any:
     if not isinstance(value, list | tuple):
-        problems.append((path, f"expected a list, got {_show(value)}"))
+        problems.append((path, f"expected a list, got {show(value)}"))
         return None
     if len(kinds) == 2 and kinds[1] is Ellipsis:
         kinds = (kinds[0],) * len(value)
     if len(kinds) != len(value):
-        problems.append((path, f"expected a list of {len(kinds)} values, got {len(value)}: {_show(value)}"))
+        problems.append((path, f"expected a list of {len(kinds)} values, got {len(value)}: {show(value)}"))
         return None
     return tuple(_convert(kind, item, f"{path}[{i}]", problems)
                  for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))  # fmt: skip
@@ -230,23 +214,31 @@ def _convert_tuple(kinds: tuple, value: Any, path: str, problems: Problems) -> A
 
 def _convert_dict(kind: Any, value: Any, path: str, problems: Problems) -> Any:
     if not isinstance(value, dict):
-        problems.append((path, f"expected a block of keys, got {_show(value)}"))
+        problems.append((path, f"expected a block of keys, got {show(value)}"))
         return None
-    return {str(key): _convert(kind, item, f"{path}.{key}", problems) for key, item in value.items()}
+    for key in value:
+        if not isinstance(key, str):
+            problems.append((f"{path}.{show_key(key)}", f"expected text as a key, got {show(key)}"))
+    return {key: _convert(kind, item, f"{path}.{show_key(key)}", problems) for key, item in value.items()}
 
 
 def _convert_scalar(kind: type, value: Any, path: str, problems: Problems) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and kind in (int, float) and not -MAX_NUMBER < value < MAX_NUMBER:
+        expected = "a finite number" if kind is float else "a whole number"
+        problems.append((path, f"expected {expected}, got {show_value(value)}"))
+        return None
     if kind is float and is_number:
-        if not math.isfinite(value):
-            problems.append((path, f"expected a finite number, got {value}"))
         return float(value)
     if kind is int and is_number and isinstance(value, int):
         return value
+    if kind is str and isinstance(value, str) and not value.isprintable():
+        problems.append((path, f"expected text without control characters, got {show_value(value)}"))
+        return None
     if kind in (bool, str) and isinstance(value, kind):
         return value
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-    problems.append((path, f"expected {names[kind]}, got {_show(value)}"))
+    problems.append((path, f"expected {names[kind]}, got {show(value)}"))
     return None
 
 
@@ -254,6 +246,9 @@ def _check_limits(bounds: Any, value: Any, path: str, problems: Problems) -> Non
     if not bounds or value is None:
         return
     if isinstance(value, tuple):
+        entries = bounds["entries"]
+        if entries is not None and not entries[0] <= len(value) <= entries[1]:
+            problems.append((path, f"expected {entries[0]} to {entries[1]} entries, got {len(value)}"))
         for i, item in enumerate(value):
             _check_limits(bounds, item, f"{path}[{i}]", problems)
         return
@@ -267,28 +262,3 @@ def _check_limits(bounds: Any, value: Any, path: str, problems: Problems) -> Non
         problems.append((path, f"must be above {bounds['above']}, got {value}"))
     if bounds["high"] is not None and value > bounds["high"]:
         problems.append((path, f"must be at most {bounds['high']}, got {value}"))
-
-
-def _suggest(word: Any, options: Any) -> str:
-    near = difflib.get_close_matches(str(word), [str(option) for option in options], n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _similar_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    return _suggest(path.name, [entry.name for entry in path.parent.glob("*.yaml")])
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__
-
-
-def _show(value: Any) -> str:
-    """Kind and value, for a value of the wrong kind."""
-    return "null" if value is None else f"{_kind(value)} {_value(value)}"
-
-
-def _value(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

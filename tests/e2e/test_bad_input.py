@@ -87,11 +87,11 @@ def checkpoint(tmp_path_factory):
 
 
 def test_unknown_key(train):
-    sentence(train("training.epoch=3"), CONFIG, "training.epoch", "epochs")
+    sentence(train("training.epoch=3"), "--set training.epoch=3:", "training.epoch:", "epochs")
 
 
 def test_mistyped_value(train):
-    sentence(train("training.lr=fast"), CONFIG, "training.lr", "fast")
+    sentence(train("training.lr=fast"), "--set training.lr=fast:", "expected a number")
 
 
 def test_missing_configuration(call, world):

@@ -12,6 +12,8 @@ FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
 R50 = FOLDER / "cmt_r50_800x320.yaml"
 AQR = FOLDER / "cmt_aqr_r50_800x320.yaml"
+NO_DROP = ("data.drop_lidar=0", "data.drop_cameras=0")
+WITHOUT_CAMERA = ("model.camera=null", *NO_DROP)
 NO_DECAY = "training.decay_mult: must hold aqr.scale: 0.0, a learnt scale takes no weight decay"
 
 
@@ -29,9 +31,13 @@ def test_shipped_file_loads_and_is_named_after_itself(path):
 
 
 def problems_of(*overrides: str, path: Path = R50) -> list[str]:
+    """What is wrong with a shipped file in which some keys have other values."""
+    tree = yaml.safe_load(path.read_text())
+    apply_overrides(tree, overrides)
     with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    return [problem.removeprefix(f"{path}: ") for problem in caught.value.problems]
+        config_from_tree(tree, "file")
+    assert all(problem.startswith("file: ") for problem in caught.value.problems)
+    return [problem.removeprefix("file: ") for problem in caught.value.problems]
 
 
 def test_every_kind_of_problem_is_reported_at_once():
@@ -82,13 +88,11 @@ def test_one_problem(override, start):
     [
         ("model.aqr.scale=6.0", "model.aqr.scale: 6 lies outside model.aqr.scale_range 0.5 to 5"),
         ("model.aqr.scale=0.4", "model.aqr.scale: 0.4 lies outside model.aqr.scale_range 0.5 to 5"),
-        ("model.aqr.scale_range=[5.0, 5.0]", "model.aqr.scale_range: its lower end 5 is not below its upper end 5"),
+        ("model.aqr.scale_range=[5.0, 5.0]", "model.aqr.scale_range: 5 is not below 5: give the smaller value first"),
         ("model.aqr.max_bias=0", "model.aqr.max_bias: must be above 0, got 0.0"),
         ("model.aqr.num_layers=5", "model.aqr.num_layers: must be at most 4, got 5"),
         ("model.aqr.design=b", "model.aqr.design: expected one of 'bias', 'v1', 'v2', got str 'b'"),
         ("model.aqr.design=v1", "model.aqr.activation: the design v1 needs 'sigmoid', got 'tanh'"),
-        ("model.lidar=null", "model.aqr: weighs LiDAR against cameras, but model.lidar is null"),
-        ("model.camera=null", "model.aqr: weighs LiDAR against cameras, but model.camera is null"),
         (
             "model.num_heads=32",
             "model.attention.backend: 'auto' needs heads of 16 channels or more on a GPU, but model.hidden_dim 256 / "
@@ -106,7 +110,8 @@ def test_one_problem(override, start):
         ),
         (
             "model.lidar.neck_strides=[1, 1]",
-            "model.lidar.neck_strides: [1, 1] does not bring the maps of model.lidar.second_strides [1, 2] to one size",
+            "model.lidar.neck_strides: [1, 1] does not bring the maps of model.lidar.second_strides [1, 2] to one "
+            "size, but to 64 x 64, 128 x 128 cells",
         ),
         ("model.cls_prior=abc", "model.cls_prior: expected a number, got str 'abc'"),
         ("model.cls_prior=2.0", "model.cls_prior: must lie between 0 and 1, got 2"),
@@ -117,6 +122,15 @@ def test_one_problem(override, start):
 )
 def test_one_problem_of_aqr(override, expected):
     assert problems_of(override, path=AQR) == [expected]
+
+
+@pytest.mark.parametrize("sensor", ["lidar", "camera"])
+def test_one_sensor_has_no_other_to_weigh_or_to_drop(sensor):
+    assert problems_of(f"model.{sensor}=null", path=AQR) == [
+        f"data.drop_lidar: must be 0 in a model with one sensor (model.{sensor} is null), got 0.25",
+        f"data.drop_cameras: must be 0 in a model with one sensor (model.{sensor} is null), got 0.25",
+        f"model.aqr: weighs LiDAR against cameras, but model.{sensor} is null",
+    ]
 
 
 def test_maps_are_drawn_in_windows():
@@ -189,7 +203,8 @@ def test_both_sensors_null():
 
 
 def test_overrides_apply_in_order_and_read_exponents():
-    config = load_config(R50, ["training.lr=3e-4", "training.epochs=2", "training.epochs=3", "model.camera=null"])
+    settings = ["training.lr=3e-4", "training.epochs=2", "training.epochs=3", *WITHOUT_CAMERA]
+    config = load_config(R50, settings)
     assert (config.training.lr, config.training.epochs, config.model.camera) == (3e-4, 3, None)
 
 
@@ -221,12 +236,15 @@ def test_broken_file(tmp_path, text, message):
 
 
 def test_missing_file_suggests_a_neighbour():
-    with pytest.raises(ConfigError, match=r"no such file; did you mean 'cmt_r50_800x320.yaml'"):
+    with pytest.raises(ConfigError, match=rf"no such file; did you mean '{R50}'"):
         load_config(R50.with_name("cmt_r50_800x32.yaml"))
 
 
 def test_differences_name_keys_and_values():
-    left, right = to_tree(load_config(R50)), to_tree(load_config(R50, ["model.ffn_dim=512", "model.lidar=null"]))
+    left, right = (
+        to_tree(load_config(R50)),
+        to_tree(load_config(R50, ["model.ffn_dim=512", "model.lidar=null", *NO_DROP])),
+    )
     found = differences(left["model"], right["model"])
     assert found[0] == "ffn_dim: 1024 against 512"
     assert found[1].startswith("lidar: {'voxel_size'") and found[1].endswith("against null")
