@@ -21,6 +21,7 @@ from cmt_aqr.strict_yaml import differences
 from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights, read_config
 from cmt_aqr.training.distributed import RankInfo, main_first, process_group
 from cmt_aqr.training.logs import RunLog
+from cmt_aqr.training.run_folder import SPEED
 
 
 def main() -> int:
@@ -77,8 +78,7 @@ def load_model(model: nn.Module, config: Config, path: str) -> None:
     """Load weights strictly, after comparing the configuration they were trained with where the file has one."""
     trained = read_config(path)
     changed = [] if trained is None else differences(trained["model"], to_tree(config.model), "model")
-    # The evaluator of the attention is a matter of speed, not of the model.
-    changed = [change for change in changed if not change.startswith("model.attention")]
+    changed = [change for change in changed if not change.startswith(SPEED)]
     if changed:
         raise CheckpointError(f"{path}: trained with another model: {'; '.join(changed[:3])} (checkpoint against now)")
     load_into(model, load_weights(path), path)

@@ -74,6 +74,7 @@ def _build_detector(config: ModelConfig) -> Detector:
             ffn_dim=config.ffn_dim,
             num_layers=config.num_layers,
             dropout=config.dropout,
+            checkpoint_layers=config.activation_checkpointing,
         ),
         head=Heads(
             classes=classes,

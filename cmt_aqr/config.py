@@ -172,6 +172,7 @@ class ModelConfig:
     head_kernel: Literal[1, 3]  # over the query axis; the official LiDAR-only model has 3
     cls_prior: float | None  # start of every class probability; null keeps the layer's own initialisation
     start: Literal["official", "local"]  # local: attention begins near each query (models/local_start.py)
+    activation_checkpointing: bool  # decoder layers are computed again in the backward pass: less memory
     tasks: tuple[tuple[str, ...], ...] = limits(entries=(1, 10))
     lidar: LidarConfig | None
     camera: CameraConfig | None
@@ -219,9 +220,10 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Decoding and pictures."""
+    """Inference, decoding and pictures."""
 
     batch_size: int = limits(low=1, high=4096)
+    precision: Literal["fp32", "bf16", "fp16"]
     max_detections: int = limits(low=1, high=500)
     post_range: Range6 = limits(low=-10_000, high=10_000)  # metres; boxes whose centre lies outside are dropped
     score_threshold: float | None = limits(low=0, high=1)

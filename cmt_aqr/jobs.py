@@ -70,7 +70,7 @@ def evaluate_split(
             model,
             loader,
             device=rank_info.device,
-            precision=PRECISIONS[config.training.precision],
+            precision=PRECISIONS[config.evaluation.precision],
             decoding=Decoding(
                 max_detections=config.evaluation.max_detections,
                 post_range=config.evaluation.post_range,

@@ -15,11 +15,13 @@ from cmt_aqr.training.checkpoint import CheckpointError, load_checkpoint, load_i
 LATEST = "latest.pt"
 # What a checkpoint must hold for a run to go on from it.
 RUN_STATE = ("config", "model", "optimizer", "scaler", "step")
+# Keys of the model that are a matter of speed and memory.
+SPEED = ("model.attention", "model.activation_checkpointing", "model.camera.activation_checkpointing")
 # Keys that may change when a run goes on: where things are, how often to look, how fast; not what is learnt.
 MAY_CHANGE = (
-    "name", "data.root", "data.index_dir", "data.workers", "data.val_split", "data.synthetic.workers", "evaluation",
-    "model.attention", "model.camera.activation_checkpointing", "training.eval_every", "training.init_from",
-    "training.keep_checkpoints", "training.log_every", "training.save_every",
+    *SPEED, "name", "data.root", "data.index_dir", "data.workers", "data.val_split", "data.synthetic.workers",
+    "evaluation", "training.eval_every", "training.init_from", "training.keep_checkpoints", "training.log_every",
+    "training.save_every",
 )  # fmt: skip
 
 

@@ -57,6 +57,18 @@ def test_every_shipped_model_builds(path):
         assert count_parameters(model) == OFFICIAL[path.stem]
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_evaluation_is_in_float32_as_shipped(path):
+    config = load_config(path)
+    assert config.evaluation.precision == "fp32" and not config.model.activation_checkpointing
+
+
+def test_activation_checkpointing_reaches_the_decoder():
+    for is_on in (False, True):
+        config = shipped("synthetic_tiny", f"model.activation_checkpointing={str(is_on).lower()}")
+        assert on_meta(config).decoder.checkpoint_layers is is_on
+
+
 def test_the_class_prior_reaches_the_heads():
     config = shipped("synthetic_tiny", "model.cls_prior=0.02", "model.start=official")
     model = build_detector(config.model)

@@ -110,11 +110,22 @@ def test_residual_dropout_acts_on_both_attentions():
 
 
 def test_recomputed_layers_give_the_same_gradients():
-    gradients = []
+    """Dropout is on: the second pass must draw what the first one drew."""
+    losses, gradients, passes = [], [], []
     for checkpoint_layers in (False, True):
-        decoder = make_decoder(checkpoint_layers=checkpoint_layers)
-        decoder(*make_inputs()).square().sum().backward()
-        gradients.append([p.grad for p in decoder.parameters()])
+        decoder = make_decoder(checkpoint_layers=checkpoint_layers, dropout=0.5).train()
+        calls = []
+        decoder.layers[1].ffn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        inputs = make_inputs()
+        inputs[1].requires_grad_()
+        torch.manual_seed(7)
+        loss = decoder(*inputs).square().sum()
+        loss.backward()
+        losses.append(loss)
+        gradients.append([inputs[1].grad, *(p.grad for p in decoder.parameters())])
+        passes.append(len(calls))
+    assert passes == [1, 2]
+    assert torch.equal(*losses)
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=1e-12, atol=1e-12)
 

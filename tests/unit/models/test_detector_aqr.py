@@ -18,6 +18,7 @@ from tests.unit.models.tiny_detector import (
     IMAGE_SIZE,
     ONE_TASK,
     POINT_RANGE,
+    gradients,
     make_aqr,
     make_detector,
     make_features,
@@ -244,6 +245,24 @@ def test_one_graph_no_breaks_no_recompiles_and_the_same_numbers(design):
             assert torch.equal(actual.aqr_weights, expected.aqr_weights)
             total_loss(Criterion(classes=ONE_TASK)(actual, make_targets(counts, seed=seed), denoising)).backward()
     torch._dynamo.reset()
+
+
+def test_recomputed_layers_in_one_graph_draw_the_same_dropout_and_give_the_same_gradients():
+    losses, grads = [], []
+    for is_recomputed in (False, True):
+        torch._dynamo.reset()
+        detector = strong(make_detector(design="bias", dropout=0.5, num_layers=1)).train()
+        detector.decoder.checkpoint_layers = is_recomputed
+        forward = torch.compile(detector.forward_features, fullgraph=True, backend="aot_eager", dynamic=False)
+        torch.manual_seed(3)
+        loss = (forward if is_recomputed else detector.forward_features)(*make_features(2), noised()).codes(0).sum()
+        loss.backward()
+        losses.append(loss)
+        grads.append(gradients(detector))
+    torch._dynamo.reset()
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-10, atol=1e-10, msg=name)
 
 
 @torch.no_grad()
