@@ -18,7 +18,7 @@ from cmt_aqr.errors import report_errors
 from cmt_aqr.evaluation.nuscenes_eval import Tables, format_table
 from cmt_aqr.jobs import evaluate_split, prepare_data
 from cmt_aqr.strict_yaml import differences
-from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights, read_config
+from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights_and_config
 from cmt_aqr.training.distributed import RankInfo, main_first, process_group
 from cmt_aqr.training.logs import RunLog
 from cmt_aqr.training.run_folder import SPEED
@@ -76,12 +76,12 @@ def test(config: Config, rank_info: RankInfo, arguments: argparse.Namespace) -> 
 
 def load_model(model: nn.Module, config: Config, path: str) -> None:
     """Load weights strictly, after comparing the configuration they were trained with where the file has one."""
-    trained = read_config(path)
+    weights, trained = load_weights_and_config(path)
     changed = [] if trained is None else differences(trained["model"], to_tree(config.model), "model")
     changed = [change for change in changed if not change.startswith(SPEED)]
     if changed:
         raise CheckpointError(f"{path}: trained with another model: {'; '.join(changed[:3])} (checkpoint against now)")
-    load_into(model, load_weights(path), path)
+    load_into(model, weights, path)
 
 
 if __name__ == "__main__":

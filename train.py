@@ -159,7 +159,7 @@ def set_up(
         last_step=min(total_steps, arguments.max_steps or total_steps),
     )
     if checkpoint is not None:
-        run.step = restore(checkpoint, model, run.optimizer, run.scaler)
+        run.step = restore(checkpoint, work_dir / LATEST, model, run.optimizer, run.scaler, total_steps=total_steps)
     elif arguments.overwrite and rank_info.is_main:
         remove_run(work_dir)
     return run, notes, checkpoint is not None

@@ -10,7 +10,6 @@ is 2. Files that need code to be run are refused.
 """
 
 import argparse
-import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,10 +22,12 @@ from torch import Tensor
 
 from cmt_aqr.build import build_detector
 from cmt_aqr.config import ModelConfig, load_config
-from cmt_aqr.errors import report_errors
+from cmt_aqr.errors import describe_os_error, report_errors
 from cmt_aqr.files import atomic_path
 from cmt_aqr.tools.official_names import rename_official
-from cmt_aqr.training.checkpoint import CheckpointError, load_weights
+from cmt_aqr.training.checkpoint import load_weights
+from cmt_aqr.training.checkpoint_checks import CheckpointError, check_dtype, check_finite
+from cmt_aqr.training.checksum import METADATA, add_checksum
 
 ENCODER = "lidar_branch.encoder."
 BACKBONE = "image_branch.backbone."
@@ -63,6 +64,7 @@ class Imported:
     def place(self, name: str, tensor: Tensor, like: Tensor) -> None:
         """Keep a tensor in the dtype of ``like`` if it has its shape."""
         if tensor.shape == like.shape:
+            check_dtype(tensor, like, name)
             self.weights[name] = tensor.to(like.dtype)
         else:
             self.misshapen.append(f"{name}: {tuple(tensor.shape)} in the file, {tuple(like.shape)} in the model")
@@ -190,27 +192,10 @@ def empty_state(config: ModelConfig) -> dict[str, Tensor]:
         return build_detector(replace(config, start="official", aqr=None)).state_dict()
 
 
-def read_official(path: Path) -> Mapping[str, Tensor]:
-    """Named tensors of a .pth or .safetensors file, without running code from it.
-
-    Raises:
-        CheckpointError: missing, damaged, or a file that needs code to be run.
-    """
-    try:
-        return load_weights(path)
-    except CheckpointError as error:
-        # torch says at length how to allow it; what the file asks for is what a person needs to know.
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error.__context__))
-        if refused is None:
-            raise
-        raise CheckpointError(
-            f"{path}: refused, loading it would run code: it holds an object of {refused[1]}; keep tensors only, as in "
-            "torch.save(state_dict, ...)"
-        ) from None
-
-
 def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a .safetensors file so that ``path`` is at all times either the old file or the whole new one.
+
+    Its metadata carry a checksum of the whole file.
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
@@ -218,9 +203,11 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[s
     own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
     try:
         with atomic_path(path) as partial:
-            partial.write_bytes(save(own, metadata=dict(metadata)))
+            partial.write_bytes(add_checksum(save(own, metadata={**metadata, **METADATA})))
     except OSError as error:
-        raise CheckpointError(f"{path}: could not be saved: {error}") from None
+        raise CheckpointError(
+            f"{path}: could not be saved: {describe_os_error(OSError(error.errno, error.strerror))}"
+        ) from None
 
 
 def format_report(result: Imported) -> str:
@@ -247,7 +234,7 @@ def run(options: argparse.Namespace) -> int:
     if options.out.suffix != ".safetensors":
         raise CheckpointError(f"{options.out}: the name of the result must end in .safetensors")
     config = load_config(options.config, options.set)
-    state = read_official(options.source)
+    state = load_weights(options.source)
     own = empty_state(config.model)
     try:
         if options.backbone:
@@ -261,6 +248,7 @@ def run(options: argparse.Namespace) -> int:
     counts = ", ".join(f"{len(names)} {kind}" for kind, names in result.misfits().items() if names)
     if counts:
         raise CheckpointError(f"{options.source}: does not fit {config.name}: {counts} (listed above); nothing written")
+    check_finite(result.weights, str(options.source))
     content = "image backbone" if options.backbone else "detector"
     metadata = {"format": "pt", "source": options.source.name, "config": config.name, "content": content}
     write_weights(options.out, result.weights, metadata)

@@ -331,7 +331,9 @@ def test_full_disk_while_saving_keeps_the_last_checkpoint(train, tmp_path, monke
 
     monkeypatch.setattr(torch, "save", full)
     result = train(arguments=("--resume",))
-    sentence(result, tmp_path / "run", "could not be saved", "No space left on device")
+    sentence(
+        result, tmp_path / "run", "could not be saved: no space left on device; the previous checkpoint is untouched"
+    )
     assert (tmp_path / "run" / "latest.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob(".*"))
     monkeypatch.undo()

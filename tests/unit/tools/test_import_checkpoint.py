@@ -1,5 +1,6 @@
 """Import of official files: every tensor finds its place, and nothing is written where one does not."""
 
+import random
 import re
 from collections import OrderedDict
 
@@ -61,7 +62,8 @@ def test_all_tensors_of_an_official_model_find_their_place(model, layout):
     state, number = {}, {}
     for count, (name, shape) in enumerate(official_shapes(model).items()):
         number[name] = count
-        tensor = torch.tensor(count).expand(shape)  # one number, no memory
+        dtype = torch.int64 if name.endswith("num_batches_tracked") else torch.float32
+        tensor = torch.tensor(count, dtype=dtype).expand(shape)  # one number, no memory
         state[name] = to_spconv1(tensor) if layout == "spconv1" and is_sparse(name, tensor) else tensor
     own = own_state(model)
     result = import_detector(state, own)
@@ -170,8 +172,13 @@ def test_sentences(tmp_path, capsys):
     ]
     for content, target, extra, sentence in (
         (None, out, [], "no such file"),
-        (b"no file of torch", out, [], "damaged"),
-        ({"meta": Harmful(), "state_dict": {"a": torch.zeros(1)}}, out, [], "would run code: it holds an object of"),
+        (b"no file of torch", out, [], "neither a checkpoint nor weights"),
+        (
+            {"meta": Harmful(), "state_dict": {}},
+            out,
+            [],
+            "needs code to be run: it holds an object of print",
+        ),
         ({"meta": {"epoch": 3}}, out, [], "holds no named tensors"),
         ({"a": torch.zeros(1)}, tmp_path / "w.pth", [], "w.pth: the name of the result must end in .safetensors"),
         ({"a": torch.zeros(1)}, out, ["--set", "model.nothing=1"], "model.nothing"),
@@ -197,9 +204,41 @@ def test_full_disk_leaves_the_older_file(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     assert main(small_arguments(source, out)) == 2
-    assert "could not be saved" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: {out}: could not be saved: no space left on device\n"
     assert out.read_bytes() == b"older"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, capsys, value):
+    state = small_official()
+    name = "img_neck.fpn_convs.0.conv.bias"
+    state[name] = torch.full_like(state[name], value)
+    source, out = save_official(tmp_path / "official.pth", state), tmp_path / "w.safetensors"
+    assert main(small_arguments(source, out)) == 2
+    assert capsys.readouterr().err == (
+        f"error: {source}: 1 of {len(state)} tensors hold values that are not finite, the first is "
+        "image_branch.neck.fpn_convs.0.bias\n"
+    )
+    assert not out.exists()
+
+
+def test_one_changed_bit_of_the_result_is_found(tmp_path):
+    source, out = save_official(tmp_path / "official.pth", small_official()), tmp_path / "w.safetensors"
+    assert main(small_arguments(source, out)) == 0
+    good = out.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    places = [*range(0, 8), *range(8, 700), *range(700, header, 501), *range(header, len(good), len(good) // 20)]
+    assert good.index(b'"sha256":"') + 80 < 700  # all of the checksum
+    rng = random.Random(0)
+    for place in places:
+        changed = bytearray(good)
+        changed[place] ^= 1 << rng.randrange(8)
+        out.write_bytes(changed)
+        with pytest.raises(CheckpointError) as caught:
+            load_weights(out)
+        assert str(caught.value).startswith(f"{out}: damaged safetensors file: "), place
+        assert "\n" not in str(caught.value)
 
 
 def backbone_tensors(config, overrides=()):
@@ -251,7 +290,9 @@ def test_backbone_of_fcos3d_has_the_official_vovnet_names():
     model = "camera_vov_1600x640"
     shapes = {n: s for n, s in official_shapes(model).items() if n.startswith("img_backbone.")}
     own = own_state(model)
-    state = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+    counters = {name for name in shapes if name.endswith("num_batches_tracked")}
+    state = {name: torch.zeros((), dtype=torch.int64 if name in counters else None) for name in shapes}
+    state = {name: tensor.expand(shapes[name]) for name, tensor in state.items()}
     result = import_backbone({**state, "pts_bbox_head.a": torch.zeros(1), "img_neck.b": torch.zeros(1)}, own)
     assert not any(result.misfits().values())
     assert result.weights.keys() == {name for name in own if name.startswith("image_branch.backbone.")}
