@@ -10,6 +10,8 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# Parts of the golden files that come with the repository (tests/parity/make_small.py).
+SMALL_FOLDER = Path(__file__).resolve().parent / "small"
 
 
 def golden_dir() -> Path:
@@ -82,14 +84,13 @@ class Golden:
 
 
 def load_golden(name: str) -> Golden:
-    """Golden file `name` ("head_eval" or "head_eval.npz"); skips the calling test where the file is missing."""
+    """Golden file `name`, else the part of it that comes with the repository; skips the test where there is neither."""
     folder = golden_dir()
-    if not folder.is_dir():
-        pytest.skip(f"golden folder {folder} does not exist (set CMT_AQR_GOLDEN)")
-    path = folder / f"{name.removesuffix('.npz')}.npz"
-    if not path.is_file():
-        pytest.skip(f"golden file {path} does not exist")
-    return Golden(path)
+    for path in (folder / f"{name}.npz", SMALL_FOLDER / f"{name}.npz"):
+        if path.is_file():
+            return Golden(path)
+    missing = f"file {folder / name}.npz" if folder.is_dir() else f"folder {folder}"
+    pytest.skip(f"golden {missing} does not exist (set CMT_AQR_GOLDEN)")
 
 
 def relative_error(actual, reference) -> float:

@@ -7,10 +7,15 @@ from cmt_aqr.evaluation.postprocess import postprocess
 from cmt_aqr.predictions import BOX_BRANCHES, CLASS_BRANCH, Predictions
 from tests.parity.golden import load_golden
 
+# Metres; of all official models.
+POST_RANGE = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
+
 
 @pytest.mark.parametrize("part", ("single", "six", "thr"))
 def test_detections_equal_the_original(part):
     golden = load_golden("decode")
+    if f"{part}/max_num" not in golden:
+        pytest.skip("only in the whole golden set (set CMT_AQR_GOLDEN)")
     tasks, classes = [], []
     while f"{part}/in/task{len(tasks)}/center" in golden:
         prefix = f"{part}/in/task{len(tasks)}/"
@@ -25,7 +30,7 @@ def test_detections_equal_the_original(part):
     detections = postprocess(
         Predictions(tuple(tasks), tuple(classes)),
         max_detections=int(golden[f"{part}/max_num"]),
-        post_range=load_golden("head_eval").meta["post_center_range"],
+        post_range=POST_RANGE,
         score_threshold=None if threshold < 0 else threshold,
     )
     for sample, found in enumerate(detections):

@@ -18,6 +18,7 @@ from tests.parity.head_case import FORWARD_TOLERANCE, OFFICIAL_PREFIX, HeadCase
 
 # Losses sum thousands of terms and gradients pass six layers: three orders above rounding in float64. The original's
 # own float32 run departs from its float64 run by up to 2e-6; ours sums in another order, so five times that.
+FILES = ("head_train", "head_train_6task", "head_train_layer0")
 BACKWARD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
@@ -65,13 +66,20 @@ class Step:
 
 
 @pytest.fixture(
-    params=[(name, dtype) for name in ("head_train", "head_train_6task") for dtype in (torch.float64, torch.float32)],
+    params=[(name, dtype) for name in FILES for dtype in (torch.float64, torch.float32)],
     ids=lambda p: f"{p[0]}-{'f64' if p[1] == torch.float64 else 'f32'}",
     scope="module",
 )
 def step(request):
     name, dtype = request.param
     return Step(load_golden(name), dtype)
+
+
+@pytest.fixture
+def whole_step(step):
+    if step.case.meta["num_layers"] == 1:
+        pytest.skip("only in the whole golden set: intermediate stages, and gradients, which come from all layers")
+    return step
 
 
 def test_denoising_queries_equal_the_original(step):
@@ -111,9 +119,10 @@ def test_forward_in_training_equals_the_original(step):
         queries = detector.make_queries(case.meta["bs"], cameras, step.denoising)
         points = inverse_sigmoid(queries.reference_points).sigmoid()
         ray = ray_query_positions(detector.ray_embedding, points, cameras)
-    case.check("positions of queries, camera part", ray, "rv_query_embeds")
-    expected = case.reference("bev_query_embeds") + case.reference("rv_query_embeds")
-    case.golden.check("positions of queries", queries.positions, expected, FORWARD_TOLERANCE[case.dtype])
+    if "out64/rv_query_embeds" in case.golden:
+        case.check("positions of queries, camera part", ray, "rv_query_embeds")
+        expected = case.reference("bev_query_embeds") + case.reference("rv_query_embeds")
+        case.golden.check("positions of queries", queries.positions, expected, FORWARD_TOLERANCE[case.dtype])
     for task, outputs in enumerate(step.predictions.tasks):
         for name in (*BOX_BRANCHES, CLASS_BRANCH):
             denoised, matching = outputs[name][:, :, : step.num_dn], outputs[name][:, :, step.num_dn :]
@@ -122,12 +131,12 @@ def test_forward_in_training_equals_the_original(step):
 
 
 @torch.no_grad()
-def test_parts_in_training_equal_the_original(step):
-    case = step.case
+def test_parts_in_training_equal_the_original(whole_step):
+    case = whole_step.case
     detector = copy.deepcopy(case.detector)  # batch norm in training keeps statistics
     cameras = detector.make_cameras(case.pv_maps, case.lidar2img, case.image_size)
     tokens = detector.make_tokens(case.bev_map, case.pv_maps, cameras)
-    queries = detector.make_queries(case.meta["bs"], cameras, step.denoising)
+    queries = detector.make_queries(case.meta["bs"], cameras, whole_step.denoising)
     num_bev = case.bev_map.shape[-2:].numel()
     case.check("shared convolution", tokens.values[:, :num_bev].mT.reshape_as(case.reference("x_shared")), "x_shared")
     case.check("positions of BEV tokens", tokens.positions[0, :num_bev], "bev_pos_embeds")
@@ -154,24 +163,26 @@ def test_every_loss_term_equals_the_original(step):
     step.case.check("loss, total", total_loss(step.terms), "loss/total", tolerance)
 
 
-def test_gradients_equal_the_original(step):
-    golden, tolerance = step.case.golden, BACKWARD_TOLERANCE[step.case.dtype]
-    parameters = dict(step.case.detector.named_parameters())
+def test_gradients_equal_the_original(whole_step):
+    golden, tolerance = whole_step.case.golden, BACKWARD_TOLERANCE[whole_step.case.dtype]
+    parameters = dict(whole_step.case.detector.named_parameters())
     stored = [n for n in golden.names if n.startswith("out64/grad/")]
     assert stored
     for name in stored:
         official = name.removeprefix("out64/grad/")
         ours = parameters[rename_official(OFFICIAL_PREFIX + official)].grad
         golden.check("gradients of parameters", ours, name, tolerance)
-    step.case.check("gradient of the BEV map", step.case.bev_map.grad, "grad_in/x", tolerance)
-    step.case.check("gradient of the camera maps", step.case.pv_maps.grad.flatten(0, 1), "grad_in/x_img", tolerance)
+    whole_step.case.check("gradient of the BEV map", whole_step.case.bev_map.grad, "grad_in/x", tolerance)
+    whole_step.case.check(
+        "gradient of the camera maps", whole_step.case.pv_maps.grad.flatten(0, 1), "grad_in/x_img", tolerance
+    )
 
 
-def test_gradient_norms_of_all_parameters_equal_the_original(step):
-    golden, tolerance = step.case.golden, BACKWARD_TOLERANCE[step.case.dtype]
-    parameters = dict(step.case.detector.named_parameters())
+def test_gradient_norms_of_all_parameters_equal_the_original(whole_step):
+    golden, tolerance = whole_step.case.golden, BACKWARD_TOLERANCE[whole_step.case.dtype]
+    parameters = dict(whole_step.case.detector.named_parameters())
     names = golden["gradnorm_names"].tolist()
-    norms = step.case.reference("gradnorm")
+    norms = whole_step.case.reference("gradnorm")
     assert {rename_official(OFFICIAL_PREFIX + name) for name in names} == set(parameters)
     largest = norms.max().item()
     for name, norm in zip(names, norms.tolist(), strict=True):
@@ -182,7 +193,7 @@ def test_gradient_norms_of_all_parameters_equal_the_original(step):
         golden.record("gradient norms", grad.dtype, error, tolerance)
 
 
-def test_running_statistics_equal_the_original(step):
-    norm = step.case.detector.shared_conv[1]
+def test_running_statistics_equal_the_original(whole_step):
+    norm = whole_step.case.detector.shared_conv[1]
     for name in ("running_mean", "running_var"):
-        step.case.check("running statistics after the step", getattr(norm, name), f"bn_after/{name}")
+        whole_step.case.check("running statistics after the step", getattr(norm, name), f"bn_after/{name}")
