@@ -12,7 +12,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; when the block succeeds, what is there is renamed onto `path`.
 
     So `path` is at all times the old file or the whole new one (a folder can only be new). A block that fails leaves
-    nothing behind; what a killed process left is overwritten by the next, so only one process may write at a time.
+    nothing behind; what a killed process left is removed by the next, so only one process may write at a time.
 
     Args:
         path: a file or a folder; its parent is made.
@@ -22,6 +22,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
+    _remove(temporary)
     try:
         yield temporary
         if temporary.is_file():
@@ -32,6 +33,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`path.write_bytes(data)`, whose OSError names the file also when the disk is full."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _remove(path: Path) -> None:

@@ -1,28 +1,37 @@
 """Cache files that several processes may want at once: one lock, atomic replacement, fingerprints of the inputs."""
 
-import fcntl
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from cmt_aqr import locks
 from cmt_aqr.data.sample import DataError
 from cmt_aqr.files import atomic_path
+
+logger = logging.getLogger(__name__)
 
 _HASH_BLOCK = 1 << 22
 
 
 @contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
-    """Hold `path`.lock while the block runs; other processes on the machine wait. The lock dies with its holder."""
-    lock = path.with_name(path.name + ".lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-    except OSError as error:
-        raise DataError(f"cache folder {path.parent} cannot be written: {error.strerror}") from None
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold `path`.lock while the block runs; other processes say that they wait. The lock dies with its holder.
+
+    Raises:
+        DataError: the folder cannot be written, or its file system has no locks.
+    """
+
+    def say(holder: str) -> None:
+        logger.warning("%s is being written by %s: waiting for it", path, holder)
+
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locks.exclusive_lock(path.with_name(path.name + ".lock"), on_wait=say))
+        except OSError as error:
+            raise DataError(f"cache folder {path.parent} cannot be written: {error.strerror}") from None
         yield
 
 

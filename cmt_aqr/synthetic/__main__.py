@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 
 from cmt_aqr.errors import report_errors
@@ -13,6 +14,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def run() -> int:
+        # A scheduler's stop ends as Ctrl-C does: without partial folders. SIGKILL's are removed by the next run.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         generate_world(
             options.out,
             scenes=options.scenes,

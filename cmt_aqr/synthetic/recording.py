@@ -8,6 +8,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from cmt_aqr.files import write_bytes
 from cmt_aqr.synthetic import backdrop
 from cmt_aqr.synthetic.calibration import CAMERAS, LIDAR_CHANNEL, LIDAR_TRANSLATION, yaw_quaternion
 from cmt_aqr.synthetic.camera import CameraRig
@@ -174,7 +175,7 @@ class _Recorder:
                 ego,
                 is_key=number % turn == 0,
             )
-            path.write_bytes(scan.points)
+            write_bytes(path, scan.points)
         return scan
 
     def _record_images(self, sample: int, actors: np.ndarray) -> np.ndarray:
@@ -188,7 +189,7 @@ class _Recorder:
             visible[view.actors] += view.visible
             path = self._add_data(mount.channel, sample, self.world.samples_per_scene, sample, stamp, view.ego)
             _, data = cv2.imencode(".jpg", view.image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-            path.write_bytes(data)
+            write_bytes(path, data)
         return (visible / np.maximum(drawn, 1)).clip(0.0, 1.0)
 
     def _add_data(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cmt_aqr.files import write_bytes
 from cmt_aqr.synthetic.calibration import (
     CAMERAS,
     LIDAR_CHANNEL,
@@ -133,7 +134,7 @@ def visibility_level(fraction: float) -> str:
 def write_table(path: Path, rows: list[dict]) -> None:
     """Write rows as a JSON list, one row a line. Rows hold no objects, and no text that looks like the end of one."""
     text = json.dumps(rows, allow_nan=False)  # all at once: an encoder a row takes twice as long
-    path.write_text("[\n" + text[1:-1].replace("}, {", "},\n{") + "\n]\n", encoding="utf-8")
+    write_bytes(path, ("[\n" + text[1:-1].replace("}, {", "},\n{") + "\n]\n").encode())
 
 
 def blank_map() -> np.ndarray:

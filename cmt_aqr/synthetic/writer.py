@@ -1,21 +1,20 @@
 """Writing a whole world: all scenes, by several processes if wanted, then the tables, then the final name."""
 
 import json
-import multiprocessing
-import os
-import shutil
+import logging
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import cv2
 from tqdm import tqdm
 
 from cmt_aqr.classes import CLASSES
-from cmt_aqr.errors import UserError
+from cmt_aqr.errors import UserError, describe_os_error
+from cmt_aqr.files import atomic_path, write_bytes
+from cmt_aqr.locks import exclusive_lock
 from cmt_aqr.synthetic.calibration import CAMERA_CHANNELS, LIDAR_CHANNEL, yaw_quaternion
 from cmt_aqr.synthetic.models import CATEGORIES
 from cmt_aqr.synthetic.recording import Block, Sighting, World, record_block, release, scene_name
@@ -30,6 +29,9 @@ from cmt_aqr.synthetic.tables import (
     visibility_level,
     write_table,
 )
+from cmt_aqr.synthetic.workers import run_jobs
+
+logger = logging.getLogger(__name__)
 
 GENERATOR_VERSION = 2
 """Raised whenever the same parameters would give other bytes."""
@@ -42,7 +44,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class WorldError(UserError):
-    """A world that cannot be written: an argument out of range, or a folder that holds something else."""
+    """A world that cannot be written: an argument out of range, a folder that holds something else, a full disk."""
 
 
 def generate_world(
@@ -65,9 +67,10 @@ def generate_world(
     height (px). sweeps_per_keyframe: LiDAR turns between two key frames (9 is nuScenes' 20 Hz). lidar_columns: firings
     per turn (1084 in nuScenes). workers: processes; 0 records in this one. progress: report on standard error.
 
-    Nothing happens when out already holds a world of the same arguments. Raises WorldError when an argument is out of
-    range or out holds anything else. Several workers are started by "spawn": a script that calls
-    this needs the usual ``if __name__ == "__main__":``.
+    Nothing happens when out already holds a world of the same arguments; where another process is writing it, that one
+    is waited for. Raises WorldError when an argument is out of range, out holds anything else, the disk is full or a
+    worker is killed; out then is as before. Several workers are started by "spawn": a script that calls this needs the
+    usual ``if __name__ == "__main__":``.
     """
     out = Path(out)
     world = World(scenes, val_scenes, seed, samples_per_scene, tuple(image_size), sweeps_per_keyframe, lidar_columns)
@@ -75,23 +78,39 @@ def generate_world(
     if _is_there_already(out, world):
         _say(progress, f"{out} is there already, with the same parameters")
         return
-    started = time.perf_counter()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
-        partial.chmod(0o755)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(out.with_name(f".{out.name}.lock"), on_wait=lambda holder: _say_waiting(out, holder)):
+            if _is_there_already(out, world):
+                _say(progress, f"{out} is there now, with the same parameters")
+            else:
+                _write(out, world, workers, progress)
+    except OSError as error:
+        raise WorldError(f"{out}: the world cannot be written: {describe_os_error(error)}; nothing is kept") from None
+    except BrokenProcessPool:
+        raise WorldError(
+            f"{out}: a process that recorded the world was killed, most likely by lack of memory; nothing is kept, use "
+            f"fewer workers than {workers}"
+        ) from None
+
+
+def _say_waiting(out: Path, holder: str) -> None:
+    logger.warning("%s is being written by %s: waiting for it", out, holder)
+
+
+def _write(out: Path, world: World, workers: int, progress: bool) -> None:
+    """Write a world under another name beside out, then rename it."""
+    started = time.perf_counter()
+    with atomic_path(out) as partial:
         blocks = _record(world, partial, workers, progress)
         counts = _write_tables(world, partial, blocks)
-        (partial / MANIFEST).write_text(json.dumps({**_parameters(world), "counts": counts}, indent=1) + "\n")
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        manifest = json.dumps({**_parameters(world), "counts": counts}, indent=1) + "\n"
+        write_bytes(partial / MANIFEST, manifest.encode())
     seconds = time.perf_counter() - started
     _say(
         progress,
-        f"{out}: {scenes} + {val_scenes} scenes, {counts['sample']} samples, {counts['sample_annotation']} "
-        f"boxes in {seconds:.1f} s ({counts['sample'] / seconds:.1f} samples/s)",
+        f"{out}: {world.scenes} + {world.val_scenes} scenes, {counts['sample']} samples, "
+        f"{counts['sample_annotation']} boxes in {seconds:.1f} s ({counts['sample'] / seconds:.1f} samples/s)",
     )
 
 
@@ -170,17 +189,9 @@ def _record(world: World, root: Path, workers: int, progress: bool) -> list[Bloc
     try:
         if workers == 0:
             return [record_block(world, *job, root, lambda: tick(1)) for job in jobs]
-        blocks = {}
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            futures = {pool.submit(record_block, world, *job, root): job for job in jobs}
-            try:
-                for future in as_completed(futures):
-                    blocks[futures[future]] = future.result()
-                    tick(futures[future][2] - futures[future][1])
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        return [blocks[job] for job in jobs]
+        arguments = [(world, *job, root) for job in jobs]
+        blocks = run_jobs(record_block, arguments, workers, on_done=lambda done: tick(done[3] - done[2]))
+        return [blocks[each] for each in arguments]
     finally:
         tick(0)
         release()
@@ -227,8 +238,8 @@ def _write_tables(world: World, root: Path, blocks: list[Block]) -> dict[str, in
     for name in TABLES:
         write_table(root / VERSION / f"{name}.json", tables[name])
     splits = {split: [scene_name(index) for index in indices] for split, indices in world.scene_indices().items()}
-    (root / VERSION / "splits.json").write_text(json.dumps(splits, indent=1) + "\n")
-    cv2.imwrite(str(root / MAP_FILE), blank_map())
+    write_bytes(root / VERSION / "splits.json", (json.dumps(splits, indent=1) + "\n").encode())
+    write_bytes(root / MAP_FILE, cv2.imencode(".png", blank_map())[1].tobytes())
     return {name: len(tables[name]) for name in TABLES}
 
 

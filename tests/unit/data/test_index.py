@@ -1,7 +1,15 @@
+import builtins
+import errno
+import io
 import json
 import logging
 import math
 import multiprocessing
+import os
+import shutil
+import socket
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +17,7 @@ import torch
 
 from cmt_aqr.boxes import points_in_boxes
 from cmt_aqr.classes import CAMERAS, CLASSES
+from cmt_aqr.data.cache import exclusive_lock
 from cmt_aqr.data.files import load_points, read_points
 from cmt_aqr.data.index import Frame
 from cmt_aqr.data.nuscenes import MAX_SWEEPS, load_index, rotation_matrix
@@ -153,7 +162,7 @@ def test_index_is_reused_until_a_table_changes(world, tmp_path, caplog):
     caplog.clear()
     assert len(index_of(world, cache)) == 3
     assert "damaged" in caplog.text
-    assert sorted(path.name for path in cache.iterdir()) == [second.path.name, f"{second.path.name}.lock"]
+    assert sorted(path.name for path in cache.iterdir()) == [second.path.name]
 
 
 def _open_and_count(world, cache, results):
@@ -245,8 +254,49 @@ def test_full_disk_is_one_sentence(world, tmp_path, monkeypatch):
             DataError, match=r"index-.*\.jsonl\.gz: the cache cannot be written: No space left on device$"
         ):
             index_of(world, tmp_path / "cache")
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+    assert not list((tmp_path / "cache").iterdir())
     assert len(index_of(world, tmp_path / "cache")) > 0
+
+
+@pytest.mark.parametrize("what", ["content", "lock"])
+def test_full_disk_before_the_index_is_whole(world, tmp_path, monkeypatch, what):
+    """Some of the content is on the disk, or not even the holder's name."""
+    opened = builtins.open
+
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(bytes(data)[:9])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def open_full(file, mode="r", *arguments, **options):
+        ending = {"content": ".part", "lock": ".lock"}[what]
+        return (
+            Full(file, mode.replace("b", ""))
+            if str(file).endswith(ending)
+            else opened(file, mode, *arguments, **options)
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", open_full)
+        with pytest.raises(DataError, match=r"cache.* cannot be written: No space left on device$"):
+            index_of(world, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    assert len(index_of(world, tmp_path / "cache")) == 3
+
+
+def test_an_index_that_another_process_builds_is_waited_for(world, tmp_path, caplog):
+    cache, found = tmp_path / "cache", []
+    path = index_of(world, tmp_path / "elsewhere").path
+    with exclusive_lock(cache / path.name):
+        waiting = threading.Thread(target=lambda: found.append(index_of(world, cache)))
+        waiting.start()
+        while "waiting" not in caplog.text:
+            time.sleep(0.01)
+        shutil.copy(path, cache / path.name)
+    waiting.join()
+    assert len(found[0]) == 3 and [path.name for path in cache.iterdir()] == [path.name]
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    assert caplog.messages[-1] == f"{cache / path.name} is being written by {me}: waiting for it"
 
 
 def test_rotation_matrix_against_scipy():

@@ -1,10 +1,17 @@
 """The command line and the folder it writes."""
 
+import errno
 import hashlib
 import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
+from cmt_aqr.locks import exclusive_lock
 from cmt_aqr.synthetic import __main__ as command
 from cmt_aqr.synthetic import generate_world, writer
 
@@ -146,6 +153,51 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(writer, "record_block", interrupted)
     assert command.main([str(tmp_path / "w"), "--scenes", "2", *SMALLEST]) == 130
     assert len(calls) == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_gone_after_the_next(tmp_path):
+    left = tmp_path / ".w.part" / "samples" / "LIDAR_TOP"
+    left.mkdir(parents=True)
+    (left / "half.pcd.bin").write_bytes(b"half")
+    assert command.main([str(tmp_path / "w"), "--scenes", "1", *SMALLEST]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
+    assert not list((tmp_path / "w").rglob("half*"))
+
+
+@pytest.mark.parametrize("name", ["samples/LIDAR_TOP", "samples/CAM_BACK", "sample_data.json", "splits.json", "blank"])
+def test_full_disk_is_one_sentence_with_the_file_and_leaves_nothing(tmp_path, monkeypatch, capsys, name):
+    write = Path.write_bytes
+
+    def until_full(path, data):
+        if name in str(path):
+            write(path, data[:7])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", until_full)
+    assert command.main([str(tmp_path / "w"), "--scenes", "1", *SMALLEST]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and name in error and "no space left on device; nothing is kept" in error
+    assert f"error: {tmp_path}/w: the world cannot be written: {tmp_path}/.w.part/" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_world_that_another_process_writes_is_waited_for(tmp_path, caplog):
+    out = tmp_path / "w"
+
+    def never(holder):
+        raise AssertionError(holder)
+
+    with exclusive_lock(tmp_path / ".w.lock", on_wait=never):
+        waiting = threading.Thread(target=generate_world, args=(out,), kwargs={**TINY, "samples_per_scene": 1})
+        waiting.start()
+        while not caplog.text:
+            time.sleep(0.01)
+        assert not out.exists()
+    waiting.join()
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    assert [record.getMessage() for record in caplog.records] == [f"{out} is being written by {me}: waiting for it"]
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
 
 
 def test_help_names_every_option_and_its_default(capsys):
