@@ -1,6 +1,7 @@
 """The detector with AQR on CUDA: one graph for the whole decoder, the numbers of the dense evaluator, gradients."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from cmt_aqr.config import load_config
 from cmt_aqr.losses.criterion import Criterion, total_loss
 from cmt_aqr.models.denoising import make_denoising
 from cmt_aqr.tools.attention_cases import nuscenes_lidar2img
+from tests.unit.models.tiny_detector import gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,6 +21,7 @@ pytestmark = [
 ]
 CONFIG = load_config(Path(__file__).parents[2] / "configs" / "ablation" / "v3.yaml").model
 IMAGE_SIZE = (256, 704)
+STEP = 1e-2  # length of a step in weights, for the slope of the loss
 
 
 def make_inputs(seed, counts):
@@ -74,6 +77,68 @@ def test_one_graph_without_recompiling_and_gradients_of_the_weights():
                 _, grads = train_step(detector, compiled, inputs, targets)
             assert grads["aqr.scale.value"].abs().item() > 0
             assert all(g.abs().max() > 0 for name, g in grads.items() if name.startswith("aqr.generator.linear"))
+    torch._dynamo.reset()
+
+
+def recomputing(is_recomputed, dropout):
+    torch.manual_seed(0)
+    model = replace(CONFIG, dropout=dropout, activation_checkpointing=is_recomputed)
+    detector = build_detector(model).cuda().train()
+    torch.nn.init.normal_(detector.aqr.generator.linear.weight, std=0.5)
+    return detector
+
+
+@pytest.mark.parametrize(("compiles", "dropout"), ((True, 0.0), (False, 0.3)), ids=("compiled", "eager, dropout"))
+def test_recomputed_layers_give_the_same_gradients_in_less_memory(compiles, dropout):
+    """With dropout only in eager mode: two compiled graphs draw other numbers from one seed."""
+    inputs, targets = make_inputs(0, (3, 5))
+    kept, results = [], []
+    for is_recomputed in (False, True):
+        torch._dynamo.reset()
+        detector = recomputing(is_recomputed, dropout)
+        forward = detector.forward_features
+        forward = torch.compile(forward, fullgraph=True, dynamic=False) if compiles else forward
+        for _ in range(2):  # the first pass compiles, which may leave memory behind
+            detector.zero_grad()
+            torch.manual_seed(7)
+            before = torch.cuda.memory_allocated()
+            predictions = forward(*inputs)
+            after = torch.cuda.memory_allocated()
+            loss = total_loss(Criterion(classes=detector.head.classes)(predictions, targets, inputs[-1]))
+            loss.backward()
+        kept.append(after - before)
+        results.append((loss.item(), gradients(detector)))
+    torch._dynamo.reset()
+    assert kept[1] < 0.8 * kept[0]
+    (loss, expected), (recomputed_loss, actual) = results
+    assert recomputed_loss == pytest.approx(loss, rel=1e-5)
+    largest = max(grad.abs().max().item() for grad in expected.values())
+    for name, grad in expected.items():
+        assert (actual[name] - grad).abs().max().item() <= 1e-4 * largest, name
+
+
+def test_compiled_recomputed_layers_draw_the_same_dropout_twice():
+    """The gradient is the slope of the loss along itself; with other numbers in the second pass it would not be."""
+    torch._dynamo.reset()
+    detector = recomputing(True, 0.5)
+    inputs, _ = make_inputs(0, (3, 5))
+    forward = torch.compile(detector.forward_features, fullgraph=True, dynamic=False)
+
+    def loss():
+        torch.manual_seed(7)
+        return forward(*inputs).logits(0)[-1].square().mean()
+
+    loss().backward()
+    weights = [layer.cross_attention.out_proj.weight for layer in detector.decoder.layers]
+    directions = [weight.grad / torch.stack([w.grad.norm() for w in weights]).norm() for weight in weights]
+    slope = sum((weight.grad * direction).sum() for weight, direction in zip(weights, directions, strict=True)).item()
+    ends = []
+    for step in (STEP, -2 * STEP):
+        with torch.no_grad():
+            for weight, direction in zip(weights, directions, strict=True):
+                weight += step * direction
+        ends.append(loss().item())  # with gradients: another graph might draw other numbers
+    assert (ends[0] - ends[1]) / (2 * STEP) == pytest.approx(slope, rel=0.02)
     torch._dynamo.reset()
 
 
