@@ -22,6 +22,7 @@ from cmt_aqr.models.local_start import start_reference_points
 from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.predictions import DenoisingQueries
 from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights
+from cmt_aqr.training.checkpoint_checks import check_finite
 from cmt_aqr.training.distributed import RankInfo, reduce_max
 from cmt_aqr.training.optim import BETA1, check_norm_prefixes, check_prefixes, cyclic, make_optimizer, set_schedule
 from cmt_aqr.training.seeding import denoising_noise, seed_step
@@ -114,6 +115,7 @@ def initialise(model: nn.Module, path: str) -> str:
     if prefix is None:
         raise CheckpointError(f"training.init_from {path}: no tensor in it has a name of this model")
     fitting = {prefix + name: value for name, value in weights.items() if prefix + name in own}
+    check_finite(fitting, f"training.init_from {path}")
     load_into(model, {**own, **fitting}, path)
     return f"init_from {path}: {len(fitting)} of {len(own)} tensors of the model taken"
 

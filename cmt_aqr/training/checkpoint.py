@@ -74,11 +74,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, needs code to be run, or comes from another program.
     """
     state = _read(Path(path))
-    if state.get("format") not in (FORMAT, FORMAT_WITHOUT_CHECKSUM):
-        raise CheckpointError(
-            f"{path}: not a checkpoint of this project (format: {show(state.get('format'))}, expected {FORMAT!r}); "
-            "official weights go through python -m cmt_aqr.tools.import_checkpoint"
-        )
     _check_content(state, path)
     return state
 
@@ -98,7 +93,7 @@ def load_weights_and_config(path: str | Path) -> tuple[dict[str, Tensor], dict[s
     if path.suffix == ".safetensors":
         return _read_safetensors(path), None
     state = _read(path)
-    if state.get("format") in (FORMAT, FORMAT_WITHOUT_CHECKSUM):
+    if "format" in state:
         _check_content(state, path)
         return state["model"], state["config"]
     key = next((key for key in ("model", "state_dict") if isinstance(state.get(key), dict)), None)
@@ -138,6 +133,11 @@ def load_into(model: nn.Module, weights: dict[str, Tensor], source: str | Path) 
 
 def _check_content(state: dict[str, Any], path: str | Path) -> None:
     """The parts of a checkpoint of this project that can be checked without a model."""
+    if state.get("format") not in (FORMAT, FORMAT_WITHOUT_CHECKSUM):
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this project (format: {show(state.get('format'))}, expected {FORMAT!r}); "
+            "official weights go through python -m cmt_aqr.tools.import_checkpoint"
+        )
     check_config(state.get("config"), str(path))
     check_named_tensors(state.get("model"), f"{path}: model")
     if "step" in state:

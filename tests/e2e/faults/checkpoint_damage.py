@@ -10,7 +10,6 @@ import pickle
 import random
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -320,9 +319,3 @@ def damage(good: bytes, group: str, kind: str, rng: random.Random) -> bytes:
             content = file.getvalue()
     assert content != good, (group, kind)
     return content
-
-
-def write(path: Path, content: bytes) -> Path:
-    """Write a file; returns its path."""
-    path.write_bytes(content)
-    return path

@@ -239,6 +239,13 @@ def test_weights_of_a_damaged_checkpoint_are_refused(tmp_path, kind):
     assert refuse(tmp_path, content, weights_only=True) is not None
 
 
+@pytest.mark.parametrize("kind", list(OTHER_FILES))
+def test_another_file_has_no_weights(tmp_path, kind):
+    write_run(tmp_path)
+    content = damage((tmp_path / LATEST).read_bytes(), "file", kind, random.Random(0))
+    assert refuse(tmp_path, content, weights_only=True) is not None
+
+
 @pytest.mark.parametrize(
     "change",
     [{"scale": float("nan")}, {"scale": -1.0}, {"scale": 65536}, {"growth_interval": 2.5}, {"_growth_tracker": "1"}],
