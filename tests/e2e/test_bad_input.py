@@ -16,6 +16,7 @@ import torch
 
 from cmt_aqr.training.checkpoint import save_checkpoint
 from tests.e2e.conftest import CONFIG
+from tests.e2e.faults.checkpoint_damage import seal
 
 VERSION = "v1.0-synthetic"
 
@@ -294,6 +295,19 @@ def test_missing_weights_to_start_from(train, tmp_path):
 def test_weights_to_start_from_that_fit_nothing(train, tmp_path):
     torch.save({"encoder.weight": torch.zeros(3)}, tmp_path / "other.pth")
     sentence(train(f"training.init_from={tmp_path / 'other.pth'}"), "training.init_from", tmp_path / "other.pth")
+
+
+def test_weights_that_are_not_finite(world, call, train, checkpoint, tmp_path):
+    state = torch.load(checkpoint, weights_only=True)
+    name = next(name for name, tensor in state["model"].items() if tensor.is_floating_point())
+    state["model"][name].view(-1)[0] = float("nan")
+    path = tmp_path / "diverged.pt"
+    path.write_bytes(seal(state))
+    expected = f"1 of {len(state['model'])} tensors hold values that are not finite, the first is {name}"
+    line = sentence(call("test", *world.arguments("--checkpoint", path, "--out", tmp_path)), expected)
+    assert line == f"error: {path}: {expected}"
+    line = sentence(train(f"training.init_from={path}"), expected)
+    assert line == f"error: training.init_from {path}: {expected}"
 
 
 # The disk
