@@ -14,7 +14,7 @@ from cmt_aqr.geometry import to_unit
 from cmt_aqr.precision import at_least_float32
 
 # First depth of a camera ray in metres; the last bin ends at x_max of the point range (Quirk Q5).
-MIN_DEPTH = 1.0
+FIRST_DEPTH = 1.0
 # Width of the ray MLP's hidden layer in multiples of C.
 RAY_MLP_RATIO = 4
 
@@ -92,7 +92,7 @@ def bev_cell_centres(rows: int, cols: int, *, dtype: torch.dtype, device: torch.
 def ray_depths(num_depths: int, max_depth: float, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Depths (N,) along a camera ray in metres: 1 + i * (max_depth - 1) / N, i = 0 .. N - 1. *Quirk Q5*."""
     steps = torch.arange(num_depths, dtype=dtype, device=device)
-    return MIN_DEPTH + steps * (max_depth - MIN_DEPTH) / num_depths
+    return FIRST_DEPTH + steps * (max_depth - FIRST_DEPTH) / num_depths
 
 
 def pixel_corners(rows: int, cols: int, image_size: tuple[int, int], *, like: Tensor) -> Tensor:
