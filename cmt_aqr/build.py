@@ -26,11 +26,13 @@ from cmt_aqr.losses.criterion import Criterion
 from cmt_aqr.models.decoder import Decoder
 from cmt_aqr.models.detector import Detector, SharedConv
 from cmt_aqr.models.heads import Heads
-from cmt_aqr.models.image import CPFPN, ImageBranch, ResNet
+from cmt_aqr.models.image import ImageBranch
 from cmt_aqr.models.lidar import LidarBranch, SparseEncoder
 from cmt_aqr.models.local_start import start_local
+from cmt_aqr.models.neck import CPFPN
 from cmt_aqr.models.position import BevEmbedding, RayEmbedding
 from cmt_aqr.models.queries import ReferencePoints
+from cmt_aqr.models.resnet import ResNet
 from cmt_aqr.models.second import SECOND, SECONDFPN
 from cmt_aqr.models.vovnet import VoVNet
 from cmt_aqr.predictions import task_classes

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 
-from cmt_aqr.models.image import CPFPN, ImageBranch, ResNet
+from cmt_aqr.models.image import ImageBranch
 from cmt_aqr.models.lidar import SparseEncoder, select_algorithm
+from cmt_aqr.models.neck import CPFPN
+from cmt_aqr.models.resnet import ResNet
 from cmt_aqr.models.voxels import VoxelBatch, voxelize
 from tests.parity.golden import relative_error
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from cmt_aqr.models.image import CPFPN, ResNet
 from cmt_aqr.models.lidar import SparseEncoder
+from cmt_aqr.models.neck import CPFPN
+from cmt_aqr.models.resnet import ResNet
 from cmt_aqr.models.second import SECOND, SECONDFPN
 from cmt_aqr.models.vovnet import VoVNet
 from tests.parity import test_image_branch, test_lidar_branch

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from cmt_aqr.models.image import CPFPN, ResNet
+from cmt_aqr.models.neck import CPFPN
+from cmt_aqr.models.resnet import ResNet
 from cmt_aqr.models.vovnet import VoVNet, VoVNetSpec
 from tests.parity.golden import load_golden, relative_error
 

@@ -2,7 +2,9 @@ import pytest
 import torch
 import torchvision
 
-from cmt_aqr.models.image import CPFPN, ImageBranch, ResNet, normalize_images, pad_images
+from cmt_aqr.models.image import ImageBranch, normalize_images, pad_images
+from cmt_aqr.models.neck import CPFPN
+from cmt_aqr.models.resnet import ResNet
 from cmt_aqr.models.vovnet import V99_ESE, VoVNet, VoVNetSpec
 
 MEAN, STD = (103.530, 116.280, 123.675), (57.375, 57.120, 58.395)
