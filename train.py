@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cmt_aqr.build import build_criterion, build_detector, count_parameters, open_split
+from cmt_aqr.build import build_criterion, build_detector, check_splits, count_parameters, open_split
 from cmt_aqr.config import Config, load_config
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.errors import UserError, report_errors
@@ -132,9 +132,10 @@ def set_up(
     seed_process(config.seed, deterministic=arguments.deterministic)
     with main_first(rank_info):
         prepare_data(config, talk=rank_info.is_main)
+        check_splits(config.data)
         index = open_split(config.data, config.data.train_split)
         loader, steps_per_epoch = make_training_loader(config, index, rank_info)
-        open_split(config.data, config.data.val_split)  # a wrong name must not wait for the first evaluation
+        open_split(config.data, config.data.val_split)  # what is wrong there must not wait for the first evaluation
 
     model = build_detector(config.model).to(rank_info.device)
     notes = []

@@ -1,6 +1,7 @@
 """From a configuration to the things it describes: one constructor call each, nothing hidden."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from cmt_aqr.data.gt_database import open_gt_database
 from cmt_aqr.data.gt_sampling import GtSampler
 from cmt_aqr.data.image_transforms import ImageAugmentation
 from cmt_aqr.data.index import FrameIndex
-from cmt_aqr.data.nuscenes import load_index
+from cmt_aqr.data.nuscenes import check_split, load_index
 from cmt_aqr.data.sample import DataError
 from cmt_aqr.data.scene_transforms import ModalityDropout, SceneAugmentation
 from cmt_aqr.losses.criterion import Criterion
@@ -36,28 +37,64 @@ from cmt_aqr.models.resnet import ResNet
 from cmt_aqr.models.second import SECOND, SECONDFPN
 from cmt_aqr.models.vovnet import VoVNet
 from cmt_aqr.predictions import task_classes
+from cmt_aqr.training.optim import prefix_problems
 
 POINT_FEATURES = 5
 RESNET_DEPTHS = {"resnet18": 18, "resnet50": 50}
 
 
+# Bytes of a float32 weight; in training with its gradient and AdamW's two moments.
+WEIGHT_BYTES, TRAINING_BYTES = 4, 16
+
+
 def check_device(config: ModelConfig, device: torch.device) -> None:
-    """Raise ConfigError for an attention that the device does not have."""
+    """Raise ConfigError for a model that cannot run on the device."""
+    problems = []
     if config.aqr is not None and config.attention.backend == "flex" and device.type != "cuda":
-        raise ConfigError(
-            [f"model.attention.backend: 'flex' needs a CUDA GPU, this run is on {device.type}; use 'auto'"]
+        problems.append(
+            f"model.attention.backend: 'flex' needs a CUDA GPU, this run is on {device.type}; use 'auto'"
         )
+    if config.lidar is not None and config.lidar.out_of_range == "alias" and device.type == "cuda":
+        problems.append("model.lidar.out_of_range: 'alias' exists on the CPU only, this run is on cuda; use 'drop'")
+    problems += _memory_problems(count_parameters(build_on_meta(config)), WEIGHT_BYTES, device)
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_training(config: Config, device: torch.device) -> None:
+    """Raise ConfigError, with all problems at once, for prefixes that fit no parameter and a model beyond the memory."""
+    model = build_on_meta(config.model)
+    problems = prefix_problems(model, config.training)
+    problems += _memory_problems(count_parameters(model), TRAINING_BYTES, device)
+    if problems:
+        raise ConfigError(problems)
+
+
+def build_on_meta(config: ModelConfig) -> Detector:
+    """The detector without memory for its weights: names and shapes only, in a fraction of a second."""
+    with torch.device("meta"):
+        return build_detector(config)
+
+
+def _memory_problems(parameters: int, bytes_each: int, device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if parameters * bytes_each <= memory:
+        return []
+    return [
+        f"model: {parameters / 1e6:,.0f} million parameters of {bytes_each} bytes need {parameters * bytes_each / 1e9:,.0f} "
+        f"GB, {device.type} has {memory / 1e9:,.0f} GB; make it narrower (model.hidden_dim, model.ffn_dim) or shallower "
+        f"(model.num_layers)"
+    ]
 
 
 def build_detector(config: ModelConfig) -> Detector:
-    """The detector with fresh weights, on the current default device; ConfigError where a part refuses its settings."""
-    try:
-        return _build_detector(config)
-    except ValueError as error:
-        raise ConfigError([f"model: {error}"]) from error
+    """The detector with fresh weights, on the current default device.
 
-
-def _build_detector(config: ModelConfig) -> Detector:
+    A configuration that :func:`cmt_aqr.config.load_config` accepts can be built: a ValueError here is a bug.
+    """
     classes = task_classes(config.tasks)
     lidar = None if config.lidar is None else build_lidar_branch(config.lidar, config.point_range)
     camera = None if config.camera is None else build_image_branch(config.camera, config.hidden_dim)
@@ -205,9 +242,7 @@ def open_split(config: DataConfig, split: str) -> FrameIndex:
     Raises:
         DataError: one sentence on what is wrong with the data set.
     """
-    root = Path(config.root)
-    if not root.is_dir():
-        raise DataError(f"data.root {root} does not exist or is no folder")
+    root = _data_root(config)
     return load_index(
         dataroot=root,
         version=config.version,
@@ -221,6 +256,27 @@ def open_split(config: DataConfig, split: str) -> FrameIndex:
 def evaluation_dataset(config: Config, index: FrameIndex) -> FrameDataset:
     """Frames as they are, in order, with all boxes."""
     return FrameDataset(index, **_sensors(config))
+
+
+def _data_root(config: DataConfig) -> Path:
+    root = Path(config.root)
+    if not root.is_dir():
+        raise DataError(f"data.root {root} does not exist or is no folder")
+    return root
+
+
+def check_splits(config: DataConfig) -> None:
+    """Refuse a split that the tables do not know, before the hours that an index and an object database can take.
+
+    Raises:
+        DataError: names the split and those that have frames.
+    """
+    root = _data_root(config)
+    for key in ("train_split", "val_split"):
+        try:
+            check_split(root, config.version, getattr(config, key))
+        except DataError as error:
+            raise DataError(f"data.{key}: {error}") from None
 
 
 def training_dataset(config: Config, index: FrameIndex) -> FrameDataset:

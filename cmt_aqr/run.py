@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cmt_aqr.build import check_device, training_dataset
+from cmt_aqr.build import check_device, check_training, training_dataset
 from cmt_aqr.config import Config, ConfigError
 from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.loader import Loader, make_loader
@@ -24,7 +24,7 @@ from cmt_aqr.predictions import DenoisingQueries
 from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights
 from cmt_aqr.training.checkpoint_checks import check_finite
 from cmt_aqr.training.distributed import RankInfo, reduce_max
-from cmt_aqr.training.optim import BETA1, check_norm_prefixes, check_prefixes, cyclic, make_optimizer, set_schedule
+from cmt_aqr.training.optim import BETA1, cyclic, make_optimizer, set_schedule
 from cmt_aqr.training.seeding import denoising_noise, seed_step
 
 
@@ -62,10 +62,11 @@ class Run:
 
 
 def check_settings(config: Config, rank_info: RankInfo) -> None:
-    """Refuse a batch that the processes cannot share equally, and an attention that cannot run or learn."""
+    """Refuse, before anything is written, a run that cannot work: its batch, its attention, its parameter names."""
     if config.model.aqr is not None and config.model.attention.backend == "lowrank":
         raise ConfigError(["model.attention.backend: 'lowrank' gives AQR no gradient; it is for test.py only"])
     check_device(config.model, rank_info.device)
+    check_training(config, rank_info.device)
     size = config.training.batch_size
     if size % rank_info.world_size:
         raise ConfigError([f"training.batch_size: {size} is not a multiple of the {rank_info.world_size} processes"])
@@ -130,11 +131,8 @@ def set_first_weights(model: Detector, config: Config, index: FrameIndex) -> lis
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW with the configuration's factors, after checking that every prefix means something."""
+    """AdamW with the configuration's factors."""
     training = config.training
-    for key in ("lr_mult", "decay_mult", "freeze"):
-        check_prefixes(model, list(getattr(training, key)), f"training.{key}")
-    check_norm_prefixes(model, training.norm_eval, "training.norm_eval")
     return make_optimizer(
         model,
         lr=training.lr,

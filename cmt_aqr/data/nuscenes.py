@@ -95,6 +95,16 @@ def load_index(
     )
 
 
+def check_split(dataroot: str | Path, version: str, split: str) -> None:
+    """Read as few tables as it takes to know that a split has scenes.
+
+    Raises:
+        DataError: missing folder or table; an unknown split, or one without scenes in this version.
+    """
+    _table_files(Path(dataroot), version)
+    _scenes_of_split(Path(dataroot) / version, split)
+
+
 def _table_files(root: Path, version: str) -> dict[str, Path]:
     if not root.is_dir():
         raise DataError(f"dataroot {root} does not exist or is no folder")

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from cmt_aqr.config import ConfigError
+from cmt_aqr.config import TrainingConfig
+from cmt_aqr.yaml_reader import suggest
 
 # PyTorch's own default for AdamW; the original sets neither.
 BETA1, BETA2 = 0.9, 0.999
@@ -18,32 +19,43 @@ def longest_prefix(name: str, factors: Mapping[str, float], otherwise: float = 1
     return factors[max(fitting, key=len)] if fitting else otherwise
 
 
-def check_prefixes(model: nn.Module, prefixes: Sequence[str], key: str) -> None:
-    """Refuse a prefix that no parameter begins with: a typing error there would train the wrong thing silently.
+def prefix_problems(model: nn.Module, training: TrainingConfig) -> list[str]:
+    """What is wrong with the name prefixes of a configuration: a typing error there would train the wrong thing silently.
 
-    Raises:
-        ConfigError: names the configuration key, the prefix and what the parameters begin with.
+    Args:
+        model: the detector; its weights may be on the meta device.
+        training: ``lr_mult``, ``decay_mult`` and ``freeze`` name parameters, ``norm_eval`` modules with batch norm.
+
+    Returns:
+        One sentence for each prefix that fits nothing, with its configuration key.
     """
-    names = [name for name, _ in model.named_parameters()]
-    for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in names):
-            first = sorted({name.split(".")[0] for name in names})
-            raise ConfigError([f"{key}: no parameter name begins with {prefix!r}; they begin with {', '.join(first)}"])
+    parameters = [name for name, _ in model.named_parameters()]
+    norms = [name for name, module in model.named_modules() if _is_batch_norm(module)]
+    found = []
+    for key, names, what in (
+        ("lr_mult", parameters, "parameter name"),
+        ("decay_mult", parameters, "parameter name"),
+        ("freeze", parameters, "parameter name"),
+        ("norm_eval", norms, "batch norm's name"),
+    ):
+        for prefix in getattr(training, key):
+            if not any(name.startswith(prefix) for name in names):
+                first = ", ".join(sorted({name.split(".")[0] for name in names})) or "nothing, there is none"
+                found.append(
+                    f"training.{key}: no {what} begins with {prefix!r}; they begin with {first}"
+                    f"{_similar_prefix(prefix, names)}"
+                )
+    if parameters and all(name.startswith(tuple(training.freeze)) for name in parameters):
+        found.append("training.freeze: every parameter is frozen, nothing is left to train")
+    return found
 
 
-def check_norm_prefixes(model: nn.Module, prefixes: Sequence[str], key: str) -> None:
-    """Refuse a prefix under which there is no batch norm.
-
-    Raises:
-        ConfigError: names the configuration key, the prefix and where the batch norms are.
-    """
-    names = [name for name, module in model.named_modules() if _is_batch_norm(module)]
-    for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in names):
-            first = sorted({name.split(".")[0] for name in names})
-            raise ConfigError(
-                [f"{key}: no batch norm's name begins with {prefix!r}; they begin with {', '.join(first)}"]
-            )
+def _similar_prefix(prefix: str, names: Sequence[str]) -> str:
+    """The dotted beginning of a name that a wrong prefix was probably meant for; one that ends like it comes first."""
+    parts = [name.split(".") for name in names]
+    options = sorted({".".join(part[: i + 1]) for part in parts for i in range(len(part))}, key=lambda o: (len(o), o))
+    same_end = [option for option in options if option.endswith(f".{prefix}")]
+    return f"; did you mean {same_end[0]!r}?" if same_end else suggest(prefix, options)
 
 
 def freeze(model: nn.Module, prefixes: Sequence[str]) -> None:
@@ -86,7 +98,7 @@ def make_optimizer(
             factor, for :func:`set_schedule`.
 
     Raises:
-        ConfigError: nothing is left to train.
+        ValueError: nothing is left to train.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -94,7 +106,7 @@ def make_optimizer(
             factors = longest_prefix(name, lr_mult), longest_prefix(name, decay_mult)
             groups.setdefault(factors, []).append(parameter)
     if not groups:
-        raise ConfigError(["training.freeze: every parameter is frozen, nothing is left to train"])
+        raise ValueError("every parameter is frozen, nothing is left to train")
     return torch.optim.AdamW(
         [
             {"params": parameters, "lr": lr * scale, "lr_scale": scale, "weight_decay": weight_decay * decay}

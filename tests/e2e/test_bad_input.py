@@ -153,7 +153,17 @@ def test_another_version(train):
 @pytest.mark.parametrize("key", ["train_split", "val_split"])
 def test_wrong_split(train, key):
     # Also the evaluation's, before the first epoch and not after it.
-    sentence(train(f"data.{key}=synthetic_tran"), "synthetic_tran", "synthetic_train", "synthetic_val")
+    sentence(train(f"data.{key}=synthetic_tran"), f"data.{key}", "synthetic_tran", "synthetic_train", "synthetic_val")
+
+
+@pytest.mark.parametrize("key", ["train_split", "val_split"])
+def test_wrong_split_of_written_data(train, tmp_path, key):
+    """It is refused before an index or an object database is built."""
+    index_dir = tmp_path / "fresh_index"
+    sampling = "data.gt_sampling={per_class: {car: 2}, min_points: 5, mix: 0.5, stop_before_end: 0}"
+    settings = (f"data.{key}=mini_val", "data.synthetic=null", f"data.index_dir={index_dir}", sampling)
+    sentence(train(*settings), f"data.{key}: split 'mini_val' has no frame in ", "synthetic_train, synthetic_val")
+    assert not index_dir.exists()
 
 
 def test_test_script_knows_its_split_too(world, call, checkpoint, tmp_path):

@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cmt_aqr.build import build_criterion, build_detector, count_parameters, open_split, training_dataset
+from cmt_aqr.build import build_criterion, build_detector, check_training, count_parameters, open_split, training_dataset
 from cmt_aqr.classes import CLASSES
-from cmt_aqr.config import Config, load_config
+from cmt_aqr.config import Config, ConfigError, load_config
+from cmt_aqr.errors import UserError
 from cmt_aqr.data.sample import DataError
 from cmt_aqr.models.heads import CLASS_BRANCH
 from cmt_aqr.run import build_optimizer, initialise
-from cmt_aqr.training.optim import freeze
+from cmt_aqr.training.optim import freeze, prefix_problems
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
@@ -181,7 +182,38 @@ def rates(config: Config) -> dict[str, tuple[float, float] | None]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_every_prefix_of_a_shipped_file_names_a_parameter(path):
-    rates(load_config(path))  # refuses a prefix that fits nothing
+    config = load_config(path)
+    assert prefix_problems(on_meta(config), config.training) == []
+
+
+def test_a_run_that_cannot_work_is_refused_with_all_that_is_wrong():
+    config = shipped("synthetic_tiny", "training.freeze=[decoder.layer.0]", "training.lr_mult={neck: 0.1}")
+    with pytest.raises(ConfigError) as caught:
+        check_training(config, torch.device("cpu"))
+    lr, freeze_ = caught.value.problems
+    assert lr.startswith("training.lr_mult: no parameter name begins with 'neck'; they begin with aqr, bev_embedding, ")
+    assert lr.endswith("did you mean 'image_branch.neck'?")
+    assert freeze_.startswith("training.freeze: ") and freeze_.endswith("; did you mean 'decoder.layers.0'?")
+
+
+def test_a_model_beyond_the_memory_is_refused_with_the_figures():
+    settings = ("model.hidden_dim=4096", "model.ffn_dim=32768", "model.num_layers=64", "model.aqr=null",
+                "training.decay_mult={}", "training.lr_mult={}")  # fmt: skip
+    config = shipped("synthetic_tiny", *settings)
+    parameters = count_parameters(on_meta(config))
+    assert parameters > 20e9
+    with pytest.raises(ConfigError, match=rf"^model: {parameters / 1e6:,.0f} million parameters of 16 bytes need "):
+        check_training(config, torch.device("cpu"))
+
+
+def test_a_value_error_of_the_model_is_a_bug_and_no_users_error(monkeypatch):
+    def broken(**settings):
+        raise ValueError("a mistake of the program")
+
+    monkeypatch.setattr("cmt_aqr.build.Heads", broken)
+    with pytest.raises(ValueError, match="^a mistake of the program$") as caught:
+        on_meta(shipped("synthetic_tiny"))
+    assert not isinstance(caught.value, UserError)
 
 
 @pytest.mark.parametrize("name", ("cmt_aqr_r50_800x320", "cmt_aqr_vov_1600x640"))

@@ -1,15 +1,19 @@
 """Optimizer groups, the cycle, freezing."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from cmt_aqr.config import load_config
 from cmt_aqr.training.optim import (
-    check_prefixes,
     cyclic,
     freeze,
     longest_prefix,
     make_optimizer,
+    prefix_problems,
     set_schedule,
     set_training_mode,
 )
@@ -74,8 +78,20 @@ def test_norm_stays_in_eval_mode_where_asked():
     assert not torch.equal(model.image[1].running_mean, before)
 
 
-def test_a_prefix_that_fits_nothing_is_refused():
-    with pytest.raises(
-        ValueError, match=r"training.freeze: no parameter name begins with 'imagee'; they begin with head"
-    ):
-        check_prefixes(small_model(), ["imagee"], "training.freeze")
+def test_prefixes_that_fit_nothing_are_all_reported_at_once():
+    tiny = load_config(Path(__file__).parents[3] / "configs" / "synthetic_tiny.yaml").training
+    training = replace(
+        tiny, lr_mult={"imagee": 0.1, "image.1": 1.0}, decay_mult={"norm.weight": 0.0}, freeze=("head",), norm_eval=("head",)
+    )
+    assert prefix_problems(small_model(), training) == [
+        "training.lr_mult: no parameter name begins with 'imagee'; they begin with head, image; did you mean 'image'?",
+        "training.decay_mult: no parameter name begins with 'norm.weight'; they begin with head, image; did you mean "
+        "'head.weight'?",
+        "training.norm_eval: no batch norm's name begins with 'head'; they begin with image",
+    ]
+    training = replace(tiny, lr_mult={"1.weight": 1.0}, decay_mult={}, freeze=("head", "image"), norm_eval=())
+    assert prefix_problems(small_model(), training) == [
+        "training.lr_mult: no parameter name begins with '1.weight'; they begin with head, image; did you mean "
+        "'image.1.weight'?",
+        "training.freeze: every parameter is frozen, nothing is left to train",
+    ]

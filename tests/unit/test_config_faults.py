@@ -1,0 +1,44 @@
+"""A small part of the random mutations of tests/e2e/faults: none may end in a traceback, a hang or a bad sentence."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cmt_aqr.config import Config, ConfigError, config_from_tree
+from tests.e2e.faults import configs
+from tests.e2e.faults.outcomes import REFUSED, VALID, failures
+
+WRONG = (None, "text", 3, -1, 1e9, 10**40, [1], [], {"a": 1}, True, float("nan"), float("inf"), "a\0b")
+
+
+def test_random_mutations(tmp_path):
+    outcomes = configs.run(tmp_path, count=96, seed=1)
+    assert failures(outcomes) == []
+    results = [outcome.result for outcome in outcomes]
+    assert results.count(REFUSED) > 40 and results.count(VALID) > 5
+
+
+@pytest.mark.parametrize("path", configs.SHIPPED, ids=lambda path: path.stem)
+def test_every_key_removed_and_replaced_by_every_kind(path):
+    original = yaml.safe_load(path.read_text())
+    keys = list(enumerate(configs.places(original)))
+    for number, (at, _) in keys:
+        if isinstance(at, dict):
+            tree = copy.deepcopy(original)
+            own, name = list(configs.places(tree))[number]
+            del own[name]
+            assert_settled(tree)
+        tree = copy.deepcopy(original)
+        own, name = list(configs.places(tree))[number]
+        own[name] = WRONG[number % len(WRONG)]
+        assert_settled(tree)
+
+
+def assert_settled(tree: dict) -> None:
+    """The tree is a configuration, or refused in one line for each problem."""
+    try:
+        assert isinstance(config_from_tree(tree, "file"), Config)
+    except ConfigError as error:
+        assert error.problems and all(line.startswith("file: ") and "\n" not in line for line in error.problems)
