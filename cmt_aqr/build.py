@@ -51,9 +51,7 @@ def check_device(config: ModelConfig, device: torch.device) -> None:
     """Raise ConfigError for a model that cannot run on the device."""
     problems = []
     if config.aqr is not None and config.attention.backend == "flex" and device.type != "cuda":
-        problems.append(
-            f"model.attention.backend: 'flex' needs a CUDA GPU, this run is on {device.type}; use 'auto'"
-        )
+        problems.append(f"model.attention.backend: 'flex' needs a CUDA GPU, this run is on {device.type}; use 'auto'")
     if config.lidar is not None and config.lidar.out_of_range == "alias" and device.type == "cuda":
         problems.append("model.lidar.out_of_range: 'alias' exists on the CPU only, this run is on cuda; use 'drop'")
     problems += _memory_problems(count_parameters(build_on_meta(config)), WEIGHT_BYTES, device)
@@ -62,7 +60,7 @@ def check_device(config: ModelConfig, device: torch.device) -> None:
 
 
 def check_training(config: Config, device: torch.device) -> None:
-    """Raise ConfigError, with all problems at once, for prefixes that fit no parameter and a model beyond the memory."""
+    """Raise ConfigError, with all problems, for prefixes that fit no parameter and a model beyond the memory."""
     model = build_on_meta(config.model)
     problems = prefix_problems(model, config.training)
     problems += _memory_problems(count_parameters(model), TRAINING_BYTES, device)
@@ -81,13 +79,11 @@ def _memory_problems(parameters: int, bytes_each: int, device: torch.device) -> 
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if parameters * bytes_each <= memory:
+    total = parameters * bytes_each
+    if total <= memory:
         return []
-    return [
-        f"model: {parameters / 1e6:,.0f} million parameters of {bytes_each} bytes need {parameters * bytes_each / 1e9:,.0f} "
-        f"GB, {device.type} has {memory / 1e9:,.0f} GB; make it narrower (model.hidden_dim, model.ffn_dim) or shallower "
-        f"(model.num_layers)"
-    ]
+    needed = f"{parameters / 1e6:,.0f} million parameters of {bytes_each} bytes need {total / 1e9:,.0f} GB"
+    return [f"model: {needed}, {device.type} has {memory / 1e9:,.0f}; lower model.hidden_dim, ffn_dim or num_layers"]
 
 
 def build_detector(config: ModelConfig) -> Detector:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cmt_aqr.config import TrainingConfig
-from cmt_aqr.yaml_reader import suggest
+from cmt_aqr.yaml_reader import show_value, suggest
 
 # PyTorch's own default for AdamW; the original sets neither.
 BETA1, BETA2 = 0.9, 0.999
@@ -20,7 +20,7 @@ def longest_prefix(name: str, factors: Mapping[str, float], otherwise: float = 1
 
 
 def prefix_problems(model: nn.Module, training: TrainingConfig) -> list[str]:
-    """What is wrong with the name prefixes of a configuration: a typing error there would train the wrong thing silently.
+    """What is wrong with the name prefixes of a configuration: a typing error would silently train the wrong thing.
 
     Args:
         model: the detector; its weights may be on the meta device.
@@ -42,7 +42,7 @@ def prefix_problems(model: nn.Module, training: TrainingConfig) -> list[str]:
             if not any(name.startswith(prefix) for name in names):
                 first = ", ".join(sorted({name.split(".")[0] for name in names})) or "nothing, there is none"
                 found.append(
-                    f"training.{key}: no {what} begins with {prefix!r}; they begin with {first}"
+                    f"training.{key}: no {what} begins with {show_value(prefix)}; they begin with {first}"
                     f"{_similar_prefix(prefix, names)}"
                 )
     if parameters and all(name.startswith(tuple(training.freeze)) for name in parameters):

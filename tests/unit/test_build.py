@@ -7,11 +7,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cmt_aqr.build import build_criterion, build_detector, check_training, count_parameters, open_split, training_dataset
+from cmt_aqr.build import (
+    build_criterion,
+    build_detector,
+    check_training,
+    count_parameters,
+    open_split,
+    training_dataset,
+)
 from cmt_aqr.classes import CLASSES
 from cmt_aqr.config import Config, ConfigError, load_config
-from cmt_aqr.errors import UserError
 from cmt_aqr.data.sample import DataError
+from cmt_aqr.errors import UserError
 from cmt_aqr.models.heads import CLASS_BRANCH
 from cmt_aqr.run import build_optimizer, initialise
 from cmt_aqr.training.optim import freeze, prefix_problems
@@ -211,7 +218,7 @@ def test_a_value_error_of_the_model_is_a_bug_and_no_users_error(monkeypatch):
         raise ValueError("a mistake of the program")
 
     monkeypatch.setattr("cmt_aqr.build.Heads", broken)
-    with pytest.raises(ValueError, match="^a mistake of the program$") as caught:
+    with pytest.raises(ValueError, match=r"^a mistake of the program$") as caught:
         on_meta(shipped("synthetic_tiny"))
     assert not isinstance(caught.value, UserError)
 

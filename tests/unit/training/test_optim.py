@@ -81,12 +81,16 @@ def test_norm_stays_in_eval_mode_where_asked():
 def test_prefixes_that_fit_nothing_are_all_reported_at_once():
     tiny = load_config(Path(__file__).parents[3] / "configs" / "synthetic_tiny.yaml").training
     training = replace(
-        tiny, lr_mult={"imagee": 0.1, "image.1": 1.0}, decay_mult={"norm.weight": 0.0}, freeze=("head",), norm_eval=("head",)
+        tiny,
+        lr_mult={"imagee": 0.1, "image.1": 1.0},
+        decay_mult={"norm.weight": 0.0},
+        freeze=("head",),
+        norm_eval=("head",),
     )
     assert prefix_problems(small_model(), training) == [
         "training.lr_mult: no parameter name begins with 'imagee'; they begin with head, image; did you mean 'image'?",
         "training.decay_mult: no parameter name begins with 'norm.weight'; they begin with head, image; did you mean "
-        "'head.weight'?",
+        "'image.1.weight'?",
         "training.norm_eval: no batch norm's name begins with 'head'; they begin with image",
     ]
     training = replace(tiny, lr_mult={"1.weight": 1.0}, decay_mult={}, freeze=("head", "image"), norm_eval=())
