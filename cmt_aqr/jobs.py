@@ -10,11 +10,12 @@ from cmt_aqr.config import Config
 from cmt_aqr.data.loader import make_loader
 from cmt_aqr.data.sampling import EvaluationSampler
 from cmt_aqr.evaluation.nuscenes_eval import Metrics, Tables
-from cmt_aqr.evaluation.run import Decoding, Pictures, evaluate, predict
+from cmt_aqr.evaluation.run import Decoding, evaluate, predict
 from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.synthetic import generate_world
 from cmt_aqr.training.distributed import RankInfo, gather
 from cmt_aqr.training.logs import RunLog
+from cmt_aqr.viz.callback import PictureWriter
 
 
 def prepare_data(config: Config, *, talk: bool) -> None:
@@ -54,7 +55,7 @@ def evaluate_split(
         num_workers=min(config.data.workers, len(index)),
     )
     count = config.evaluation.num_pictures if rank_info.is_main else 0
-    pictures = Pictures(
+    pictures = PictureWriter(
         folder / "pictures",
         tokens=spread(index.tokens[rank_info.rank :: rank_info.world_size], count),
         score_threshold=config.evaluation.picture_score,

@@ -1,4 +1,4 @@
-"""From a model and a loader to official metrics: predict, gather, write the submission, evaluate, draw.
+"""From a model and a loader to official metrics: predict, write the submission, evaluate.
 
 ``train.py`` and ``test.py`` call :func:`evaluate`; nothing here knows how batches are made.
 """
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from cmt_aqr.boxes import Detections
 from cmt_aqr.evaluation.nuscenes_eval import Metrics, Tables, evaluate_submission
-from cmt_aqr.evaluation.pictures import draw_detections, write_picture
 from cmt_aqr.evaluation.postprocess import postprocess
 from cmt_aqr.evaluation.submission import detections_to_submission, write_submission
 
@@ -90,40 +89,6 @@ def save_submission(results: list[FrameResult], path: Path, *, use_camera: bool,
         torch.stack([frame.ego2global for frame in frames]).numpy(),
     )
     return write_submission(path, rows, use_camera=use_camera, use_lidar=use_lidar)
-
-
-@dataclass
-class Pictures:
-    """Draws the frames of some tokens when it is shown them, as ``folder/<number>_<token>.jpg``.
-
-    Attributes:
-        tokens: sample tokens of the frames to draw.
-        score_threshold: detections below are not drawn.
-        written: the files.
-    """
-
-    folder: Path
-    tokens: tuple[str, ...]
-    score_threshold: float
-    written: list[Path]
-
-    def __call__(self, batch, detections: list[Detections]) -> None:
-        """Draw the chosen frames of this batch."""
-        for i, token in enumerate(batch.tokens):
-            if token not in self.tokens:
-                continue
-            picture = draw_detections(
-                None if batch.images is None else batch.images[i],
-                None if batch.points is None else batch.points[i],
-                batch.lidar2img[i],
-                detections=detections[i],
-                targets=batch.targets[i],
-                score_threshold=self.score_threshold,
-                title=token,
-            )
-            path = self.folder / f"{len(self.written):02d}_{token[:16]}.jpg"
-            write_picture(path, picture)
-            self.written.append(path)
 
 
 def evaluate(

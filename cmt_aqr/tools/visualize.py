@@ -19,8 +19,8 @@ from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.nuscenes import load_index
 from cmt_aqr.data.sample import Sample
 from cmt_aqr.errors import report_errors
-from cmt_aqr.evaluation.pictures import draw_detections, write_picture
 from cmt_aqr.evaluation.submission import EvaluationError, read_submission, submission_to_detections
+from cmt_aqr.viz.pictures import draw_detections, write_picture
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,9 +10,9 @@ import torch
 
 from cmt_aqr.boxes import Detections, Targets, box_corners
 from cmt_aqr.classes import CAMERAS, CLASSES
-from cmt_aqr.evaluation.bev_picture import BevPanel, height_colours
-from cmt_aqr.evaluation.paint import CLASS_COLOURS, Text, clip_lines, dashes, text_box
-from cmt_aqr.evaluation.pictures import (
+from cmt_aqr.viz.bev_panel import BevPanel, height_colours
+from cmt_aqr.viz.paint import CLASS_COLOURS, Text, clip_lines, dashes, text_box
+from cmt_aqr.viz.pictures import (
     GAP,
     TILE_HEIGHT,
     TITLE_HEIGHT,

@@ -5,8 +5,8 @@ import numpy as np
 import torch
 
 from cmt_aqr.boxes import box_corners
-from cmt_aqr.evaluation import paint
-from cmt_aqr.evaluation.paint import Colour, Text
+from cmt_aqr.viz import paint
+from cmt_aqr.viz.paint import Colour, Text
 
 # Metres above the LiDAR between which the colour of a point changes.
 HEIGHT_RANGE = (-3.0, 3.0)

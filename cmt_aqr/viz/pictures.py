@@ -18,15 +18,17 @@ from torch import Tensor
 from cmt_aqr.boxes import Detections, Targets, box_corners
 from cmt_aqr.classes import CAMERAS, CLASSES
 from cmt_aqr.errors import UserError
-from cmt_aqr.evaluation import paint
-from cmt_aqr.evaluation.bev_picture import ARROW_SECONDS, BevPanel
-from cmt_aqr.evaluation.paint import CLASS_COLOURS, Colour, Text
+from cmt_aqr.viz import paint
+from cmt_aqr.viz.bev_panel import ARROW_SECONDS, BevPanel
+from cmt_aqr.viz.paint import CLASS_COLOURS, Colour, Text
 
 TILE_HEIGHT = 360
 GAP = 6
 TITLE_HEIGHT = 40
 # Metres in front of a camera where boxes are cut off.
 NEAR = 0.2
+# Metres from the LiDAR to the border of the bird's-eye panel.
+REACH = 54.0
 
 _LAYOUT = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 _COLUMNS = 3
@@ -52,7 +54,6 @@ def draw_detections(
     score_threshold: float = 0.3,
     title: str = "",
     cameras: Sequence[str] = CAMERAS,
-    reach: float = 54.0,
 ) -> np.ndarray:
     """Draw one frame.
 
@@ -64,7 +65,6 @@ def draw_detections(
         score_threshold: detections below are left out.
         title: written above.
         cameras: names of the V views.
-        reach: metres from the LiDAR to the border of the bird's-eye panel.
 
     Returns:
         (height, width, 3) uint8 RGB. Every view is scaled to a height of 360 pixels.
@@ -75,7 +75,7 @@ def draw_detections(
     groups = _box_groups(detections, targets, score_threshold)
     views = [] if images is None else _camera_tiles(_array(images), lidar2img, groups, cameras)
     grid = _grid(views)
-    panel = _bev(None if points is None else _array(points), groups, 920 if grid is None else grid.shape[0], reach)
+    panel = _bev(None if points is None else _array(points), groups, 920 if grid is None else grid.shape[0])
     body = panel if grid is None else np.concatenate((grid, _blank(grid.shape[0], GAP), panel), axis=1)
     counts = []
     if detections is not None:
@@ -275,8 +275,8 @@ def _grid(tiles: list[np.ndarray]) -> np.ndarray | None:
     return np.concatenate(rows[:-1])
 
 
-def _bev(points: np.ndarray | None, groups: list[_Boxes], side: int, reach: float) -> np.ndarray:
-    panel = BevPanel(side, reach)
+def _bev(points: np.ndarray | None, groups: list[_Boxes], side: int) -> np.ndarray:
+    panel = BevPanel(side, REACH)
     panel.draw_rings()
     if points is None:
         panel.note("no LiDAR points")

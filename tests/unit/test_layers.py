@@ -1,0 +1,95 @@
+"""Who may import whom (docs/architecture.md), read from the source of every file."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import cmt_aqr
+
+PACKAGE = Path(cmt_aqr.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+BASE = {
+    "boxes", "classes", "config", "config_checks", "config_data_checks", "errors", "files", "geometry", "locks",
+    "nuscenes_tables", "precision", "predictions", "strict_yaml", "table_schema", "yaml_reader",
+}  # fmt: skip
+# What the files of a package may import besides the base layer and their own package.
+ALLOWED = {
+    "attention": set(),
+    "aqr": {"attention"},
+    "models": {"attention", "aqr"},
+    "losses": set(),
+    "data": set(),
+    "evaluation": set(),
+    "viz": set(),
+    "synthetic": set(),
+    "training": set(),
+}
+# The only places where an optional or heavy library appears.
+LIBRARIES = {
+    "nuscenes": ("nuscenes_tables.py", "data/", "evaluation/"),
+    "spconv": ("models/lidar.py", "models/sparse.py"),
+    "scipy": ("losses/matcher.py",),
+    "torch.distributed": ("training/distributed.py",),
+    "matplotlib": ("viz/",),
+}
+
+
+def imported(source: str) -> set[str]:
+    """Full names of all modules that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_parts(names: set[str]) -> set[str]:
+    """First part below ``cmt_aqr`` of every import."""
+    return {name.split(".")[1] for name in names if name.startswith("cmt_aqr.")}
+
+
+def place(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_a_package_imports_the_base_layer_and_what_lies_below_it(package):
+    files = [file for file in FILES if place(file).startswith(f"{package}/")]
+    assert files
+    for file in files:
+        foreign = own_parts(imported(file.read_text(encoding="utf-8"))) - {package} - ALLOWED[package] - BASE
+        assert foreign == set(), file
+
+
+def test_the_base_layer_imports_itself_only():
+    for file in (PACKAGE / f"{name}.py" for name in BASE):
+        if file.exists():
+            assert own_parts(imported(file.read_text(encoding="utf-8"))) <= BASE, file
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_is_imported_in_its_place_only(library):
+    found = {
+        place(file)
+        for file in FILES
+        if any(name == library or name.startswith(f"{library}.") for name in imported(file.read_text(encoding="utf-8")))
+    }
+    assert found
+    assert [file for file in found if not file.startswith(LIBRARIES[library])] == []
+
+
+def test_no_package_is_left_out():
+    packages = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
+    assert packages - set(ALLOWED) <= {"tools", "golden"}
+
+
+def test_the_check_sees_every_way_to_import():
+    source = (
+        "import cmt_aqr.viz.paint\nfrom cmt_aqr import losses\ndef f():\n    from cmt_aqr.data.sample import Batch\n"
+    )
+    assert own_parts(imported(source)) == {"viz", "losses", "data"}
