@@ -26,7 +26,7 @@ from cmt_aqr.data.cache import exclusive_lock, fingerprint, new_cache, same_cont
 logger = logging.getLogger(__name__)
 
 # Raise whenever the meaning or layout of the file changes; older files are then rebuilt.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,6 @@ def _read_if_fresh(
             lines = [line.rstrip() for line in file]
         if len(lines) != len(header["tokens"]):
             return None, f"it holds {len(lines)} frames, its header says {len(header['tokens'])}"
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f"it is damaged: {error}"
     return FrameIndex(dataroot=dataroot, header=header, lines=lines, path=path), ""

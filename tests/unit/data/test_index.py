@@ -229,6 +229,12 @@ def test_missing_pieces_are_named(world, tmp_path):
         index_of(world, tmp_path / "cache", dataroot=tmp_path / "nowhere")
     with pytest.raises(DataError, match=f"no version 'v9'; it has {VERSION}"):
         index_of(world, tmp_path / "cache", version="v9")
+    for name in ("../../up", "", ".", "a/b", "a b"):
+        with pytest.raises(DataError, match=rf"^version is '{name}', expected a name of the characters 0-9 A-Z a-z"):
+            index_of(world, tmp_path / "cache", version=name)
+        with pytest.raises(DataError, match=rf"^split is '{name}', expected a name of the characters 0-9 A-Z a-z"):
+            index_of(world, tmp_path / "cache", split=name)
+    assert not (tmp_path / "cache").exists()
     with pytest.raises(DataError, match=r"velocity_file nothing\.json does not exist"):
         index_of(world, tmp_path / "cache", velocity_file="nothing.json")
     (tmp_path / "file").write_text("")
@@ -304,3 +310,30 @@ def test_rotation_matrix_against_scipy():
 
     q = np.random.default_rng(0).normal(size=4)
     np.testing.assert_allclose(rotation_matrix(q), Rotation.from_quat(q[[1, 2, 3, 0]]).as_matrix(), atol=1e-15)
+
+
+def test_a_sweep_of_another_sensor_or_time_is_refused(world, tmp_path):
+    def previous(rows):
+        return next(row for row in rows if row["token"] == "scene-a-lidar-10")
+
+    def refused(**values):
+        world.edit("sample_data", lambda rows: previous(rows).update(values))
+        with pytest.raises(DataError) as error:
+            index_of(world, tmp_path / "cache")
+        return str(error.value).removeprefix(f"{world.table('sample_data')}: ")
+
+    file = world.table("sample_data").read_text()
+    now = 1_600_000_000_500_000
+    assert refused(prev="scene-a-sample-0-CAM_BACK") == (
+        "scene-a-lidar-10 has prev scene-a-sample-0-CAM_BACK of channel CAM_BACK, expected LIDAR_TOP"
+    )
+    assert refused(prev="scene-a-lidar-10") == (
+        f"scene-a-lidar-10 has prev scene-a-lidar-10 with timestamp {now}, expected a time before its own {now} and at "
+        f"most 60 s before the key frame's {now}"
+    )
+    world.table("sample_data").write_text(file)
+    world.edit(
+        "sample_data", lambda rows: [row.update(timestamp=5) for row in rows if row["token"] == "scene-a-lidar-9"]
+    )
+    with pytest.raises(DataError, match=r"scene-a-lidar-10 has prev scene-a-lidar-9 with timestamp 5, expected a time"):
+        index_of(world, tmp_path / "cache")
