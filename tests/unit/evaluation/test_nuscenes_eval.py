@@ -294,3 +294,12 @@ def test_bad_velocity_file_is_one_sentence(world, tmp_path, content, sentence):
         path.write_text(content)
     with pytest.raises(EvaluationError, match=sentence):
         score(world, perfect(), tmp_path, velocity_file=path)
+
+
+def test_ground_truth_with_an_attribute_that_the_benchmark_does_not_know(tmp_path):
+    root = tiny_world.write(tmp_path / "w", scenes={"one": 1}, boxes=CARS, splits={"all": ["one"]})
+    table = root / tiny_world.VERSION / "attribute.json"
+    table.write_text(json.dumps([{"token": "parked", "name": "vehicle.flying", "description": ""}]))
+    nusc = load_nuscenes(root, tiny_world.VERSION)
+    with pytest.raises(EvaluationError, match=r"attribute\.json: parked has name 'vehicle\.flying', expected one of "):
+        score(nusc, {"one-0": []}, tmp_path, split="all")
