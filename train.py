@@ -14,49 +14,61 @@ import argparse
 import math
 import sys
 import time
+import traceback
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from cmt_aqr.build import build_criterion, build_detector, check_splits, count_parameters, open_split
+from cmt_aqr.build import check_splits, count_parameters, open_split
 from cmt_aqr.config import Config, load_config
+from cmt_aqr.data.loader import explain_killed_worker
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.errors import UserError, report_errors
-from cmt_aqr.evaluation.nuscenes_eval import Tables, format_table
-from cmt_aqr.evaluation.submission import EvaluationError
+from cmt_aqr.evaluation.nuscenes_eval import format_table
 from cmt_aqr.jobs import evaluate_split, prepare_data
 from cmt_aqr.losses.criterion import total_loss
+from cmt_aqr.losses.matcher import NonFiniteError
+from cmt_aqr.replay import replay, stop_at_failed_step
 from cmt_aqr.run import (
     Run,
-    build_optimizer,
+    build_run,
     check_init_from,
     check_settings,
     compute_losses,
     make_training_loader,
+    resume_hint,
     set_first_weights,
     set_rates,
+    write_config,
 )
-from cmt_aqr.strict_yaml import to_yaml
 from cmt_aqr.training.distributed import (
     RankInfo,
     any_process,
+    is_lost_connection,
     main_first,
     process_group,
     reduce_mean,
     share_buffers,
-    wrap,
 )
 from cmt_aqr.training.logs import Progress, RunLog, read_log
-from cmt_aqr.training.optim import freeze, set_training_mode
-from cmt_aqr.training.run_folder import LATEST, find_checkpoint, make_work_dir, remove_run, restore, save
+from cmt_aqr.training.optim import set_training_mode
+from cmt_aqr.training.run_folder import (
+    LATEST,
+    find_checkpoint,
+    make_work_dir,
+    remove_run,
+    restore,
+    save,
+)
 from cmt_aqr.training.seeding import seed_process
-from cmt_aqr.training.signals import stop_signals
+from cmt_aqr.training.signals import StopFlag, stop_signals
+from cmt_aqr.training.work_dir_lock import work_dir_lock
 
-
-class TrainingStopped(UserError):
-    """The run cannot continue: a loss that is not finite."""
+# A gradient that overflows at so small a scale is not a matter of half precision.
+SMALLEST_SCALE = 2.0**-10
 
 
 def main() -> int:
@@ -64,9 +76,14 @@ def main() -> int:
     arguments = parse_arguments()
 
     def run() -> int:
-        config = load_config(arguments.config, arguments.set)
-        with process_group(arguments.device) as rank_info:
-            return train(config, rank_info, arguments)
+        with stop_signals() as stop:
+            config = load_config(arguments.config, arguments.set)
+            work_dir = arguments.work_dir or Path("runs") / config.name
+            with process_group(arguments.device) as rank_info:
+                check_settings(config, rank_info)
+                if arguments.replay is not None:
+                    replay(build_run(config, rank_info, work_dir), arguments.replay)
+                return train(config, rank_info, work_dir, arguments, stop)
 
     return report_errors(run)
 
@@ -84,6 +101,9 @@ def parse_arguments() -> argparse.Namespace:
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue from the work dir's latest checkpoint")
     start.add_argument("--overwrite", action="store_true", help="remove the run that the work dir holds; start anew")
+    start.add_argument(
+        "--replay", type=Path, metavar="FILE", help="repeat the step of a failed_step_N.pt and print what is not finite"
+    )
     parser.add_argument("--seed", type=int, help="replaces the configuration's seed")
     parser.add_argument("--deterministic", action="store_true", help="repeat a run bit for bit; slower")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
@@ -96,17 +116,26 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def train(config: Config, rank_info: RankInfo, arguments: argparse.Namespace) -> int:
+def train(config: Config, rank_info: RankInfo, work_dir: Path, arguments: argparse.Namespace, stop: StopFlag) -> int:
     """Set up, run the epochs that are left, finish; returns the exit status."""
-    work_dir = arguments.work_dir or Path("runs") / config.name
-    run, notes, is_resumed = set_up(config, rank_info, work_dir, arguments)
-    with RunLog(work_dir, rank_info.is_main, resume_step=run.step or None) as log:
-        describe(run, log)
-        for note in notes:
-            log.print(note)
-        if is_resumed:
-            evaluate_epoch(run, log)  # where the run was stopped in the middle of one
-        if not train_epochs(run, log):
+    if arguments.overwrite or not (work_dir / LATEST).exists():
+        check_init_from(config)
+    make_work_dir(work_dir)
+    with ExitStack() as resources:
+        with main_first(rank_info):
+            if rank_info.is_main:
+                resources.enter_context(work_dir_lock(work_dir))
+        try:
+            run, notes = set_up(config, rank_info, work_dir, arguments)
+        except KeyboardInterrupt:
+            if rank_info.is_main:
+                print("stopped before the first step; nothing is lost, start again with the same command", flush=True)
+            raise
+        log = resources.enter_context(RunLog(work_dir, rank_info.is_main, resume_step=run.step or None))
+        describe(run, log, notes)
+        with stop.deferred(), explain_killed_worker(f"training.batch_size; {resume_hint(work_dir)}"):
+            is_stopped = train_epochs(run, log, stop)
+        if is_stopped:
             log.print(f"stopped after step {run.step}; {resume_hint(work_dir)}")
             return 130
         if run.step < run.total_steps:
@@ -116,19 +145,9 @@ def train(config: Config, rank_info: RankInfo, arguments: argparse.Namespace) ->
     return 0
 
 
-def set_up(
-    config: Config, rank_info: RankInfo, work_dir: Path, arguments: argparse.Namespace
-) -> tuple[Run, list[str], bool]:
-    """Everything a run needs, restored from the latest checkpoint where it is resumed.
-
-    Returns:
-        The run, notes on how it starts, whether it is resumed.
-    """
-    check_settings(config, rank_info)
+def set_up(config: Config, rank_info: RankInfo, work_dir: Path, arguments: argparse.Namespace) -> tuple[Run, list[str]]:
+    """Everything a run needs, restored from the latest checkpoint where it is resumed; and notes on how it starts."""
     checkpoint = find_checkpoint(work_dir, config, resume=arguments.resume, overwrite=arguments.overwrite)
-    if checkpoint is None:
-        check_init_from(config)
-    make_work_dir(work_dir)
     seed_process(config.seed, deterministic=arguments.deterministic)
     with main_first(rank_info):
         prepare_data(config, talk=rank_info.is_main)
@@ -137,119 +156,135 @@ def set_up(
         loader, steps_per_epoch = make_training_loader(config, index, rank_info)
         open_split(config.data, config.data.val_split)  # what is wrong there must not wait for the first evaluation
 
-    model = build_detector(config.model).to(rank_info.device)
-    notes = []
-    if checkpoint is None:
-        notes += set_first_weights(model, config, index)
-    if arguments.resume and checkpoint is None:
-        notes.append(f"{work_dir} holds no {LATEST} to resume from: starting anew")
-    freeze(model, config.training.freeze)
-    total_steps = steps_per_epoch * config.training.epochs
-    run = Run(
-        config=config,
-        rank_info=rank_info,
-        work_dir=work_dir,
-        model=model,
-        optimizer=build_optimizer(model, config),
-        ddp_model=wrap(model, rank_info),
-        criterion=build_criterion(config, reduce_mean=reduce_mean, num_processes=rank_info.world_size),
-        scaler=torch.amp.GradScaler(rank_info.device.type, enabled=config.training.precision == "fp16"),
-        loader=loader,
-        tables=Tables(config.data.root, config.data.version),
-        steps_per_epoch=steps_per_epoch,
-        last_step=min(total_steps, arguments.max_steps or total_steps),
-    )
+    run = build_run(config, rank_info, work_dir)
+    run.loader, run.steps_per_epoch = loader, steps_per_epoch
+    run.last_step = min(run.total_steps, arguments.max_steps or run.total_steps)
     if checkpoint is not None:
-        run.step = restore(checkpoint, work_dir / LATEST, model, run.optimizer, run.scaler, total_steps=total_steps)
-    elif arguments.overwrite and rank_info.is_main:
+        run.step = run.saved_step = restore(
+            checkpoint, work_dir / LATEST, run.model, run.optimizer, run.scaler, total_steps=run.total_steps
+        )
+        return run, []
+    notes = set_first_weights(run.model, config, index)
+    if arguments.resume:
+        notes.append(f"{work_dir} holds no {LATEST} to resume from: starting anew")
+    if arguments.overwrite and rank_info.is_main:
         remove_run(work_dir)
-    return run, notes, checkpoint is not None
+    return run, notes
 
 
-def train_epochs(run: Run, log: RunLog) -> bool:
-    """Train, save and evaluate until the last step; False where a signal stopped the run."""
+def train_epochs(run: Run, log: RunLog, stop: StopFlag) -> bool:
+    """Train, save and evaluate until the last step; True where a signal stopped the run."""
+    if run.step:
+        evaluate_epoch(run, log, stop)  # where the run was stopped in the middle of one
     with log.progress("train", run.total_steps, run.step) as progress:
         while run.step < run.last_step:
-            is_stopped = train_epoch(run, log, progress)
+            is_stopped = train_epoch(run, log, progress, stop)
             is_last = is_stopped or run.step == run.last_step
-            if is_last or run.step // run.steps_per_epoch % run.config.training.save_every == 0:
+            is_saved = run.step // run.steps_per_epoch % run.config.training.save_every == 0
+            if is_last or is_saved or is_evaluation_epoch(run):
                 save_run(run)
             if is_stopped:
-                return False
-            evaluate_epoch(run, log)
-    return True
-
-
-def train_epoch(run: Run, log: RunLog, progress: Progress) -> bool:
-    """The steps that are left of the current epoch; True where a signal stopped the run."""
-    epoch, first = divmod(run.step, run.steps_per_epoch)
-    run.loader.set_epoch(epoch, first)
-    with stop_signals() as stop:
-        clock = progress.restart_clock()
-        for batch in islice(run.loader, run.steps_per_epoch - first):
-            data_time = time.perf_counter() - clock
-            metrics = train_step(run, batch)
-            step_time = time.perf_counter() - clock
-            if run.step % run.config.training.log_every == 0 or run.step == run.total_steps:
-                log_step(run, log, metrics | {"data_time": data_time, "step_time": step_time})
-            progress.advance(loss=metrics["loss"], epoch=run.step / run.steps_per_epoch, lr=metrics["lr"])
-            if any_process(stop.is_set, run.rank_info.device):
                 return True
-            if run.step == run.last_step:
-                break
-            clock = time.perf_counter()
+            evaluate_epoch(run, log, stop)
+    return False
+
+
+def train_epoch(run: Run, log: RunLog, progress: Progress, stop: StopFlag) -> bool:
+    """The steps that are left of the current epoch; True where a signal stopped the run."""
+    epoch, first_step = divmod(run.step, run.steps_per_epoch)
+    run.loader.set_epoch(epoch, first_step)
+    clock = progress.restart_clock()
+    for batch in islice(run.loader, run.steps_per_epoch - first_step):
+        data_time = time.perf_counter() - clock
+        metrics = train_step(run, batch)
+        step_time = time.perf_counter() - clock
+        if run.step % run.config.training.log_every == 0 or run.step == run.total_steps:
+            log_step(run, log, metrics | {"data_time": data_time, "step_time": step_time})
+        progress.advance(loss=metrics["loss"], epoch=run.step / run.steps_per_epoch, lr=metrics["lr"])
+        if any_process(stop.is_set, run.rank_info.device):
+            return True
+        if run.step == run.last_step:
+            break
+        clock = time.perf_counter()
     return False
 
 
 def train_step(run: Run, batch: Batch) -> dict[str, Tensor | float]:
-    """One optimizer step; returns the loss, its terms, metrics of AQR, the gradient's norm and the learning rate."""
+    """One optimizer step; returns the loss, its terms, metrics of AQR, the gradient's norm and the learning rate.
+
+    Raises:
+        TrainingStopped: the loss or the gradient is not finite; the weights are those before the step.
+    """
     training = run.config.training
     set_training_mode(run.model, (*training.freeze, *training.norm_eval))
     set_rates(run)
-    batch = batch.to(run.rank_info.device, non_blocking=True)
-    terms, aqr_metrics = compute_losses(run, batch)
+    moved = batch.to(run.rank_info.device, non_blocking=True)
+    try:
+        terms, aqr_metrics = compute_losses(run, moved)
+    except NonFiniteError as error:
+        stop_at_failed_step(run, batch, str(error), {})
     loss = total_loss(terms)
-    if not math.isfinite(loss.item()):
-        shown = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-        raise TrainingStopped(f"step {run.step}: the loss is {loss.item()}; samples {', '.join(batch.tokens)}; {shown}")
+    if any_process(not math.isfinite(loss.item()), run.rank_info.device):
+        stop_at_failed_step(run, batch, f"the loss is {loss.item()}", terms)
+
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), training.grad_clip)
+    # The same in all processes. The scaler expects such gradients: it skips the step and lowers the scale.
+    is_skipped = not math.isfinite(grad_norm.item())
+    if is_skipped and (not run.scaler.is_enabled() or run.scaler.get_scale() < SMALLEST_SCALE):
+        stop_at_failed_step(run, batch, f"the gradient norm is {grad_norm.item()}", terms)
     run.scaler.step(run.optimizer)
-    run.model.clamp_parameters()
     run.scaler.update()
+    run.model.clamp_parameters()
+
     run.step += 1
-    terms = {"loss": loss.detach()} | {name: value.detach() for name, value in terms.items()} | aqr_metrics
-    return terms | {"grad_norm": grad_norm, "lr": run.optimizer.param_groups[0]["lr"]}
+    run.skipped_steps += is_skipped
+    terms = {"loss": loss.detach()} | {name: value.detach() for name, value in terms.items()}
+    return terms | aqr_metrics | {"grad_norm": grad_norm, "lr": run.optimizer.param_groups[0]["lr"]}
 
 
 def save_run(run: Run) -> None:
-    """Write the checkpoints of the current step; the main process does."""
+    """Write the checkpoints of the current step; what is not finite is refused. The main process does it."""
     if run.rank_info.is_main:
         save(run.work_dir, run.config, run.model, run.optimizer, run.scaler, run.step, run.steps_per_epoch)
+    run.saved_step = run.step
 
 
-def evaluate_epoch(run: Run, log: RunLog) -> None:
+def is_evaluation_epoch(run: Run) -> bool:
+    """Whether the current step ends an epoch after which the model is evaluated."""
+    epoch, rest = divmod(run.step, run.steps_per_epoch)
+    training = run.config.training
+    return rest == 0 and (epoch % training.eval_every == 0 or epoch == training.epochs)
+
+
+def evaluate_epoch(run: Run, log: RunLog, stop: StopFlag) -> None:
     """Evaluate where an evaluation is due after this step and the log has none: also after a stop in the middle of one.
 
-    Trouble with the ground truth or the disk is logged, and the run continues: the weights are safe.
+    Whatever goes wrong is logged, and the training continues.
     """
-    training = run.config.training
-    epoch, rest = divmod(run.step, run.steps_per_epoch)
-    is_due = rest == 0 and (epoch % training.eval_every == 0 or epoch == training.epochs)
+    is_due = is_evaluation_epoch(run)
     if is_due and run.rank_info.is_main:
         is_due = not any(line["kind"] == "eval" and line["step"] == run.step for line in read_log(log.path))
     if not any_process(is_due and run.rank_info.is_main, run.rank_info.device):
         return
+    epoch = run.step // run.steps_per_epoch
     share_buffers(run.model)
     try:
-        folder = run.work_dir / "eval" / f"epoch_{epoch}"
-        metrics = evaluate_split(
-            run.model, run.config, run.config.data.val_split, run.rank_info, folder, log, run.tables
-        )
-    except EvaluationError as error:
-        log.print(f"epoch {epoch} could not be evaluated: {error}")
+        with stop.immediate():
+            folder = run.work_dir / "eval" / f"epoch_{epoch}"
+            split = run.config.data.val_split
+            metrics = evaluate_split(run.model, run.config, split, run.rank_info, folder, log, run.tables)
+    except KeyboardInterrupt:
+        log.print(f"stopped in the evaluation after step {run.step}, which is saved; {resume_hint(run.work_dir)}")
+        raise
+    except Exception as error:
+        if is_lost_connection(error):
+            raise
+        if not isinstance(error, UserError | OSError):
+            log.print(traceback.format_exc())
+        log.print(f"epoch {epoch} could not be evaluated: {error}; the training continues")
         log.record("eval", run.step, epoch=epoch, error=str(error))
         return
     if metrics is not None:
@@ -261,16 +296,19 @@ def log_step(run: Run, log: RunLog, metrics: dict[str, Tensor | float]) -> None:
     """One line of the log; tensors are averaged over the processes."""
     tensors = {name: value.double() for name, value in metrics.items() if isinstance(value, Tensor)}
     means = reduce_mean(torch.stack(list(tensors.values()))).tolist()
-    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    values = metrics | dict(zip(tensors, means, strict=True)) | {"memory_gib": memory}
+    values = metrics | dict(zip(tensors, means, strict=True))
+    values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    if run.scaler.is_enabled():
+        values["skipped_steps"] = run.skipped_steps
+        run.skipped_steps = 0
     log.record("train", run.step, epoch=run.step / run.steps_per_epoch, **values)
 
 
-def describe(run: Run, log: RunLog) -> None:
+def describe(run: Run, log: RunLog, notes: list[str]) -> None:
     """Tell what is about to happen, and keep the resolved configuration."""
     config, rank_info = run.config, run.rank_info
     if rank_info.is_main:
-        (run.work_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        write_config(run.work_dir, config)
     log.print(
         f"{config.name}: {count_parameters(run.model) / 1e6:.1f} M parameters, "
         f"{rank_info.world_size} x {rank_info.device.type}, {config.training.precision}, "
@@ -280,11 +318,8 @@ def describe(run: Run, log: RunLog) -> None:
         log.print(run.model.aqr.describe(rank_info.device))
     if run.step:
         log.print(f"resuming after step {run.step}")
-
-
-def resume_hint(work_dir: Path) -> str:
-    """How to resume, for the end of a sentence."""
-    return f"resume with --resume --work-dir {work_dir}"
+    for note in notes:
+        log.print(note)
 
 
 if __name__ == "__main__":

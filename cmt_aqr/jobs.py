@@ -5,17 +5,21 @@ from pathlib import Path
 
 from torch import nn
 
+from cmt_aqr.boxes import Detections
 from cmt_aqr.build import evaluation_dataset, open_split
 from cmt_aqr.config import Config
-from cmt_aqr.data.loader import make_loader
+from cmt_aqr.data.loader import explain_killed_worker, make_loader
+from cmt_aqr.data.sample import Batch
 from cmt_aqr.data.sampling import EvaluationSampler
 from cmt_aqr.evaluation.nuscenes_eval import Metrics, Tables
 from cmt_aqr.evaluation.run import Decoding, evaluate, predict
+from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.synthetic import generate_world
 from cmt_aqr.training.distributed import RankInfo, gather
 from cmt_aqr.training.logs import RunLog
 from cmt_aqr.viz.callback import PictureWriter
+from cmt_aqr.viz.pictures import PictureError
 
 
 def prepare_data(config: Config, *, talk: bool) -> None:
@@ -64,21 +68,31 @@ def evaluate_split(
     with log.progress(f"evaluate {split}", len(loader)) as progress:
 
         def after_batch(batch, detections):
-            pictures(batch, detections)
+            draw(pictures, batch, detections, log)
             progress.advance()
 
-        results = predict(
-            model,
-            loader,
-            device=rank_info.device,
-            precision=PRECISIONS[config.evaluation.precision],
-            decoding=Decoding(
-                max_detections=config.evaluation.max_detections,
-                post_range=config.evaluation.post_range,
-                score_threshold=config.evaluation.score_threshold,
-            ),
-            on_batch=after_batch,
-        )
+        failure = None
+        try:
+            with explain_killed_worker("evaluation.batch_size"):
+                results = predict(
+                    model,
+                    loader,
+                    device=rank_info.device,
+                    precision=PRECISIONS[config.evaluation.precision],
+                    decoding=Decoding(
+                        max_detections=config.evaluation.max_detections,
+                        post_range=config.evaluation.post_range,
+                        score_threshold=config.evaluation.score_threshold,
+                    ),
+                    on_batch=after_batch,
+                )
+        except Exception as error:  # raised below: the other processes wait for this one
+            results, failure = [], error
+    failures = gather([] if failure is None else [f"process {rank_info.rank}: {failure}"])
+    if failure is not None:
+        raise failure
+    if failures:
+        raise EvaluationError(failures[0])
     results = gather(results)
     if not rank_info.is_main:
         return None
@@ -94,6 +108,15 @@ def evaluate_split(
         use_camera=config.model.camera is not None,
         use_lidar=config.model.lidar is not None,
     )
+
+
+def draw(pictures: PictureWriter, batch: Batch, detections: list[Detections], log: RunLog) -> None:
+    """Draw the chosen frames of a batch; where that fails, say so and draw no more of them."""
+    try:
+        pictures(batch, detections)
+    except (PictureError, OSError) as error:
+        pictures.tokens = ()
+        log.print(f"no more pictures of this evaluation: {error}")
 
 
 def spread(tokens: Sequence[str], count: int) -> tuple[str, ...]:

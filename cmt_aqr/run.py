@@ -7,24 +7,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cmt_aqr.build import check_device, check_training, training_dataset
+from cmt_aqr.build import build_criterion, build_detector, check_device, check_training, training_dataset
 from cmt_aqr.config import Config, ConfigError
 from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.loader import Loader, make_loader
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.data.sampling import TrainingSampler
 from cmt_aqr.evaluation.nuscenes_eval import Tables
+from cmt_aqr.files import atomic_path
 from cmt_aqr.losses.criterion import Criterion
+from cmt_aqr.losses.matcher import NonFiniteError
 from cmt_aqr.models.denoising import make_denoising
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.models.grid_mask import draw_grid_mask, grid_mask
 from cmt_aqr.models.local_start import start_reference_points
 from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.predictions import DenoisingQueries
+from cmt_aqr.strict_yaml import to_yaml
 from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights
 from cmt_aqr.training.checkpoint_checks import check_finite
-from cmt_aqr.training.distributed import RankInfo, reduce_max
-from cmt_aqr.training.optim import BETA1, cyclic, make_optimizer, set_schedule
+from cmt_aqr.training.distributed import RankInfo, any_process, reduce_max, reduce_mean, wrap
+from cmt_aqr.training.optim import (
+    BETA1,
+    cyclic,
+    freeze,
+    make_optimizer,
+    set_schedule,
+)
 from cmt_aqr.training.seeding import denoising_noise, seed_step
 
 
@@ -36,9 +45,12 @@ class Run:
         model: the detector.
         ddp_model: the same in DistributedDataParallel where there are several processes.
         tables: of the data set, for all evaluations of the run.
+        loader: of the training split; None where a single step is replayed.
         steps_per_epoch: optimizer steps, the same for any number of processes.
         last_step: the run ends after this many steps.
         step: finished optimizer steps.
+        saved_step: of the checkpoint in the work dir, None before the first.
+        skipped_steps: steps since the last line of the log whose update the gradient scaler skipped.
     """
 
     config: Config
@@ -49,11 +61,13 @@ class Run:
     criterion: Criterion
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    loader: Loader
     tables: Tables
-    steps_per_epoch: int
-    last_step: int
+    loader: Loader | None = None
+    steps_per_epoch: int = 0
+    last_step: int = 0
     step: int = 0
+    saved_step: int | None = None
+    skipped_steps: int = 0
 
     @property
     def total_steps(self) -> int:
@@ -77,6 +91,44 @@ def check_init_from(config: Config) -> None:
     path = config.training.init_from
     if path is not None and not Path(path).is_file():
         raise CheckpointError(f"training.init_from {path}: no such file")
+
+
+def build_run(config: Config, rank_info: RankInfo, work_dir: Path) -> Run:
+    """Model with fresh weights, criterion and optimizer of a run; its loader and steps are for the caller to set."""
+    model = build_detector(config.model).to(rank_info.device)
+    freeze(model, config.training.freeze)
+    return Run(
+        config=config,
+        rank_info=rank_info,
+        work_dir=work_dir,
+        model=model,
+        optimizer=build_optimizer(model, config),
+        ddp_model=wrap(model, rank_info),
+        criterion=build_criterion(config, reduce_mean=reduce_mean, num_processes=rank_info.world_size),
+        scaler=torch.amp.GradScaler(rank_info.device.type, enabled=config.training.precision == "fp16"),
+        tables=Tables(config.data.root, config.data.version),
+    )
+
+
+def write_config(work_dir: Path, config: Config) -> None:
+    """Keep the resolved configuration as ``config.yaml``.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
+    path = work_dir / "config.yaml"
+    try:
+        with atomic_path(path) as partial:
+            partial.write_text(to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: could not be written: {error.strerror}; the checkpoints of this work dir are untouched"
+        ) from None
+
+
+def resume_hint(work_dir: Path) -> str:
+    """How to resume, for the end of a sentence."""
+    return f"resume with --resume --work-dir {work_dir}"
 
 
 def make_training_loader(config: Config, index: FrameIndex, rank_info: RankInfo) -> tuple[Loader, int]:
@@ -155,6 +207,9 @@ def compute_losses(run: Run, batch: Batch) -> tuple[dict[str, Tensor], dict[str,
 
     Returns:
         Loss terms by name, and metrics of AQR (empty without it).
+
+    Raises:
+        NonFiniteError: the output of the network is not finite in this process or another, or a matching cost is not.
     """
     config, device = run.config, run.rank_info.device
     shared_rng = seed_step(config.seed, run.step, run.rank_info.rank)
@@ -163,6 +218,9 @@ def compute_losses(run: Run, batch: Batch) -> tuple[dict[str, Tensor], dict[str,
         denoising = make_denoising_queries(run, batch)
         mask = draw_image_mask(config, batch, shared_rng)
         predictions = run.ddp_model(batch.images, batch.points, batch.lidar2img, denoising, image_mask=mask)
+    is_finite = torch.stack([output.isfinite().all() for task in predictions.tasks for output in task.values()]).all()
+    if any_process(not is_finite, device):
+        raise NonFiniteError("the output of the network is not finite")
     terms = run.criterion(predictions, batch.targets, denoising)
     metrics = {} if predictions.aqr_weights is None else run.model.aqr.figures(predictions.aqr_weights)
     return terms, metrics

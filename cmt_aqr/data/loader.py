@@ -1,6 +1,9 @@
 """Batches from a dataset, in worker processes or in this one, with user errors intact."""
 
+import re
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import cv2
 import torch
@@ -28,7 +31,31 @@ def _collate(samples: list[Sample | DataError]) -> Batch | DataError:
     return collate(samples) if error is None else error
 
 
+@contextmanager
+def explain_killed_worker(advice: str) -> Iterator[None]:
+    """Turn PyTorch's report of a killed worker, which can come at any moment, into a sentence.
+
+    Args:
+        advice: what to lower besides data.workers, and what to do next.
+
+    Raises:
+        DataError: a worker was killed; names its process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        worker = re.search(r"DataLoader worker \(pid(?:\(s\))? ([0-9, ]+)\)", str(error))
+        if worker is None:
+            raise
+        raise DataError(
+            f"a data worker (pid {worker[1]}) was killed, most likely by lack of memory; lower data.workers or {advice}"
+        ) from None
+
+
 def _start_worker(worker: int) -> None:
+    # Ctrl-C in a terminal reaches the workers too; the main process decides when they end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 

@@ -4,12 +4,13 @@ Every function also works, without any set-up, in a single process.
 """
 
 import os
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cmt_aqr.config import ConfigError
+from cmt_aqr.errors import UserError
 
 # How long a process waits for another: the first one may be writing indices and object databases meanwhile.
 TIMEOUT = timedelta(hours=3)
+# How long the processes wait for each other at the start.
+JOIN_TIMEOUT = timedelta(minutes=5)
+# torchrun stops all processes as soon as one leaves: seconds in which process 0 can still write what happened.
+GRACE = 2.0
+
+
+class DistributedError(UserError):
+    """Another process did not come, or is gone."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ def process_group(device: str | None = None) -> Iterator[RankInfo]:
 
     Raises:
         ConfigError: CUDA was asked for and there is none, or there are fewer GPUs than processes on this host.
+        DistributedError: a process did not come within JOIN_TIMEOUT, or the connection to one was lost.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -59,13 +70,63 @@ def process_group(device: str | None = None) -> Iterator[RankInfo]:
     if world_size == 1:
         yield RankInfo(0, 1, chosen)
         return
+    store = _join(rank, world_size)
     device_id = chosen if chosen.type == "cuda" else None
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", device_id=device_id, timeout=TIMEOUT)
+    dist.init_process_group(
+        "nccl" if chosen.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=device_id,
+        timeout=TIMEOUT,
+    )
     try:
         yield RankInfo(rank, world_size, chosen)
         dist.barrier()
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        raise DistributedError(
+            f"process {rank} of {world_size} lost the connection to another process, which was killed or failed; its "
+            "own message, if it left one, is above; start again with --resume"
+        ) from None
     finally:
         dist.destroy_process_group()
+
+
+def _join(rank: int, world_size: int) -> dist.Store:
+    """Meet the other processes at MASTER_ADDR:MASTER_PORT; init_process_group alone would wait for TIMEOUT."""
+    keys = [f"joined/{each}" for each in range(world_size)]
+    missing = ""
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store.set(keys[rank], "")
+        try:
+            store.wait(keys, JOIN_TIMEOUT)
+        except dist.DistStoreError:
+            absent = [str(each) for each, key in enumerate(keys) if not store.check([key])]
+            missing = f", process {', '.join(absent)} did not come"
+            raise
+        return store
+    except (dist.DistError, ValueError) as error:
+        address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        reason = missing or f": {str(error).splitlines()[0]}"
+        raise DistributedError(
+            f"process {rank} could not join the {world_size} processes expected at {address} within "
+            f"{JOIN_TIMEOUT.total_seconds():.0f} s{reason}; start all of them with the same address, port and "
+            "number of processes"
+        ) from None
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed because of another process; gloo raises plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def leave_after_main() -> NoReturn:
+    """End a process that is not the main one, with exit status 2, after process 0 had the time to tell why."""
+    time.sleep(GRACE)
+    raise SystemExit(2)
 
 
 def _choose_device(device: str | None, local_rank: int) -> torch.device:
@@ -144,13 +205,14 @@ def main_first(rank_info: RankInfo) -> Iterator[None]:
     """
     if not rank_info.is_main:
         if any_process(False, rank_info.device):
-            raise SystemExit(2)
+            leave_after_main()
         yield
         return
     try:
         yield
     except BaseException:
-        any_process(True, rank_info.device)
+        with suppress(RuntimeError):  # the others may be gone already
+            any_process(True, rank_info.device)
         raise
     any_process(False, rank_info.device)
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from cmt_aqr.errors import UserError
 from cmt_aqr.files import atomic_path
+from cmt_aqr.training.tensorboard import ScalarWriter
 
 LOG_FILE = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -33,7 +34,7 @@ Values = Mapping[str, Any]
 
 
 class LogError(UserError):
-    """A log that cannot be written, read or gone on with; one sentence with the file."""
+    """A log that cannot be written, read or continued; one sentence with the file."""
 
 
 class RunLog:
@@ -77,11 +78,11 @@ class RunLog:
         except OSError as error:
             raise self._unwritable(error) from error
         if tensorboard:
-            # Imported here: it takes a second, and only the main process of a training run needs it.
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge_step = 0 if resume_step is None else resume_step + 1
-            self._writer = SummaryWriter(str(self.path.parent / TENSORBOARD_FOLDER), purge_step=purge_step)
+            try:
+                purge_step = 0 if resume_step is None else resume_step + 1
+                self._writer = ScalarWriter(self.path.parent / TENSORBOARD_FOLDER, purge_step)
+            except OSError as error:
+                self._give_up_tensorboard(error)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -107,12 +108,13 @@ class RunLog:
         try:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
-            if self._writer is not None:
-                for name, number in _scalars(values, kind):
-                    self._writer.add_scalar(name, number, step)
-                self._writer.flush()
         except OSError as error:
             raise self._unwritable(error) from error
+        try:
+            if self._writer is not None:
+                self._writer.add(_scalars(values, kind), step)
+        except OSError as error:
+            self._give_up_tensorboard(error)
 
     def print(self, text: str) -> None:
         """Print a line to stdout without tearing a progress bar."""
@@ -148,15 +150,25 @@ class RunLog:
         """
         if not self._is_main:
             return
+        if self._writer is not None:
+            self._writer.close()
         try:
             self._file.close()
-            if self._writer is not None:
-                self._writer.close()
         except OSError as error:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> LogError:
-        return LogError(f"{self.path}: the log cannot be written: {error.strerror}")
+        return LogError(f"{self.path}: the log cannot be written: {error.strerror}; the checkpoints are untouched")
+
+    def _give_up_tensorboard(self, error: OSError) -> None:
+        """Continue without TensorBoard: log.jsonl has the same numbers."""
+        folder = self.path.parent / TENSORBOARD_FOLDER
+        self.print(
+            f"{folder}: cannot be written: {error.strerror}; no more TensorBoard scalars, log.jsonl has them all"
+        )
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 class Progress:

@@ -1,29 +1,57 @@
-"""Ctrl-C and the scheduler's SIGTERM: end the step, save, leave."""
+"""Ctrl-C and the scheduler's SIGTERM: finish the step, save, leave."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class StopFlag:
-    """Set by the first SIGINT or SIGTERM; the loop then ends the step, saves and leaves."""
+    """Whether SIGINT or SIGTERM has come. A signal raises KeyboardInterrupt at once, except in :meth:`deferred`."""
 
-    is_set = False
+    def __init__(self) -> None:
+        self.is_set = False
+        self._is_deferred = False
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside the block a signal only sets the flag, so that what is there is never left half done."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+
+    @contextmanager
+    def immediate(self) -> Iterator[None]:
+        """Inside the block a signal raises KeyboardInterrupt at once, and so does one that came before."""
+        deferred, self._is_deferred = self._is_deferred, False
+        try:
+            if self.is_set:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._is_deferred = deferred
+
+    def receive(self) -> None:
+        """Take note of a signal."""
+        self.is_set = True
+        if not self._is_deferred:
+            raise KeyboardInterrupt
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """Turn the first SIGINT or SIGTERM into a flag; the second one kills as usual."""
+    """Let the first SIGINT or SIGTERM stop the block in an orderly way; a second one kills the process at once."""
     flag = StopFlag()
-    previous = {}
 
     def handle(number, frame):
-        flag.is_set = True
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        flag.receive()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handle)
+    previous = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield flag
     finally:

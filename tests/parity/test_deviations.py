@@ -3,19 +3,14 @@
 docs/quirks.md lists all of them with the tests that pin them.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from torch import nn
 
 from cmt_aqr.attention import TokenLayout, query_windows
-from cmt_aqr.boxes import Targets
 from cmt_aqr.config import load_config
 from cmt_aqr.models.decoder import Decoder
-from cmt_aqr.training.distributed import RankInfo
-from cmt_aqr.training.optim import make_optimizer
 from tests.parity.golden import REPOSITORY
+from tests.unit.tiny_run import make_batch, make_run
 
 OFFICIAL = ("cmt_r50_800x320", "cmt_vov_1600x640", "cmt_lidar_0075", "cmt_camera_vov_1600x640")
 
@@ -63,46 +58,18 @@ def test_a_point_on_the_far_border_stays_in_its_row():
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
-def test_training_stops_at_a_loss_that_is_not_finite(bad):
+def test_training_stops_at_a_loss_that_is_not_finite(bad, tmp_path):
     # Q14: there nan_to_num goes on.
-    from train import TrainingStopped, train_step
+    from cmt_aqr.replay import TrainingStopped
+    from train import train_step
 
-    config = load_config(REPOSITORY / "configs" / "cmt_lidar_0075.yaml", ("model.denoising.num_dn=0",))
-    model = nn.Linear(2, 1)
-    before = model.weight.clone()
-    optimizer = make_optimizer(model, lr=1.0, weight_decay=0.0, lr_mult={}, decay_mult={})
-    batch = SimpleNamespace(
-        images=None,
-        points=None,
-        lidar2img=None,
-        targets=[Targets(torch.zeros(0, 9), torch.zeros(0).long())],
-        tokens=["a1"],
-    )
-    batch.to = lambda *args, **kwargs: batch
-
-    class Predict(nn.Module):
-        def forward(self, *args, **kwargs):
-            return SimpleNamespace(output=model(torch.ones(1, 2)), aqr_weights=None)
-
-    def criterion(predictions, targets, denoising):
-        return {"loss_cls": predictions.output.sum(), "loss_bbox": predictions.output.sum() * bad}
-
-    run = SimpleNamespace(
-        config=config,
-        rank_info=RankInfo(rank=0, world_size=1, device=torch.device("cpu")),
-        model=model,
-        ddp_model=Predict(),
-        criterion=criterion,
-        optimizer=optimizer,
-        scaler=None,
-        step=7,
-        total_steps=10,
-    )
+    run = make_run(tmp_path, lambda output: output * bad)
+    before = run.model.linear.weight.clone()
     with pytest.raises(
         TrainingStopped, match=r"^step 7: the loss is .*; samples a1; loss_cls .*, loss_bbox (nan|-?inf)"
     ):
-        train_step(run, batch)
-    assert torch.equal(model.weight, before) and model.weight.grad is None
+        train_step(run, make_batch())
+    assert torch.equal(run.model.linear.weight, before) and run.model.linear.weight.grad is None
 
 
 def test_attention_has_biases_whatever_the_dropout():
