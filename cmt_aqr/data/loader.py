@@ -1,5 +1,6 @@
 """Batches from a dataset, in worker processes or in this one, with user errors intact."""
 
+import multiprocessing.connection
 import re
 import signal
 from collections.abc import Iterator
@@ -60,6 +61,18 @@ def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)
 
 
+def _next_item(items: Iterator, workers: list[multiprocessing.Process]) -> Batch | DataError | None:
+    """The next item, None at the end. A worker that dies while it hands over a tensor breaks a connection instead."""
+    try:
+        return next(items, None)
+    except (ConnectionError, EOFError):
+        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=5)
+        killed = [str(worker.pid) for worker in workers if worker.exitcode]
+        if not killed:
+            raise
+        raise RuntimeError(f"DataLoader worker (pid {', '.join(killed)}) was killed") from None
+
+
 class Loader:
     """Iterates over batches of one epoch; made by :func:`make_loader`."""
 
@@ -80,7 +93,9 @@ class Loader:
         self._sampler.set_epoch(epoch, first_batch * self._loader.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for item in self._loader:
+        items = iter(self._loader)
+        workers = multiprocessing.active_children() if self._loader.num_workers else []
+        while (item := _next_item(items, workers)) is not None:
             if isinstance(item, DataError):
                 # A new object: `raise item` would tie this frame, and with it the workers, into a reference cycle.
                 raise DataError(str(item))

@@ -39,7 +39,7 @@ def wait_for(condition, process, seconds=120):
 def test_a_second_run_in_one_work_dir_is_refused(world, tmp_path, call):
     run = tmp_path / "run"
     with start(world, "--work-dir", run, settings=("training.epochs=50",)) as first:
-        wait_for(lambda: (run / "log.jsonl").exists(), first)
+        wait_for(lambda: (run / "config.yaml").exists(), first)
         before = (run / "config.yaml").read_bytes()
         second = call("train", *world.arguments("--work-dir", run, "--overwrite", settings=("seed=3",)))
         first.kill()
@@ -113,7 +113,7 @@ def test_a_killed_data_worker_is_one_sentence(world, tmp_path):
         workers = [child for child in children_of(process.pid) if b"train.py" in command_line(child)]
         os.kill(workers[0], signal.SIGKILL)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
+    assert process.returncode == 2, err
     assert err == (
         f"error: a data worker (pid {workers[0]}) was killed, most likely by lack of memory; lower data.workers or "
         f"training.batch_size; resume with --resume --work-dir {run}\n"
