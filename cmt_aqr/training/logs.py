@@ -163,9 +163,7 @@ class RunLog:
     def _give_up_tensorboard(self, error: OSError) -> None:
         """Continue without TensorBoard: log.jsonl has the same numbers."""
         folder = self.path.parent / TENSORBOARD_FOLDER
-        self.print(
-            f"{folder}: cannot be written: {error.strerror}; no more TensorBoard scalars, log.jsonl has them all"
-        )
+        self.print(f"{folder}: cannot be written: {error.strerror}; TensorBoard is off, log.jsonl has all numbers")
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -7,6 +7,7 @@ import torch
 
 from cmt_aqr.losses.matcher import NonFiniteError
 from cmt_aqr.replay import TrainingStopped, replay_batch
+from cmt_aqr.run import write_config
 from cmt_aqr.training.checkpoint_checks import CheckpointError
 from tests.unit.tiny_run import make_batch, make_run
 from train import save_run, train_step
@@ -130,3 +131,18 @@ def test_a_replay_names_the_gradients(tmp_path, capsys):
         "  gradients that are not finite: linear.weight, linear.bias",
     ]
     assert replay_batch(make_run(tmp_path), make_batch())
+
+
+def test_a_full_disk_keeps_the_old_configuration(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    write_config(tmp_path, run.config)
+    before = (tmp_path / "config.yaml").read_bytes()
+    assert b"num_dn: 0" in before
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(CheckpointError, match=r"config\.yaml: could not be written: No space left on device; the"):
+        write_config(tmp_path, run.config)
+    assert (tmp_path / "config.yaml").read_bytes() == before

@@ -7,6 +7,7 @@ one of two processes under torchrun with --max-restarts. Exit status 1 if one of
 """
 
 import argparse
+import importlib
 import os
 import random
 import shutil
@@ -29,6 +30,17 @@ SEED = 2026
 # Four epochs of three steps, saved and pruned after each, evaluated after the second and the fourth.
 SETTINGS = ("training.epochs=4", "training.keep_checkpoints=1", "evaluation.num_pictures=0")
 PARTS = ("model", "optimizer", "scaler", "step")
+
+
+def preload() -> None:
+    """Import once what every forked process would import for itself."""
+    for name in (
+        "nuscenes.eval.detection.evaluate",
+        "tensorboard.compat.proto.event_pb2",
+        "tensorboard.summary.writer.record_writer",
+        "torch._dynamo",
+    ):
+        importlib.import_module(name)
 
 
 def make_world(folder: Path) -> World:
@@ -134,7 +146,8 @@ def kill_before_operation(number: int) -> None:
     """Make this process kill itself before the file operation of this number on a checkpoint."""
     seen = 0
 
-    def watch(module, name: str, kind: str, path_of: Callable) -> None:
+    def watch(module, name: str, kind: str, path_of: Callable, leave: Callable = lambda *arguments: None) -> None:
+        """Count the calls of a function on checkpoints; before the chosen one, ``leave`` something and end."""
         original = getattr(module, name)
 
         def watched(*arguments, **options):
@@ -142,6 +155,7 @@ def kill_before_operation(number: int) -> None:
             path = str(path_of(*arguments))
             if ".pt" in path:
                 if seen == number:
+                    leave(*arguments)
                     print(f"\n{kind} {Path(path).name}", flush=True)
                     os.kill(os.getpid(), signal.SIGKILL)
                 seen += 1
@@ -149,20 +163,14 @@ def kill_before_operation(number: int) -> None:
 
         setattr(module, name, watched)
 
-    def save_half(_, file):
-        file.write(b"half of a checkpoint")
-        file.flush()
-        return file.name
+    def leave_half(_, writer) -> None:
+        writer._file.write(b"PK half of a checkpoint")
+        writer.flush()
 
-    watch(torch, "save", "the end of writing", save_half)
+    watch(torch, "save", "the second half of", lambda _, writer: writer._file.name, leave_half)
+    watch(os, "fsync", "fsync of", path_of_descriptor)
     watch(os, "replace", "renaming to", lambda source, target: target)
-    watch(
-        os,
-        "fsync",
-        "fsync of",
-        lambda file: os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}"),
-    )
-    watch(Path, "unlink", "removing", lambda path: path)
+    watch(Path, "unlink", "removing", lambda path, **_: path)
 
 
 def path_of_descriptor(file) -> str:
@@ -227,6 +235,7 @@ def main() -> int:
     arguments = parser.parse_args()
     os.environ.update(one_thread())
     torch.set_num_threads(1)
+    preload()
     sys.stdout.reconfigure(line_buffering=True)
     folder = Path(tempfile.mkdtemp(prefix="kill_", dir=arguments.folder))
     world = make_world(folder)

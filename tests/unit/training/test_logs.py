@@ -190,3 +190,20 @@ def test_import_is_light():
     code = "import sys, cmt_aqr.training.logs; print([m for m in sys.modules if m.startswith('tensorboard')])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(result.stdout.replace("'", '"')) == []
+
+
+def test_a_full_disk_ends_tensorboard_and_nothing_else(tmp_path, capfd, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with RunLog(tmp_path, True) as log:
+        monkeypatch.setattr("cmt_aqr.training.tensorboard.ScalarWriter.add", full)
+        log.record("train", 1, loss=1.0)
+        log.record("train", 2, loss=2.0)
+    out, err = capfd.readouterr()
+    folder = tmp_path / "tensorboard"
+    assert out == (
+        f"{folder}: cannot be written: No space left on device; TensorBoard is off, log.jsonl has all numbers\n"
+    )
+    assert err == ""
+    assert [line["loss"] for line in read_log(log.path)] == [1.0, 2.0]
