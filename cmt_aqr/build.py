@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cmt_aqr.aqr.module import AQR, neutral_weight
+from cmt_aqr.aqr.router import BiasRouter, ModulationRouter
 from cmt_aqr.aqr.scale import Scale
 from cmt_aqr.aqr.weights import WeightGenerator
 from cmt_aqr.attention import WindowSettings
@@ -121,40 +121,42 @@ def build_detector(config: ModelConfig) -> Detector:
             cls_prior=config.cls_prior,
         ),
         aqr=build_aqr(config),  # last: all else starts from the same random numbers with AQR and without
+        bev_origin=config.point_range[:2],
+        bev_cell_size=None if config.lidar is None else bev_cell_size(config.lidar),
     )
     if config.start == "local" and not detector.reference_points.weight.is_meta:
         start_local(detector)
     return detector
 
 
-def build_aqr(config: ModelConfig) -> AQR | None:
-    """Weight generator and bias, or None for the plain detector."""
+def build_aqr(config: ModelConfig) -> BiasRouter | ModulationRouter | None:
+    """The weight generator and what its weights do, or None for the plain detector."""
     aqr = config.aqr
     if aqr is None:
         return None
-    scale = None
-    if aqr.design == "bias":
-        scale = Scale(value=aqr.scale, is_learned=aqr.learn_scale, limits=aqr.scale_range)
-    return AQR(
-        design=aqr.design,
-        generator=WeightGenerator(
-            dim=config.hidden_dim,
-            num_heads=config.num_heads,
-            ffn_dim=config.ffn_dim,
-            num_layers=aqr.num_layers,
-            activation=aqr.activation,
-            neutral=neutral_weight(aqr.design),
-        ),
-        windows=WindowSettings(
-            bev=aqr.bev_window,
-            camera=aqr.camera_window,
-            camera_assignment=aqr.camera_assignment,
-            unseen=aqr.unseen,
-            is_local=aqr.local,
-        ),
+    router = BiasRouter if aqr.design == "bias" else ModulationRouter
+    windows = WindowSettings(
+        {"lidar": aqr.bev_window, "camera": aqr.camera_window},
+        camera_assignment=aqr.camera_assignment,
+        unseen=aqr.unseen,
+        is_local=aqr.local,
+    )
+    generator = WeightGenerator(
+        dim=config.hidden_dim,
+        num_heads=config.num_heads,
+        ffn_dim=config.ffn_dim,
+        num_layers=aqr.num_layers,
+        num_grids=len(windows.sizes),
+        activation=aqr.activation,
+        neutral=router.NEUTRAL_WEIGHT,
+    )
+    if aqr.design != "bias":
+        return ModulationRouter(design=aqr.design, generator=generator, windows=windows, point_range=config.point_range)
+    return BiasRouter(
+        generator=generator,
+        windows=windows,
         point_range=config.point_range,
-        bev_cell_size=bev_cell_size(config.lidar),
-        scale=scale,
+        scale=Scale(value=aqr.scale, is_learned=aqr.learn_scale, limits=aqr.scale_range),
         max_bias=aqr.max_bias,
         backend=config.attention.backend,
         lowrank_energy=config.attention.lowrank_energy,

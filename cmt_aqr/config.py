@@ -133,7 +133,7 @@ class DenoisingConfig:
 class AttentionConfig:
     """How the cross-attention with AQR's bias is computed: a matter of speed, but for lowrank, which approximates."""
 
-    backend: Literal["auto", "flex", "dense", "lowrank"]  # auto: flex on a GPU, dense elsewhere
+    backend: Literal["auto", "flex", "score_mod", "dense", "lowrank"]  # auto: flex on a GPU, dense elsewhere
     lowrank_energy: float = limits(above=0, high=1)  # of lowrank: share of the bias's squared singular values it keeps
 
 

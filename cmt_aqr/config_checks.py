@@ -221,7 +221,7 @@ def _check_aqr(config: Config) -> Found:
         yield "model.aqr.scale_range", f"{low:g} is not below {high:g}: give the smaller value first"
     elif not low <= aqr.scale <= high:
         yield "model.aqr.scale", f"{aqr.scale:g} lies outside model.aqr.scale_range {low:g} to {high:g}"
-    if model.attention.backend in ("auto", "flex") and model.hidden_dim // model.num_heads < MIN_FLEX_HEAD:
+    if model.attention.backend in ("auto", "flex", "score_mod") and model.hidden_dim // model.num_heads < MIN_FLEX_HEAD:
         yield (
             "model.attention.backend",
             f"{model.attention.backend!r} needs heads of {MIN_FLEX_HEAD} channels or more on a GPU, but "

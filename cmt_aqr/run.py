@@ -81,6 +81,9 @@ def check_settings(config: Config, rank_info: RankInfo) -> None:
         raise ConfigError(["model.attention.backend: 'lowrank' gives AQR no gradient; it is for test.py only"])
     check_device(config.model, rank_info.device)
     check_training(config, rank_info.device)
+    is_score_mod = config.model.aqr is not None and config.model.attention.backend == "score_mod"
+    if is_score_mod and rank_info.device.type == "cpu":
+        raise ConfigError(["model.attention.backend: 'score_mod' cannot train on a CPU, only evaluate; use 'dense'"])
     size = config.training.batch_size
     if size % rank_info.world_size:
         raise ConfigError([f"training.batch_size: {size} is not a multiple of the {rank_info.world_size} processes"])
@@ -222,7 +225,7 @@ def compute_losses(run: Run, batch: Batch) -> tuple[dict[str, Tensor], dict[str,
     if any_process(not is_finite, device):
         raise NonFiniteError("the output of the network is not finite")
     terms = run.criterion(predictions, batch.targets, denoising)
-    metrics = {} if predictions.aqr_weights is None else run.model.aqr.figures(predictions.aqr_weights)
+    metrics = {} if predictions.aqr_weights is None else run.model.aqr.metrics(predictions.aqr_weights)
     return terms, metrics
 
 

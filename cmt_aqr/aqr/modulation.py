@@ -2,14 +2,15 @@
 
 A renderer draws every query's weights into the token grids, a Gaussian over each of its windows:
 
-    map[k] = sum_q g(q, k) w_m(q) / sum_q g(q, k)      over the queries in whose window of modality m token k lies,
-    map[k] = 1                                          where there is none
+    map[k] = sum_q g(q, k) w(q) / sum_q g(q, k)      over the queries in whose window token k lies, w(q) their weight
+                                                     of the grid of k,
+    map[k] = 1                                       where there is none
 
     v1:  f * map              v2:  f + 0.1 * f * (map - 1)
 
 Kept for comparison. Unlike the bias, a map lets every query speak for all others.
 
-Shape letters: B batch, Q queries, K tokens, T tokens in a window, C channels.
+Shape letters: B batch, Q queries, K tokens, G grids, C channels.
 """
 
 from typing import Literal
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cmt_aqr.attention import QueryWindows
-from cmt_aqr.attention.windows import bev_window_tokens, camera_window_tokens
+from cmt_aqr.attention.windows import window_tokens
 
 # Standard deviation of the Gaussian in radii of the window.
 SIGMA_IN_RADII = 0.5
@@ -36,21 +37,23 @@ def gaussian_window(radius: int, *, like: Tensor) -> Tensor:
 
 
 def render_map(windows: QueryWindows, weights: Tensor) -> Tensor:
-    """The queries' weights as a map over all tokens, BEV and cameras.
+    """The queries' weights as a map over all tokens.
 
     Args:
-        windows: of the queries that have a say.
-        weights: (B, Q, 2) w_lidar, w_camera of these queries.
+        windows: of the queries that draw.
+        weights: (B, Q, G) of these queries.
 
     Returns:
         (B, K), dtype of the weights; exactly 1 where no window lies. Gradients reach the weights.
     """
-    (bev, in_bev), (camera, in_camera) = bev_window_tokens(windows), camera_window_tokens(windows)
-    bev_share = gaussian_window(windows.settings.bev_radius, like=weights) * in_bev
-    one_view = gaussian_window(windows.settings.camera_radius, like=weights)
-    camera_share = one_view.repeat(windows.camera_cells.shape[2]) * in_camera
-    tokens, share = torch.cat((bev, camera), dim=-1), torch.cat((bev_share, camera_share), dim=-1)
-    weighted = torch.cat((bev_share * weights[..., :1], camera_share * weights[..., 1:]), dim=-1)
+    all_tokens, shares, weighted = [], [], []
+    for number, grid in enumerate(windows.layout.grids):
+        grid_tokens, is_valid = window_tokens(windows, number)
+        one_window = gaussian_window(windows.settings.radius(grid), like=weights)
+        all_tokens.append(grid_tokens)
+        shares.append(one_window.repeat(windows.cells[number].shape[2]) * is_valid)
+        weighted.append(shares[-1] * weights[..., number, None])
+    tokens, share, weighted = (torch.cat(x, dim=-1) for x in (all_tokens, shares, weighted))
 
     batch_size, num_tokens = weights.shape[0], windows.layout.num_tokens
     rows = (tokens + num_tokens * torch.arange(batch_size, device=tokens.device)[:, None, None]).flatten()

@@ -1,14 +1,15 @@
-"""The weight generator: how far a query trusts each sensor, read off the tokens in its own windows.
+"""The weight generator: a weight per query and sensor, read off the tokens in the query's own windows.
 
     x = 0
     per layer:  x = norm(x + attention(x + query position; window tokens))
                 x = norm(x + FFN(x))
-    weights = activation(linear(x))        w_lidar, w_camera
+    weights = activation(linear(x))        one for every grid of tokens
 
-A query sees the tokens of its BEV window and of its camera windows and nothing else, so attention is a gather of some
+A query sees the tokens of its windows and nothing else, so attention is a gather of some
 tens of tokens a query, never a [Q x K] product.
 
-Shape letters: B batch, Q queries, K tokens, T tokens in the windows of a query, C channels, M heads, D = C / M.
+Shape letters: B batch, Q queries, K tokens, T tokens in the windows of a query, G grids, C channels, M heads,
+D = C / M.
 """
 
 import math
@@ -19,28 +20,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmt_aqr.attention import QueryWindows
-from cmt_aqr.attention.windows import bev_window_tokens, camera_window_tokens
+from cmt_aqr.attention.windows import window_tokens
 
 Activation = Literal["tanh", "sigmoid"]
-LIDAR_AND_CAMERA = 2
-# Spread, before the activation, of the weights of a fresh generator over random queries.
-START_SPREAD = 0.02
+# Standard deviation, before the activation, of the weights of a fresh generator over random queries.
+INIT_STD = 0.02
 # How far inside [0, 1] a fresh generator with sigmoid begins: at the ends themselves it has no slope.
-START_MARGIN = 0.05
+INIT_MARGIN = 0.05
 
 
-def window_tokens(windows: QueryWindows) -> tuple[Tensor, Tensor]:
-    """All window tokens of a query side by side, the BEV window first.
+def all_window_tokens(windows: QueryWindows) -> tuple[Tensor, Tensor]:
+    """All window tokens of a query side by side, in the order of the grids.
 
     Returns:
         tokens (B, Q, T) int64 index on the token axis, 0 where not valid; is_valid (B, Q, T) bool.
     """
-    parts = []
-    if windows.bev_cells is not None:
-        parts.append(bev_window_tokens(windows))
-    if windows.camera_cells is not None:
-        parts.append(camera_window_tokens(windows))
-    tokens, is_valid = zip(*parts, strict=True)
+    tokens, is_valid = zip(*(window_tokens(windows, g) for g in range(len(windows.cells))), strict=True)
     return torch.cat(tokens, dim=-1), torch.cat(is_valid, dim=-1)
 
 
@@ -107,7 +102,7 @@ class WindowAttention(nn.Module):
 
 
 class GeneratorLayer(nn.Module):
-    """Attention to the window tokens, norm, FFN, norm; no dropout: a query's weights are what its tokens say.
+    """Attention to the window tokens, norm, FFN, norm; no dropout, so a query's weights depend on its tokens alone.
 
     Args:
         dim: C.
@@ -133,18 +128,19 @@ class GeneratorLayer(nn.Module):
 
 
 class WeightGenerator(nn.Module):
-    """Queries and the tokens in their windows -> two weights a query.
+    """Queries and the tokens in their windows -> per-query weights of the sensors.
 
     A fresh generator gives nearly the same weights to every query, those that change nothing, so that training starts
-    from the detector as it is. The last layer's weights are drawn with a standard deviation of ``START_SPREAD`` /
+    from the detector as it is. The last layer's weights are drawn with a standard deviation of ``INIT_STD`` /
     sqrt(C): small, but not 0, because then no gradient would reach what comes before. Its bias is 0 for tanh; for
-    sigmoid, which has no slope at 0 and 1, it begins ``START_MARGIN`` away from ``neutral``.
+    sigmoid, which has no slope at 0 and 1, it begins ``INIT_MARGIN`` away from ``neutral``.
 
     Args:
         dim: C.
         num_heads: M.
         ffn_dim: hidden width of the FFNs.
         num_layers: number of layers.
+        num_grids: G.
         activation: ``tanh``: weights in [-1, 1]; ``sigmoid``: in [0, 1].
         neutral: the weight that changes nothing: 0 for a bias, 1 for a factor.
 
@@ -153,7 +149,15 @@ class WeightGenerator(nn.Module):
     """
 
     def __init__(
-        self, *, dim: int, num_heads: int, ffn_dim: int, num_layers: int, activation: Activation, neutral: float
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        num_layers: int,
+        num_grids: int,
+        activation: Activation,
+        neutral: float,
     ) -> None:
         super().__init__()
         if activation not in get_args(Activation):
@@ -164,11 +168,11 @@ class WeightGenerator(nn.Module):
         self.layers = nn.ModuleList(
             GeneratorLayer(dim=dim, num_heads=num_heads, ffn_dim=ffn_dim) for _ in range(num_layers)
         )
-        self.linear = nn.Linear(dim, LIDAR_AND_CAMERA)
-        nn.init.normal_(self.linear.weight, std=START_SPREAD / math.sqrt(dim))
+        self.linear = nn.Linear(dim, num_grids)
+        nn.init.normal_(self.linear.weight, std=INIT_STD / math.sqrt(dim))
         start = 0.0
         if activation == "sigmoid":
-            share = min(max(neutral, START_MARGIN), 1 - START_MARGIN)
+            share = min(max(neutral, INIT_MARGIN), 1 - INIT_MARGIN)
             start = math.log(share / (1 - share))
         nn.init.constant_(self.linear.bias, start)
 
@@ -184,9 +188,9 @@ class WeightGenerator(nn.Module):
             windows: of these queries. The generator looks through them also where the bias itself is not local.
 
         Returns:
-            (B, Q, 2) w_lidar, w_camera, at least float32.
+            (B, Q, G), at least float32.
         """
-        indices, is_valid = window_tokens(windows)
+        indices, is_valid = all_window_tokens(windows)
         keys = tokens + token_positions
         x = torch.zeros_like(query_positions)
         for layer in self.layers:

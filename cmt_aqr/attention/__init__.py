@@ -4,22 +4,21 @@
 computes the attention. See docs/architecture.md and the example in README.md.
 """
 
-from cmt_aqr.attention.bias import AttentionBias, bias_strength
-from cmt_aqr.attention.evaluate import Attend, Backend, attend, make_attend
-from cmt_aqr.attention.flex import padded_length
-from cmt_aqr.attention.layout import TokenLayout
-from cmt_aqr.attention.windows import QueryWindows, WindowSettings, query_windows
+from .bias import AttentionBias, bias_values
+from .evaluate import Attend, Backend, attend, make_attend
+from .grids import Grid, TokenLayout
+from .windows import QueryWindows, WindowSettings, query_windows
 
 __all__ = [
     "Attend",
     "AttentionBias",
     "Backend",
+    "Grid",
     "QueryWindows",
     "TokenLayout",
     "WindowSettings",
     "attend",
-    "bias_strength",
+    "bias_values",
     "make_attend",
-    "padded_length",
     "query_windows",
 ]

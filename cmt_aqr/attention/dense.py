@@ -8,30 +8,22 @@ import math
 import torch
 from torch import Tensor
 
-from cmt_aqr.attention.bias import CAMERA, LIDAR, AttentionBias, code_plane, is_inside, token_codes, window_codes
+from .bias import AttentionBias, is_inside
 
 # Scores of this many queries are computed at a time: few enough for a CPU's cache.
 QUERY_CHUNK = 128
 
 
 def dense_bias(bias: AttentionBias, queries: slice = slice(None)) -> Tensor:
-    """The bias (B, Q, K) of these queries, in the dtype of its strength."""
-    windows, layout = bias.windows, bias.windows.layout
-    parts = []
-    plane = code_plane(layout, windows.settings)
-    codes = token_codes(layout, plane, device=bias.strength.device)
-    for modality, tokens in ((LIDAR, slice(0, layout.num_bev)), (CAMERA, slice(layout.num_bev, layout.num_tokens))):
-        num_tokens = tokens.stop - tokens.start
-        if num_tokens == 0:
-            continue
-        strength = bias.strength[:, queries, modality, None]
+    """The bias (B, Q, K) of these queries, in the dtype of its values."""
+    windows, columns = bias.windows, []
+    for number, grid in enumerate(windows.layout.grids):
+        values = bias.values[:, queries, number, None]
         if windows.settings.is_local:
-            centres = window_codes(windows, plane, modality)[:, queries]
-            inside = is_inside(codes[tokens], centres[..., None], plane).any(dim=2)
-            parts.append(torch.where(inside, strength, 0))
+            columns.append(torch.where(is_inside(windows, number, queries), values, 0))
         else:
-            parts.append(strength.expand(-1, -1, num_tokens))
-    return torch.cat(parts, dim=-1)
+            columns.append(values.expand(-1, -1, grid.num_tokens))
+    return torch.cat(columns, dim=-1)
 
 
 def dense_attention(
@@ -43,7 +35,7 @@ def dense_attention(
     token_mask: Tensor | None = None,
     query_chunk: int = QUERY_CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D) + bias) v; see :func:`cmt_aqr.attention.attend`, whose arguments these are.
+    """softmax(q k^T / sqrt(D) + bias) v; see :func:`attend`, whose arguments these are.
 
     Args:
         query_chunk: queries whose scores (B, M, chunk, K) are computed at a time; for a backward pass all are kept.

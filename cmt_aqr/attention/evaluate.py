@@ -4,20 +4,23 @@ Shape letters: B batch, M heads, Q queries, K tokens, D channels of a head.
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from cmt_aqr.attention.bias import AttentionBias
-from cmt_aqr.attention.dense import dense_attention
-from cmt_aqr.attention.flex import flex_attention_with_bias, padded_length, plan_flex
-from cmt_aqr.attention.lowrank import ENERGY, factored_attention, factorise
+from .bias import AttentionBias
+from .dense import dense_attention
+from .lowrank import ENERGY, factored_attention, factorise
+from .score_mod import attention_with_score_mod
 
-Backend = Literal["auto", "flex", "dense", "lowrank"]
+Backend = Literal["auto", "flex", "score_mod", "dense", "lowrank"]
 BACKENDS = get_args(Backend)
+# The folder flex/ is for speed alone; without it `auto` means score_mod on a GPU.
+HAS_FLEX = find_spec(f"{__package__}.flex") is not None
 # out, lse of q (B, M, Q, D) and k, v (B, M, K, D).
-Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def attend(
@@ -29,20 +32,22 @@ def attend(
     backend: Backend = "auto",
     token_mask: Tensor | None = None,
     energy: float = ENERGY,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """softmax(q k^T / sqrt(D) + bias) v.
 
     Args:
         q: (B, M, Q, D).
-        k, v: (B, M, K, D), tokens in the order of the bias's layout; K may be padded to ``padded_length(layout)``.
+        k, v: (B, M, K, D), tokens in the order of the bias's layout; K may be padded to ``layout.padded_length``.
         bias: what is added to the scores of a query's windows.
-        backend: ``flex``, ``dense``, ``lowrank`` (comparison only), or ``auto``: flex on CUDA, dense elsewhere.
+        backend: ``flex``, ``score_mod``, ``dense``, ``lowrank`` (comparison only), or ``auto``: flex on CUDA, dense
+            elsewhere.
         token_mask: (B, num_tokens) bool, True = may be attended to; None: all.
         energy: of ``lowrank``: share of the bias's squared singular values that is kept.
 
     Returns:
-        out (B, M, Q, D) in the dtype of v; lse (B, M, Q) natural logarithm, at least float32. A query that may attend
-        to nothing gives 0 and -inf. Gradients reach q, k, v and, but for ``lowrank``, the strength of the bias.
+        out (B, M, Q, D) in the dtype of v; lse (B, M, Q) natural logarithm, at least float32, None from ``score_mod``
+        on a CPU. A query that may attend to nothing gives 0 and -inf. Gradients reach q, k, v and, but for
+        ``lowrank``, the values of the bias.
 
     Raises:
         ValueError: shapes that do not fit, or a backend that is unknown or that the device cannot run.
@@ -61,20 +66,24 @@ def make_attend(
 
     For several layers that share a bias. Arguments as in :func:`attend`.
     """
-    chosen = choose_backend(backend, bias.strength.device)
+    chosen = choose_backend(backend, bias.values.device)
     num_tokens = bias.windows.layout.num_tokens
     if chosen == "flex":
-        schedule = plan_flex(bias.windows, has_token_mask=token_mask is not None)
+        from .flex import make_flex_attention  # here alone, so that the folder can be left out
+
+        with_flex = make_flex_attention(bias, token_mask)
     elif chosen == "lowrank":
         factors = factorise(bias, energy)
 
-    def evaluate(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         check_shapes(q, k, v, bias, token_mask)
         if chosen == "flex":
-            return flex_attention_with_bias(q, k, v, bias, schedule, token_mask=token_mask)
+            return with_flex(q, k, v)
         k, v = k[:, :, :num_tokens], v[:, :, :num_tokens]
         if chosen == "lowrank":
             return factored_attention(q, k, v, factors, token_mask=token_mask)
+        if chosen == "score_mod":
+            return attention_with_score_mod(q, k, v, bias, token_mask)
         return dense_attention(q, k, v, bias, token_mask=token_mask)
 
     return evaluate
@@ -84,14 +93,16 @@ def choose_backend(backend: Backend, device: torch.device) -> str:
     """The evaluator that a name means on a device.
 
     Raises:
-        ValueError: an unknown name, or flex without a GPU.
+        ValueError: an unknown name, or flex without a GPU or without its folder.
     """
     if backend not in BACKENDS:
         raise ValueError(f"the attention backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        return "dense" if device.type != "cuda" else "flex" if HAS_FLEX else "score_mod"
     if backend == "flex" and device.type != "cuda":
         raise ValueError(f"the flex backend needs a CUDA GPU, got tensors on {device}; use dense")
-    if backend == "auto":
-        return "flex" if device.type == "cuda" else "dense"
+    if backend == "flex" and not HAS_FLEX:
+        raise ValueError("the flex backend needs the folder attention/flex, which is not there; use score_mod")
     return backend
 
 
@@ -101,8 +112,8 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias, token_mas
     layout = bias.windows.layout
     if q.ndim != 4 or (q.shape[0], q.shape[2]) != (batch_size, num_queries):
         raise ValueError(f"q must have shape ({batch_size}, M, {num_queries}, D) to fit the bias, got {tuple(q.shape)}")
-    padded = k.ndim == 4 and k.shape[2] == padded_length(layout)
-    expected = (batch_size, q.shape[1], padded_length(layout) if padded else layout.num_tokens, q.shape[3])
+    is_padded = k.ndim == 4 and k.shape[2] == layout.padded_length
+    expected = (batch_size, q.shape[1], layout.padded_length if is_padded else layout.num_tokens, q.shape[3])
     for name, x in (("k", k), ("v", v)):
         if (x.dtype, x.device) != (q.dtype, q.device):
             raise ValueError(f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")

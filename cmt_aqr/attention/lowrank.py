@@ -5,7 +5,7 @@
 
 so that attention without a bias, over D + R channels, computes attention with one (the idea of FlashBias). It is exact
 at the rank of the bias only, and that is high: every query adds a square of cells of its own. For comparisons, not for
-training: no gradient reaches the strength of the bias.
+training: no gradient reaches the values of the bias.
 
 Shape letters: B batch, M heads, Q queries, K tokens, D channels of a head, R rank.
 """
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cmt_aqr.attention.bias import AttentionBias
-from cmt_aqr.attention.dense import QUERY_CHUNK, dense_bias
+from .bias import AttentionBias
+from .dense import QUERY_CHUNK, dense_bias
 
 # Of the squared singular values, the share that is kept.
 ENERGY = 0.9
@@ -49,7 +49,7 @@ class LowRankFactors:
         return self.left.shape[-1]
 
 
-def factorise(bias: AttentionBias, energy: float = ENERGY, *, max_rank: int | None = None) -> LowRankFactors:
+def factorise(bias: AttentionBias, energy: float = ENERGY) -> LowRankFactors:
     """Factors of a bias, for all layers that share it; warns with their rank and with what they leave.
 
     Needs the whole bias (B, Q, K) and its singular value decomposition in memory.
@@ -57,20 +57,16 @@ def factorise(bias: AttentionBias, energy: float = ENERGY, *, max_rank: int | No
     Args:
         bias: what is factorised.
         energy: in (0, 1]; the rank is the smallest whose squared singular values reach this share in every sample.
-        max_rank: upper limit of the rank, whatever the energy; None: no limit.
 
     Raises:
-        ValueError: an energy or a rank outside its range.
+        ValueError: an energy outside its range.
     """
     if not 0 < energy <= 1:
         raise ValueError(f"energy must be in (0, 1], got {energy}")
-    if max_rank is not None and max_rank < 1:
-        raise ValueError(f"max_rank must be at least 1, got {max_rank}")
     matrix = dense_bias(bias).detach()
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     u, singular, vh = torch.linalg.svd(matrix, full_matrices=False)
-    needed = rank_of_energy(singular, energy, longest_side=max(matrix.shape[1:]))
-    rank = needed if max_rank is None else min(needed, max_rank)
+    rank = rank_of_energy(singular, energy, longest_side=max(matrix.shape[1:]))
     # The root to both sides: in few bits, neither side is then much larger than the other.
     root = singular[..., None, :rank].sqrt()
     left, right = u[..., :rank] * root, vh[..., :rank, :].mT * root
@@ -82,9 +78,8 @@ def factorise(bias: AttentionBias, energy: float = ENERGY, *, max_rank: int | No
         max_error=residual.abs().max().item(),
         relative_error=residual.norm().item() / norm if norm else 0.0,
     )
-    cut = "" if rank == needed else f", cut to {rank} by max_rank"
     warnings.warn(
-        f"low-rank attention bias: {100 * energy:g} % of its energy needs rank {needed} of {singular.shape[-1]}{cut}; "
+        f"low-rank attention bias: {100 * energy:g} % of its energy needs rank {rank} of {singular.shape[-1]}; "
         f"largest error {factors.max_error:.3g}, relative Frobenius error {factors.relative_error:.3g}",
         stacklevel=2,
     )
@@ -105,20 +100,6 @@ def rank_of_energy(singular: Tensor, energy: float, *, longest_side: int) -> int
     lost = F.pad(squares.flip(-1).cumsum(-1).flip(-1), (0, 1))
     is_enough = lost <= (1 - energy) * lost[:, :1]
     return int(is_enough.to(torch.int8).argmax(-1).max())
-
-
-def lowrank_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: AttentionBias,
-    *,
-    energy: float = ENERGY,
-    max_rank: int | None = None,
-    token_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D) + the bias at a reduced rank) v; arguments of :func:`factorise` and :func:`attend`."""
-    return factored_attention(q, k, v, factorise(bias, energy, max_rank=max_rank), token_mask=token_mask)
 
 
 def factored_attention(

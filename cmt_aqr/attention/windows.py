@@ -1,23 +1,23 @@
 """Windows: the cells around a query's reference point in which its bias acts.
 
-A reference point has one window on the ground (a square of BEV cells) and one in a camera (a square of camera cells),
-or one in every camera that sees it. Windows are clipped at the borders of their grid and never reach into another view.
+A reference point has one window in a BEV grid and one in a camera, or one in every camera that sees it. Windows are
+clipped at the borders of their grid and never reach into another view.
 
-Shape letters: B batch, V views, Q queries, N camera windows of a query (1, or V), T tokens of a window.
+Shape letters: B batch, V views, Q queries, N windows of a query in one grid (1, or V), T tokens of a query's windows.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cmt_aqr.attention.layout import TokenLayout
+from .grids import Grid, TokenLayout
 
-# Depths below are taken for it before the perspective division (Quirk Q11); metres.
+# Smaller depths are raised to it before the perspective division (Quirk Q11); metres.
 MIN_DEPTH = 1e-5
+NO_WINDOW = -1
 
 
 @dataclass(frozen=True)
@@ -25,40 +25,33 @@ class WindowSettings:
     """Size and place of the windows.
 
     Attributes:
-        bev, camera: window size in cells; a window reaches size // 2 cells to every side, so 5 is 5 x 5 and 8 is 9 x 9.
+        sizes: window size in cells for the name of every grid; a window reaches size // 2 cells to every side, so 5 is
+            5 x 5 and 8 is 9 x 9.
         camera_assignment: ``first``: the first camera, in the fixed order, that sees the point; ``all``: every one.
         unseen: ``none``: a point that no camera sees has no camera window; ``corner``: it has one at view 0, row 0,
             column 0, as in the original (Quirk Q11), for comparisons only.
-        is_local: False: the bias acts on all tokens of the modality and the sizes do not matter.
+        is_local: False: the bias acts on all tokens of a grid and the sizes do not matter.
 
     Raises:
         ValueError: a size is not a positive whole number, or a choice is unknown.
     """
 
-    bev: int = 5
-    camera: int = 8
+    sizes: Mapping[str, int]
     camera_assignment: Literal["first", "all"] = "first"
     unseen: Literal["none", "corner"] = "none"
     is_local: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("bev", "camera"):
-            size = getattr(self, name)
+        for name, size in self.sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"the {name} window must be a positive whole number of cells, got {size!r}")
         for name, choices in (("camera_assignment", ("first", "all")), ("unseen", ("none", "corner"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
-    @property
-    def bev_radius(self) -> int:
-        """Cells that a BEV window reaches to every side."""
-        return self.bev // 2
-
-    @property
-    def camera_radius(self) -> int:
-        """Cells that a camera window reaches to every side."""
-        return self.camera // 2
+    def radius(self, grid: Grid) -> int:
+        """Cells that a window in this grid reaches to every side."""
+        return self.sizes[grid.name] // 2
 
 
 @dataclass(frozen=True)
@@ -68,25 +61,30 @@ class QueryWindows:
     Attributes:
         layout: the token grids that the cells belong to.
         settings: size and kind of the windows.
-        bev_cells: (B, Q, 1, 3) int64 view 0, row, col of the centre cell; view -1: no window. None without BEV tokens.
-        camera_cells: (B, Q, N, 3) int64 view, row, col of the centre cell; view -1: no window. None without cameras.
+        cells: for every grid (B, Q, N, 3) int64 view, row, col of the centre cell; view ``NO_WINDOW``: there is none.
     """
 
     layout: TokenLayout
     settings: WindowSettings
-    bev_cells: Tensor | None
-    camera_cells: Tensor | None
+    cells: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        names = [grid.name for grid in self.layout.grids]
+        if len(self.cells) != len(names) or not set(names) <= set(self.settings.sizes):
+            raise ValueError(
+                f"grids {names} need a tensor of cells and a window size each, got {len(self.cells)} tensors and sizes "
+                f"for {list(self.settings.sizes)}"
+            )
 
     @property
     def batch_and_queries(self) -> tuple[int, int]:
         """B and Q."""
-        cells = self.camera_cells if self.bev_cells is None else self.bev_cells
-        return cells.shape[0], cells.shape[1]
+        return self.cells[0].shape[0], self.cells[0].shape[1]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the cells are."""
-        return (self.camera_cells if self.bev_cells is None else self.bev_cells).device
+
+def in_window(rows_away: Tensor, cols_away: Tensor, radius: int | Tensor) -> Tensor:
+    """The shape of a window, a square: whether a cell so many rows and columns away from the centre lies in it."""
+    return (rows_away.abs() <= radius) & (cols_away.abs() <= radius)
 
 
 def query_windows(
@@ -96,8 +94,7 @@ def query_windows(
     layout: TokenLayout,
     point_range: Sequence[float],
     image_size: tuple[int, int] | None,
-    bev_cell_size: tuple[float, float] | None = None,
-    settings: WindowSettings | None = None,
+    settings: WindowSettings,
 ) -> QueryWindows:
     """Find the windows of reference points.
 
@@ -109,14 +106,11 @@ def query_windows(
         layout: token grids.
         point_range: x_min, y_min, z_min, x_max, y_max, z_max in metres.
         image_size: height, width of the network's input in pixels; None without camera tokens.
-        bev_cell_size: metres along x, y of a BEV cell, voxel size times stride; cell (0, 0) begins at x_min, y_min of
-            the point range. The grid may be smaller than the range. None without BEV tokens.
-        settings: window sizes; None: the defaults.
+        settings: window sizes.
 
     Raises:
-        ValueError: shapes that do not fit each other or the layout; an empty point range; a BEV cell without a size;
-            calibration that is not finite (looked at on the CPU only: a GPU would have to wait. There such a view sees
-            nothing).
+        ValueError: shapes that do not fit each other or the layout; an empty point range; calibration that is not
+            finite (checked on the CPU only: a GPU would have to wait. There such a view sees nothing).
 
     *Source*: MoME's `AQR_with_LAM`; *Quirks Q11, Q12*: a point exactly on the far border belongs to the last cell.
     """
@@ -124,46 +118,42 @@ def query_windows(
         raise ValueError(f"reference_points must have shape (B, Q, 3), got {tuple(reference_points.shape)}")
     if len(point_range) != 6 or any(low >= high for low, high in zip(point_range[:3], point_range[3:], strict=True)):
         raise ValueError(f"point_range must be x, y, z from and x, y, z to in metres, got {tuple(point_range)}")
-    settings = settings or WindowSettings()
-    sizes = [high - low for low, high in zip(point_range[:3], point_range[3:], strict=True)]
-    # Metres from the range's minimum: adding the minimum first would round points off a cell's border.
-    unit = reference_points.detach().double().unbind(-1)
-    offsets = torch.stack([u * size for u, size in zip(unit, sizes, strict=True)], dim=-1)
-    bev_cells = camera_cells = None
-    if layout.num_bev:
-        bev_cells = bev_cells_of(offsets[..., :2], bev_cell_size, layout)
-    if layout.num_pv:
-        _check_cameras(lidar2img, image_size, reference_points.shape[0], layout)
-        points = torch.stack([x + low for x, low in zip(offsets.unbind(-1), point_range[:3], strict=True)], dim=-1)
-        cells, is_seen = camera_cells_of(points, lidar2img.double(), image_size, layout)
-        camera_cells = assign_cameras(cells, is_seen, settings)
-    return QueryWindows(layout, settings, bev_cells, camera_cells)
+    # Metres from the range's minimum: adding the minimum before a division by the cell size would round points off a
+    # cell's border.
+    unit = reference_points.detach().double()
+    offsets = [unit[..., i] * (point_range[i + 3] - point_range[i]) for i in range(3)]
+    cells = []
+    for grid in layout.grids:
+        if grid.cell_size is not None:
+            cells.append(bev_cells(*(offsets[i] + (point_range[i] - grid.origin[i]) for i in range(2)), grid))
+        else:
+            _check_cameras(lidar2img, image_size, reference_points.shape[0], grid)
+            points = torch.stack([offsets[i] + point_range[i] for i in range(3)], dim=-1)
+            found, is_seen = camera_cells(points, lidar2img.double(), image_size, grid)
+            cells.append(assign_cameras(found, is_seen, settings))
+    return QueryWindows(layout, settings, tuple(cells))
 
 
-def bev_cells_of(offsets: Tensor, cell_size: tuple[float, float] | None, layout: TokenLayout) -> Tensor:
+def bev_cells(x: Tensor, y: Tensor, grid: Grid) -> Tensor:
     """The BEV cells in which points lie.
 
     Cells are metric, floor(offset / cell size), because that is where the features of a point are: a sparse grid may
     cover less than the point range (*Quirk Q13*). A point exactly on the grid's far border belongs to the last cell
-    (*Quirk Q12*); one beyond the grid has none.
+    (*Quirk Q12*); one beyond the grid has no window.
 
     Args:
-        offsets: (B, Q, 2) x, y in metres from the grid's corner.
-        cell_size: metres along x, y.
-        layout: token grids.
+        x, y: (B, Q) metres from the grid's origin.
+        grid: a BEV grid.
 
     Returns:
-        (B, Q, 1, 3) int64 view, row, col; 0, row <- y, col <- x inside the grid, -1, 0, 0 beyond it.
+        (B, Q, 1, 3) int64 view, row, col; 0, row <- y, col <- x inside the grid, NO_WINDOW, 0, 0 beyond it.
     """
-    if cell_size is None or len(cell_size) != 2 or not all(0 < size < math.inf for size in cell_size):
-        raise ValueError(f"bev_cell_size must be the metres of a BEV cell along x and y, got {cell_size}")
-    num_cells = (layout.bev_cols, layout.bev_rows)
-    axes = [x / size for x, size in zip(offsets.unbind(-1), cell_size, strict=True)]
-    is_inside = torch.stack([(x >= 0) & (x <= num) for x, num in zip(axes, num_cells, strict=True)]).all(dim=0)
+    x, y = x / grid.cell_size[0], y / grid.cell_size[1]
+    is_on_grid = (x >= 0) & (x <= grid.cols) & (y >= 0) & (y <= grid.rows)
     # Beyond the grid a coordinate may be anything, also too large for an integer.
-    axes = [torch.where(is_inside, x, 0).floor().to(torch.int64) for x in axes]
-    col, row = (x.clamp(max=num - 1) for x, num in zip(axes, num_cells, strict=True))
-    return torch.stack((torch.where(is_inside, 0, -1), row, col), dim=-1)[:, :, None]
+    col, row = (torch.where(is_on_grid, axis, 0).floor().to(torch.int64) for axis in (x, y))
+    col, row = col.clamp(max=grid.cols - 1), row.clamp(max=grid.rows - 1)
+    return torch.stack((torch.where(is_on_grid, 0, NO_WINDOW), row, col), dim=-1)[:, :, None]
 
 
 def cells_of(unit: Tensor, num_cells: int) -> Tensor:
@@ -171,16 +161,8 @@ def cells_of(unit: Tensor, num_cells: int) -> Tensor:
     return torch.floor(unit * num_cells).to(torch.int64).clamp(0, num_cells - 1)
 
 
-def camera_cells_of(
-    points: Tensor, lidar2img: Tensor, image_size: tuple[int, int], layout: TokenLayout
-) -> tuple[Tensor, Tensor]:
-    """Project points into every view.
-
-    Args:
-        points: (B, Q, 3) metres, LiDAR frame.
-        lidar2img: (B, V, 4, 4).
-        image_size: height, width in pixels.
-        layout: camera grids.
+def camera_cells(points: Tensor, lidar2img: Tensor, image_size: tuple[int, int], grid: Grid) -> tuple[Tensor, Tensor]:
+    """Project points (B, Q, 3), metres in the LiDAR frame, into every view by lidar2img (B, V, 4, 4).
 
     Returns:
         cells (B, Q, V, 2) int64 row, col, meaningful where seen; is_seen (B, Q, V) bool: in front of the camera and
@@ -195,21 +177,16 @@ def camera_cells_of(
     is_seen = (depth > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
     is_seen = is_seen & lidar2img.isfinite().all(dim=-1).all(dim=-1)[:, None]
     # Where a point is not seen its pixel may be anything, also too large for an integer.
-    row = cells_of(torch.where(is_seen, v / height, 0), layout.pv_rows)
-    col = cells_of(torch.where(is_seen, u / width, 0), layout.pv_cols)
+    row = cells_of(torch.where(is_seen, v / height, 0), grid.rows)
+    col = cells_of(torch.where(is_seen, u / width, 0), grid.cols)
     return torch.stack((row, col), dim=-1), is_seen
 
 
 def assign_cameras(cells: Tensor, is_seen: Tensor, settings: WindowSettings) -> Tensor:
-    """Choose the views in which a query has a window.
-
-    Args:
-        cells: (B, Q, V, 2) row, col.
-        is_seen: (B, Q, V) bool.
-        settings: ``camera_assignment`` and ``unseen``.
+    """Choose the views in which a query has a window, from cells (B, Q, V, 2) row, col and is_seen (B, Q, V).
 
     Returns:
-        (B, Q, N, 3) int64 view, row, col; view -1 where there is no window, and row and col 0 with it.
+        (B, Q, N, 3) int64 view, row, col; NO_WINDOW, 0, 0 where there is none.
     """
     view = torch.arange(cells.shape[2], device=cells.device).expand(is_seen.shape)
     if settings.camera_assignment == "first":
@@ -217,7 +194,7 @@ def assign_cameras(cells: Tensor, is_seen: Tensor, settings: WindowSettings) -> 
     chosen = cells.gather(2, view[..., None].expand(*view.shape, 2))
     has_window = is_seen.gather(2, view)
     chosen = torch.where(has_window[..., None], chosen, 0)
-    windows = torch.cat((torch.where(has_window, view, -1)[..., None], chosen), dim=-1)
+    windows = torch.cat((torch.where(has_window, view, NO_WINDOW)[..., None], chosen), dim=-1)
     if settings.unseen == "corner":
         is_unseen = ~is_seen.any(dim=-1)
         first = torch.where(is_unseen[..., None], torch.zeros_like(windows[:, :, 0]), windows[:, :, 0])
@@ -225,51 +202,37 @@ def assign_cameras(cells: Tensor, is_seen: Tensor, settings: WindowSettings) -> 
     return windows
 
 
-def bev_window_tokens(windows: QueryWindows) -> tuple[Tensor, Tensor]:
-    """Token indices of the BEV windows.
+def window_tokens(windows: QueryWindows, number: int) -> tuple[Tensor, Tensor]:
+    """Token indices of the windows in grid ``number``, all N of a query side by side.
 
     Returns:
-        tokens (B, Q, T) int64 index on the token axis, T = (2 radius + 1)^2, 0 where not valid; is_valid (B, Q, T)
-        bool: the cell lies inside the grid.
+        tokens (B, Q, T) int64 index on the token axis, T = N (2 radius + 1)^2, 0 where not valid; is_valid (B, Q, T)
+        bool: the cell belongs to the window and lies inside the grid.
     """
-    layout, radius = windows.layout, windows.settings.bev_radius
-    view = windows.bev_cells[..., :1]
-    row, col = _neighbours(windows.bev_cells[..., 1:], radius)
-    is_valid = (view >= 0) & (row >= 0) & (row < layout.bev_rows) & (col >= 0) & (col < layout.bev_cols)
-    return torch.where(is_valid, layout.bev_index(row, col), 0).flatten(2), is_valid.flatten(2)
-
-
-def camera_window_tokens(windows: QueryWindows) -> tuple[Tensor, Tensor]:
-    """Token indices of the camera windows, all N of a query side by side; as :func:`bev_window_tokens`."""
-    layout, radius = windows.layout, windows.settings.camera_radius
-    view = windows.camera_cells[..., :1]
-    row, col = _neighbours(windows.camera_cells[..., 1:], radius)
-    is_valid = (view >= 0) & (row >= 0) & (row < layout.pv_rows) & (col >= 0) & (col < layout.pv_cols)
-    tokens = torch.where(is_valid, layout.pv_index(view, row, col), 0)
+    grid = windows.layout.grids[number]
+    radius = windows.settings.radius(grid)
+    cols_away = torch.arange(-radius, radius + 1, device=windows.cells[number].device)
+    rows_away = cols_away[:, None]
+    view, row, col = windows.cells[number][..., None, None, :].unbind(-1)
+    row, col = row + rows_away, col + cols_away
+    is_on_grid = (view >= 0) & (row >= 0) & (row < grid.rows) & (col >= 0) & (col < grid.cols)
+    is_valid = is_on_grid & in_window(rows_away, cols_away, radius)
+    tokens = torch.where(is_valid, windows.layout.index(number, view, row, col), 0)
     return tokens.flatten(2), is_valid.flatten(2)
 
 
-def _neighbours(cells: Tensor, radius: int) -> tuple[Tensor, Tensor]:
-    """Rows and cols (..., T) of the square around cells (..., 2), row-major."""
-    steps = torch.arange(-radius, radius + 1, device=cells.device)
-    row, col = cells[..., None, None].unbind(-3)
-    row, col = torch.broadcast_tensors(row + steps[:, None], col + steps)
-    return row.flatten(-2), col.flatten(-2)
-
-
-def _check_cameras(
-    lidar2img: Tensor | None, image_size: tuple[int, int] | None, batch_size: int, layout: TokenLayout
-) -> None:
-    if lidar2img is None or lidar2img.shape != (batch_size, layout.num_views, 4, 4):
+def _check_cameras(lidar2img: Tensor | None, image_size: tuple[int, int] | None, batch_size: int, grid: Grid) -> None:
+    expected = (batch_size, grid.views, 4, 4)
+    if lidar2img is None or lidar2img.shape != expected:
         got = "None" if lidar2img is None else tuple(lidar2img.shape)
-        raise ValueError(f"lidar2img must have shape {(batch_size, layout.num_views, 4, 4)} for this layout, got {got}")
+        raise ValueError(f"lidar2img must have shape {expected} for the grid {grid.name!r}, got {got}")
     if image_size is None or min(image_size) < 1:
         raise ValueError(f"image_size must be the height and width in pixels, got {image_size}")
     height, width = image_size
-    if height * layout.pv_cols != width * layout.pv_rows:
+    if height * grid.cols != width * grid.rows:
         raise ValueError(
-            f"camera grids of {layout.pv_rows} x {layout.pv_cols} cells do not fit images of {height} x {width} "
-            f"pixels: a cell must be square"
+            f"camera grids of {grid.rows} x {grid.cols} cells do not fit images of {height} x {width} pixels: a cell "
+            f"must be square"
         )
     if lidar2img.device.type == "cpu" and not torch.compiler.is_compiling() and not lidar2img.isfinite().all():
         raise ValueError("lidar2img holds values that are not finite")

@@ -1,38 +1,23 @@
-"""The detector: branches -> tokens -> queries -> windows and weights (AQR) -> decoder -> heads.
+"""The detector: branches -> tokens -> queries -> AQR -> decoder -> heads.
 
 Shape letters: B batch, V views, P points, H, W rows and columns of a grid, K tokens, Q queries, C channels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cmt_aqr.aqr.module import AQR
-from cmt_aqr.attention import QueryWindows, TokenLayout, padded_length
-from cmt_aqr.models.decoder import Attend, Decoder
+from cmt_aqr.aqr.router import BiasRouter, ModulationRouter, Routed
+from cmt_aqr.attention import Grid, TokenLayout
+from cmt_aqr.cameras import Cameras, make_cameras
+from cmt_aqr.models.decoder import Decoder
 from cmt_aqr.models.heads import Heads
-from cmt_aqr.models.position import BevEmbedding, Cameras, RayEmbedding, bev_positions, make_cameras, pv_positions
-from cmt_aqr.models.queries import Queries, ReferencePoints, query_positions
+from cmt_aqr.models.position import BevEmbedding, RayEmbedding, bev_positions, pv_positions
+from cmt_aqr.models.queries import ReferencePoints, query_positions
 from cmt_aqr.predictions import DenoisingQueries, Predictions
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Keys and values of the cross-attention.
-
-    Attributes:
-        values: (B, K, C); behind the tokens of the layout there may be zeros up to ``padded_length(layout)``, for an
-            attention that ignores them.
-        positions: (B, K, C) position embeddings, at least float32; keys are values + positions.
-        layout: which token is where, BEV tokens first.
-    """
-
-    values: Tensor
-    positions: Tensor
-    layout: TokenLayout
+from cmt_aqr.tokens import Queries, Tokens
 
 
 class SharedConv(nn.Sequential):
@@ -50,7 +35,7 @@ class SharedConv(nn.Sequential):
 
 
 class Detector(nn.Module):
-    """Camera + LiDAR detector. A model with one sensor is the same detector with one part of the tokens.
+    """Camera + LiDAR detector. A model with one sensor is the same detector with one grid of tokens.
 
     Args:
         reference_points: the learned queries.
@@ -64,6 +49,8 @@ class Detector(nn.Module):
             ``forward(images (N, H, W, 3) uint8, *, mask) -> (N, C, h, w)``, N = B * V.
         ray_embedding: ray position of camera tokens and of queries; required with cameras.
         aqr: weighs the sensors for every query; needs both. None: the plain CMT.
+        bev_origin: metres x, y where cell (0, 0) of the BEV map begins; required with AQR.
+        bev_cell_size: metres along x, y of a BEV cell; required with AQR.
     """
 
     def __init__(
@@ -77,7 +64,9 @@ class Detector(nn.Module):
         shared_conv: nn.Module | None = None,
         image_branch: nn.Module | None = None,
         ray_embedding: RayEmbedding | None = None,
-        aqr: AQR | None = None,
+        aqr: BiasRouter | ModulationRouter | None = None,
+        bev_origin: tuple[float, float] | None = None,
+        bev_cell_size: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         if shared_conv is None and ray_embedding is None:
@@ -89,6 +78,10 @@ class Detector(nn.Module):
         if aqr is not None and (shared_conv is None or ray_embedding is None):
             only = "LiDAR" if ray_embedding is None else "cameras"
             raise ValueError(f"AQR weighs LiDAR against cameras, this detector has {only} only")
+        if aqr is not None and (bev_origin is None or bev_cell_size is None):
+            raise ValueError(
+                f"AQR needs the origin and the size of BEV cells in metres, got {bev_origin} and {bev_cell_size}"
+            )
         self.image_branch = image_branch
         self.lidar_branch = lidar_branch
         self.shared_conv = shared_conv
@@ -98,6 +91,8 @@ class Detector(nn.Module):
         self.aqr = aqr
         self.decoder = decoder
         self.head = head
+        self.bev_origin = bev_origin
+        self.bev_cell_size = bev_cell_size
 
     def forward(
         self,
@@ -142,22 +137,21 @@ class Detector(nn.Module):
         cameras = self.make_cameras(pv_maps, lidar2img, image_size)
         tokens = self.make_tokens(bev_map, pv_maps, cameras)
         queries = self.make_queries(tokens.values.shape[0], cameras, denoising)
-        windows = self.make_windows(queries, tokens.layout, lidar2img, image_size)
-        weights = self.make_weights(queries, tokens, windows)
-        tokens = self.modulate_tokens(tokens, windows, weights)
-        attend = self.make_attend(windows, weights)
+        routed = self.route(queries, tokens, cameras)
         hidden = self.decoder(
-            queries.positions, tokens.values, tokens.positions, attention_mask=queries.attention_mask, attend=attend
+            queries.positions,
+            routed.tokens.values,
+            routed.tokens.positions,
+            attention_mask=queries.attention_mask,
+            attend=routed.attend,
         )
         predictions = self.head(hidden, queries.reference_points, num_dn=queries.num_dn, is_live=queries.is_live)
-        if weights is None:
-            return predictions
-        return replace(predictions, aqr_weights=weights[:, -self.reference_points.num_queries :].detach())
+        return replace(predictions, aqr_weights=self.matching_weights(routed))
 
     def clamp_parameters(self) -> None:
         """Move parameters with limits (the scale of AQR) back inside them; to be called after every optimizer step."""
-        if self.aqr is not None and self.aqr.scale is not None:
-            self.aqr.scale.clamp_()
+        if self.aqr is not None:
+            self.aqr.clamp_parameters()
 
     def encode_images(self, images: Tensor | None, image_mask: Tensor | None = None) -> Tensor | None:
         """Images (B, V, H, W, 3) uint8 -> camera maps (B, V, C, h, w); None without an image_branch.
@@ -207,21 +201,22 @@ class Detector(nn.Module):
                 f"{'without' if self.ray_embedding is None else 'with'} cameras, got "
                 f"{'no' if bev_map is None else 'a'} BEV map and {'no' if pv_maps is None else 'some'} camera maps"
             )
-        values, positions = [], []
-        rows = cols = views = pv_rows = pv_cols = 0
+        grids, values, positions = [], [], []
         if bev_map is not None:
             rows, cols = bev_map.shape[-2:]
+            grids.append(Grid("lidar", 1, rows, cols, origin=self.bev_origin, cell_size=self.bev_cell_size))
             values.append(self.shared_conv(bev_map).flatten(2).transpose(1, 2))
             place = bev_positions(self.bev_embedding, rows, cols, like=self.reference_points.weight)
             positions.append(place.expand(bev_map.shape[0], -1, -1))
         if pv_maps is not None:
-            views, (pv_rows, pv_cols) = pv_maps.shape[1], pv_maps.shape[-2:]
+            views, (rows, cols) = pv_maps.shape[1], pv_maps.shape[-2:]
+            grids.append(Grid("camera", views, rows, cols))
             values.append(pv_maps.permute(0, 1, 3, 4, 2).flatten(1, 3))
-            positions.append(pv_positions(self.ray_embedding, pv_rows, pv_cols, cameras))
-        layout = TokenLayout(rows, cols, views, pv_rows, pv_cols)
-        if self.aqr is not None and self.aqr.wants_padding(values[0].device):
-            missing = padded_length(layout) - layout.num_tokens
-            for parts in (values, positions):
+            positions.append(pv_positions(self.ray_embedding, rows, cols, cameras))
+        layout = TokenLayout(tuple(grids))
+        if self.aqr is not None:
+            missing = self.aqr.token_length(layout, values[0].device) - layout.num_tokens
+            for parts in (values, positions) if missing else ():
                 parts.append(parts[0].new_zeros(parts[0].shape[0], missing, parts[0].shape[2]))
         return Tokens(torch.cat(values, dim=1), torch.cat(positions, dim=1), layout)
 
@@ -241,42 +236,12 @@ class Detector(nn.Module):
         is_live = torch.cat((denoising.is_live, matching))
         return Queries(points, positions, denoising.num_dn, denoising.attention_mask, is_live)
 
-    def make_windows(
-        self,
-        queries: Queries,
-        layout: TokenLayout,
-        lidar2img: Tensor | None,
-        image_size: tuple[int, int] | None,
-    ) -> QueryWindows | None:
-        """Windows of the queries that AQR gives weights (see ``AQR.first_query``); None without AQR.
+    def route(self, queries: Queries, tokens: Tokens, cameras: Cameras | None) -> Routed:
+        """What the decoder reads: AQR's tokens and attention, or without AQR the tokens and plain attention."""
+        return Routed(tokens) if self.aqr is None else self.aqr(queries, tokens, cameras)
 
-        ``lidar2img`` is that of the batch, not its copy in the model's dtype: windows are found in float64.
-        """
-        if self.aqr is None:
+    def matching_weights(self, routed: Routed) -> Tensor | None:
+        """AQR weights (B, num_queries, G) of the matching queries, detached; None without AQR."""
+        if routed.weights is None:
             return None
-        points = queries.reference_points[:, self.aqr.first_query(queries.num_dn) :]
-        return self.aqr.windows(points, lidar2img, layout, image_size)
-
-    def make_weights(self, queries: Queries, tokens: Tokens, windows: QueryWindows | None) -> Tensor | None:
-        """AQR weights w_lidar, w_camera (B, Q', 2) of the Q' queries that have windows; None without AQR."""
-        if windows is None:
-            return None
-        positions = queries.positions[:, self.aqr.first_query(queries.num_dn) :]
-        return self.aqr.generator(positions, tokens.values, tokens.positions, windows)
-
-    def modulate_tokens(self, tokens: Tokens, windows: QueryWindows | None, weights: Tensor | None) -> Tokens:
-        """Tokens with their features modulated (AQR designs v1 and v2), else as they are."""
-        if windows is None or self.aqr.design == "bias":
-            return tokens
-        return replace(tokens, values=self.aqr.modulate(tokens.values, windows, weights))
-
-    def make_attend(self, windows: QueryWindows | None, weights: Tensor | None) -> Attend:
-        """The cross-attention of all decoder layers: with AQR's bias (design ``bias``), else plain."""
-        if windows is None or self.aqr.design != "bias":
-            return F.scaled_dot_product_attention
-        attend_with_lse = self.aqr.attend(self.aqr.bias(windows, weights))
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend_with_lse(q, k, v)[0]
-
-        return attend
+        return routed.weights[:, -self.reference_points.num_queries :].detach()

@@ -5,11 +5,11 @@ Shape letters: B batch, V views, K tokens, C channels, N depth bins of a ray.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from cmt_aqr.cameras import Cameras
 from cmt_aqr.geometry import to_unit
 from cmt_aqr.precision import at_least_float32
 
@@ -17,37 +17,6 @@ from cmt_aqr.precision import at_least_float32
 FIRST_DEPTH = 1.0
 # Width of the ray MLP's hidden layer in multiples of C.
 RAY_MLP_RATIO = 4
-
-
-@dataclass(frozen=True)
-class Cameras:
-    """Calibration of a batch, in the dtype of the model.
-
-    Attributes:
-        lidar2img: (B, V, 4, 4), LiDAR frame -> (u*d, v*d, d, 1), pixels of the network's input.
-        img2lidar: (B, V, 4, 4), its inverse, computed in float64.
-        image_size: (height, width) of the network's input in pixels, padding included.
-    """
-
-    lidar2img: Tensor
-    img2lidar: Tensor
-    image_size: tuple[int, int]
-
-
-def make_cameras(lidar2img: Tensor, image_size: tuple[int, int], *, dtype: torch.dtype) -> Cameras:
-    """Invert the calibration in float64, then convert both directions to ``dtype``.
-
-    A singular matrix gives non-finite values instead of an error, because asking would stall the GPU; the data side
-    refuses such calibration.
-
-    Args:
-        lidar2img: (B, V, 4, 4) float64.
-        image_size: (height, width) in pixels.
-    """
-    if lidar2img.ndim != 4 or lidar2img.shape[-2:] != (4, 4):
-        raise ValueError(f"lidar2img must have shape (B, V, 4, 4), got {tuple(lidar2img.shape)}")
-    inverse = torch.linalg.inv_ex(lidar2img.double()).inverse
-    return Cameras(lidar2img.to(dtype), inverse.to(dtype), image_size)
 
 
 def sine_embedding(xy: Tensor, num_features: int) -> Tensor:

@@ -4,34 +4,15 @@ Shape letters: B batch, V views, Q queries (denoising rows first), C channels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from cmt_aqr.cameras import Cameras
 from cmt_aqr.geometry import DEPTH_EPS, inverse_sigmoid, project, to_metres
-from cmt_aqr.models.position import BevEmbedding, Cameras, RayEmbedding
+from cmt_aqr.models.position import BevEmbedding, RayEmbedding
 from cmt_aqr.precision import at_least_float32
 from cmt_aqr.predictions import DenoisingQueries
-
-
-@dataclass(frozen=True)
-class Queries:
-    """What the decoder and the heads need to know about the queries.
-
-    Attributes:
-        reference_points: (B, Q, 3) in [0, 1] of the point range, at least float32.
-        positions: (B, Q, C) position embeddings, at least float32.
-        num_dn: number of denoising rows at the front of Q.
-        attention_mask: (Q, Q) bool, True = may attend, or None when every query sees every other.
-        is_live: (Q,) bool, False for the dead denoising rows, or None when there are none.
-    """
-
-    reference_points: Tensor
-    positions: Tensor
-    num_dn: int = 0
-    attention_mask: Tensor | None = None
-    is_live: Tensor | None = None
 
 
 class ReferencePoints(nn.Module):
@@ -80,7 +61,7 @@ def project_to_pixels(
 
     *Source*: original `CmtHead._rv_query_embed`.
     """
-    scaled, depth = project(to_metres(reference_points, point_range), cameras.lidar2img)
+    scaled, depth = project(to_metres(reference_points, point_range), cameras.lidar2img.to(reference_points.dtype))
     in_front = depth.detach() > 0
     divisor = depth.detach() + torch.where(in_front, DEPTH_EPS, -DEPTH_EPS).to(depth.dtype)
     pixels = torch.cat((scaled, depth[..., None]), dim=-1) / divisor[..., None]

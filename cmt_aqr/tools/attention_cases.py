@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmt_aqr.attention import QueryWindows, TokenLayout, WindowSettings, query_windows
+from cmt_aqr.attention import Grid, QueryWindows, TokenLayout, WindowSettings, query_windows
 from cmt_aqr.config_checks import CAMERA_STRIDE
 from cmt_aqr.synthetic import calibration
 
@@ -15,6 +15,7 @@ NUM_QUERIES = 900  # learned ones; what a case has more are denoising queries
 NUM_OBJECTS = 40  # that denoising queries gather around
 # How much samples of a batch are turned against each other, radians.
 TURN = 0.02
+PUBLISHED = WindowSettings({"lidar": 5, "camera": 8})
 
 
 def nuscenes_lidar2img(image_size: tuple[int, int]) -> Tensor:
@@ -35,6 +36,22 @@ def nuscenes_lidar2img(image_size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.stack(matrices))
 
 
+def fusion_layout(
+    bev: tuple[int, int] | None, cameras: tuple[int, int, int] | None, *, cell_size: tuple[float, float] | None = None
+) -> TokenLayout:
+    """A BEV grid of rows and cols, then camera grids of views, rows and cols; None leaves one out.
+
+    The BEV grid begins at the corner of the point range; without a ``cell_size`` in metres along x, y it fills it.
+    """
+    grids = []
+    if bev is not None:
+        fills = tuple((POINT_RANGE[i + 3] - POINT_RANGE[i]) / bev[1 - i] for i in range(2))
+        grids.append(Grid("lidar", 1, *bev, origin=POINT_RANGE[:2], cell_size=cell_size or fills))
+    if cameras is not None:
+        grids.append(Grid("camera", *cameras))
+    return TokenLayout(tuple(grids))
+
+
 def make_windows(
     layout: TokenLayout,
     batch_size: int,
@@ -42,12 +59,11 @@ def make_windows(
     *,
     device: torch.device | str,
     seed: int = 0,
-    bev_cell_size: tuple[float, float] | None = None,
-    settings: WindowSettings | None = None,
+    settings: WindowSettings = PUBLISHED,
 ) -> QueryWindows:
     """Windows of random reference points: uniform ones, and, beyond 900, such around 40 objects as denoising makes.
 
-    Every sample of the batch has its own calibration. Without ``bev_cell_size`` the BEV grid fills the point range.
+    Every sample of the batch has its own calibration.
     """
     generator = torch.Generator().manual_seed(seed)
     num_learned = min(num_queries, NUM_QUERIES)
@@ -58,21 +74,13 @@ def make_windows(
     noised = (noised + 0.01 * torch.randn(noised.shape, generator=generator)).clamp(0, 1)
     points = torch.cat((noised, learned), dim=1).to(device)
     lidar2img, image_size = None, None
-    if layout.num_pv:
-        image_size = (layout.pv_rows * CAMERA_STRIDE, layout.pv_cols * CAMERA_STRIDE)
-        lidar2img = torch.stack([nuscenes_lidar2img(image_size) @ _turn(i * TURN) for i in range(batch_size)])
-        lidar2img = lidar2img[:, : layout.num_views].to(device)
-    if bev_cell_size is None and layout.num_bev:
-        cells = (layout.bev_cols, layout.bev_rows)
-        bev_cell_size = tuple((POINT_RANGE[i + 3] - POINT_RANGE[i]) / cells[i] for i in range(2))
+    for grid in layout.grids:
+        if grid.name == "camera":
+            image_size = (grid.rows * CAMERA_STRIDE, grid.cols * CAMERA_STRIDE)
+            lidar2img = torch.stack([nuscenes_lidar2img(image_size) @ _turn(i * TURN) for i in range(batch_size)])
+            lidar2img = lidar2img[:, : grid.views].to(device)
     return query_windows(
-        points,
-        lidar2img,
-        layout=layout,
-        point_range=POINT_RANGE,
-        image_size=image_size,
-        bev_cell_size=bev_cell_size,
-        settings=settings,
+        points, lidar2img, layout=layout, point_range=POINT_RANGE, image_size=image_size, settings=settings
     )
 
 

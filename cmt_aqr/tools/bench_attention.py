@@ -10,15 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmt_aqr.attention import AttentionBias, QueryWindows, TokenLayout, bias_strength, padded_length
+from cmt_aqr.attention import AttentionBias, QueryWindows, TokenLayout, bias_values
 from cmt_aqr.attention.dense import dense_attention, dense_bias
-from cmt_aqr.attention.flex import flex_attention_with_bias, plan_flex
+from cmt_aqr.attention.flex.kernel import flex_attention_with_bias, plan
 from cmt_aqr.attention.lowrank import LowRankFactors, factored_attention, factorise
+from cmt_aqr.attention.score_mod import attention_with_score_mod
 from cmt_aqr.errors import UserError
-from cmt_aqr.tools.attention_cases import make_windows
+from cmt_aqr.tools.attention_cases import fusion_layout, make_windows
 
-R50, VOV = TokenLayout(128, 128, 6, 20, 50), TokenLayout(180, 180, 6, 40, 100)
-BEV_CELL_SIZE = {R50: (0.8, 0.8), VOV: (0.6, 0.6)}  # metres
+R50 = fusion_layout((128, 128), (6, 20, 50), cell_size=(0.8, 0.8))
+VOV = fusion_layout((180, 180), (6, 40, 100), cell_size=(0.6, 0.6))
 SHAPES = ((R50, 1, 900), (R50, 2, 1490), (VOV, 1, 900), (VOV, 2, 1800))
 HEADS, HEAD_DIM = 8, 32
 SCALE, MAX_BIAS = 2.5, 5.0
@@ -50,7 +51,7 @@ class Problem:
 
     def bias(self) -> AttentionBias:
         """The bias as a function of weights and scale."""
-        return AttentionBias(self.windows, bias_strength(self.weights, self.scale, MAX_BIAS))
+        return AttentionBias(self.windows, bias_values(self.weights, self.scale, MAX_BIAS))
 
 
 @dataclass
@@ -82,7 +83,8 @@ def shape_table(layout: TokenLayout, batch_size: int, num_queries: int) -> str:
     reference = float64_output(problem)
     rows = [measure_row(*way, problem, reference) for way in ways(problem)]
     rows += lowrank_rows(problem, reference)
-    rows.append(Row("our schedule: sorting and runs, once for all layers", forward=run_time(plan(problem))))
+    shared = run_time(lambda: plan(problem.windows))
+    rows.append(Row("our schedule: sorting and block ranges, once for all layers", forward=shared))
     base = rows[0]
     lines = [
         f"B{batch_size} Q{num_queries} K{layout.num_tokens}",
@@ -107,12 +109,12 @@ def make_problem(layout: TokenLayout, batch_size: int, num_queries: int) -> Prob
         x = torch.randn(batch_size, length, HEADS, HEAD_DIM, device="cuda", generator=generator, dtype=DTYPE)
         return F.pad(x, (0, 0, 0, 0, 0, zeros)).transpose(1, 2).detach().requires_grad_()
 
-    missing = padded_length(layout) - layout.num_tokens
+    missing = layout.padded_length - layout.num_tokens
     padded = draw(layout.num_tokens, missing), draw(layout.num_tokens, missing)
     k, v = (x.detach()[:, :, : layout.num_tokens].transpose(1, 2).contiguous().transpose(1, 2) for x in padded)
     weights = torch.randn(batch_size, num_queries, 2, device="cuda", generator=generator).tanh()
     return Problem(
-        windows=make_windows(layout, batch_size, num_queries, device="cuda", bev_cell_size=BEV_CELL_SIZE[layout]),
+        windows=make_windows(layout, batch_size, num_queries, device="cuda"),
         q=draw(num_queries),
         k=k.requires_grad_(),
         v=v.requires_grad_(),
@@ -130,12 +132,17 @@ def ways(problem: Problem) -> list[Way]:
     """Name, function, leaves of the backward pass, whether the bias is in it."""
     p = problem
     tokens, bias_leaves = (p.q, p.k, p.v), (p.weights, p.scale)
-    schedule = plan_flex(p.windows)
+    schedule = plan(p.windows)
 
     @torch.compile(dynamic=False, fullgraph=True)
     def flex(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
-        bias = AttentionBias(p.windows, bias_strength(weights, scale, MAX_BIAS))
+        bias = AttentionBias(p.windows, bias_values(weights, scale, MAX_BIAS))
         return flex_attention_with_bias(q, k, v, bias, schedule)[0]
+
+    @torch.compile(dynamic=False, fullgraph=True)
+    def score_mod(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+        bias = AttentionBias(p.windows, bias_values(weights, scale, MAX_BIAS))
+        return attention_with_score_mod(q, k, v, bias)[0]
 
     def plain(backend: SDPBackend) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -167,6 +174,12 @@ def ways(problem: Problem) -> list[Way]:
         ("**flex (ours)**", ours, (p.q, *p.padded, *bias_leaves), True),
         ("flex (ours), tokens not padded", ours_unpadded, (*tokens, *bias_leaves), True),
         (
+            "FlexAttention, plain score_mod",
+            lambda: score_mod(*tokens, *bias_leaves),
+            (*tokens, *bias_leaves),
+            True,
+        ),
+        (
             "SDPA, dense mask, mask ready",
             lambda: F.scaled_dot_product_attention(*tokens, attn_mask=ready),
             tokens,
@@ -175,11 +188,6 @@ def ways(problem: Problem) -> list[Way]:
         ("SDPA, dense mask and its construction", masked, (*tokens, *bias_leaves), True),
         ("nn.MultiheadAttention, mask and projections", original, (*merged, *bias_leaves), False),
     ]
-
-
-def plan(problem: Problem) -> Callable[[], object]:
-    """The part of the work that all layers share."""
-    return lambda: plan_flex(problem.windows)
 
 
 def measure_row(
@@ -216,7 +224,7 @@ def measure_row(
 def lowrank_rows(problem: Problem, reference: Tensor) -> list[Row]:
     """Low-rank factors at both energies: their SVD, and the attention with them (forward only)."""
     rows = []
-    bias = AttentionBias(problem.windows, problem.bias().strength.detach())
+    bias = AttentionBias(problem.windows, problem.bias().values.detach())
     factorise(bias, ENERGIES[0])  # the first SVD sets up its library
     for energy in ENERGIES:
         torch.cuda.synchronize()

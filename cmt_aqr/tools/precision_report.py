@@ -126,11 +126,12 @@ def run_stages(detector: Detector, frame: Frame, given: dict | None = None) -> d
     cameras = detector.make_cameras(pv_maps, frame.lidar2img, frame.image_size)
     tokens = keep("tokens", detector.make_tokens(bev_map, pv_maps, cameras))
     queries = keep("queries", detector.make_queries(1, cameras, None))
-    windows = detector.make_windows(queries, tokens.layout, frame.lidar2img, frame.image_size)
-    weights = keep("AQR weights", detector.make_weights(queries, tokens, windows))
-    tokens = detector.modulate_tokens(tokens, windows, weights)
-    attend = detector.make_attend(windows, weights)
-    hidden = keep("decoder output", detector.decoder(queries.positions, tokens.values, tokens.positions, attend=attend))
+    routed = keep("AQR", detector.route(queries, tokens, cameras))
+    tokens = routed.tokens
+    hidden = keep(
+        "decoder output",
+        detector.decoder(queries.positions, tokens.values, tokens.positions, attend=routed.attend),
+    )
     keep("heads", detector.head(hidden, queries.reference_points))
     return made
 
@@ -146,7 +147,7 @@ def tensors(made: dict) -> dict[str, Tensor]:
         "tokens": made["tokens"].values,
         "token positions": made["tokens"].positions,
         "query positions": made["queries"].positions,
-        "AQR weights": made["AQR weights"],
+        "AQR weights": made["AQR"].weights,
         "decoder output": made["decoder output"][-1],
         "class logits": torch.cat([predictions.logits(task)[-1].flatten() for task in tasks]),
         "box codes, centres left out": codes[..., 2:],

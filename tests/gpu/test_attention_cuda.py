@@ -6,28 +6,27 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from cmt_aqr.attention import AttentionBias, TokenLayout, WindowSettings, attend, bias_strength, padded_length
-from cmt_aqr.tools.attention_cases import make_windows
+from cmt_aqr.attention import AttentionBias, attend, bias_values
+from cmt_aqr.tools.attention_cases import fusion_layout, make_windows
+from tests.unit.attention.cases import THREE, sized
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 HEADS, HEAD_DIM = 4, 32
-SMALL = TokenLayout(24, 24, 6, 10, 25)
-R50 = TokenLayout(128, 128, 6, 20, 50)
-LIDAR_ONLY, CAMERA_ONLY = TokenLayout(24, 24), TokenLayout(0, 0, 6, 10, 25)
-ODD = TokenLayout(19, 23, 6, 10, 25)
+SMALL = fusion_layout((24, 24), (6, 10, 25))
+# The grid of r50 is smaller than the point range: one query in ten has no BEV window (Quirk Q13).
+R50 = fusion_layout((128, 128), (6, 20, 50), cell_size=(0.8, 0.8))
+LIDAR_ONLY, CAMERA_ONLY = fusion_layout((24, 24), None), fusion_layout(None, (6, 10, 25))
+ODD = fusion_layout((19, 23), (6, 10, 25))
 NUM_DRAWS = 6
 
 
 def make_case(layout, num_queries, *, settings=None, batch_size=2, seed=0, zero=False):
-    """Windows and float64 leaves q, k, v, weights (B, Q, 2), scale (1,) on the GPU."""
-    # On r50 the grid is smaller than the point range: one query in ten has no BEV window (Quirk Q13).
-    cell_size = (0.8, 0.8) if layout == R50 else None
-    windows = make_windows(
-        layout, batch_size, num_queries, device="cuda", seed=seed, bev_cell_size=cell_size, settings=settings
-    )
+    """Windows and float64 leaves q, k, v, weights (B, Q, G), scale (1,) on the GPU."""
+    settings = settings or sized()
+    windows = make_windows(layout, batch_size, num_queries, device="cuda", seed=seed, settings=settings)
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def draw(*shape):
@@ -35,7 +34,7 @@ def make_case(layout, num_queries, *, settings=None, batch_size=2, seed=0, zero=
 
     q = draw(batch_size, HEADS, num_queries, HEAD_DIM)
     k, v = (draw(batch_size, HEADS, layout.num_tokens, HEAD_DIM) for _ in range(2))
-    weights = draw(batch_size, num_queries, 2).tanh() * (0 if zero else 1)
+    weights = draw(batch_size, num_queries, len(layout.grids)).tanh() * (0 if zero else 1)
     scale = torch.tensor([2.5], device="cuda", dtype=torch.float64)
     return windows, [q, k, v, weights, scale]
 
@@ -46,9 +45,9 @@ def run(windows, leaves, backend, dtype, *, token_mask=None, padded=False):
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     q, k, v, weights, scale = leaves
     if padded:
-        missing = padded_length(windows.layout) - k.shape[2]
+        missing = windows.layout.padded_length - k.shape[2]
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (k, v))
-    bias = AttentionBias(windows, bias_strength(weights, scale, 5.0))
+    bias = AttentionBias(windows, bias_values(weights, scale, 5.0))
     out, lse = attend(q, k, v, bias, backend=backend, token_mask=token_mask)
     generator = torch.Generator("cuda").manual_seed(9)
     by_out = torch.randn(out.shape, generator=generator, device="cuda", dtype=torch.float64)
@@ -68,13 +67,14 @@ CASES = {
     "few queries": (SMALL, 37, None),
     "several blocks": (SMALL, 200, None),
     "odd grid": (ODD, 130, None),
-    "one cell": (SMALL, 70, WindowSettings(bev=1, camera=1)),
-    "large windows": (SMALL, 70, WindowSettings(bev=15, camera=15)),
-    "every camera": (SMALL, 150, WindowSettings(camera_assignment="all")),
-    "unseen at the corner": (SMALL, 150, WindowSettings(unseen="corner")),
-    "whole modality": (ODD, 100, WindowSettings(is_local=False)),
+    "one cell": (SMALL, 70, sized(1, 1)),
+    "large windows": (SMALL, 70, sized(15, 15)),
+    "every camera": (SMALL, 150, sized(5, 8, camera_assignment="all")),
+    "unseen at the corner": (SMALL, 150, sized(5, 8, unseen="corner")),
+    "whole grid": (ODD, 100, sized(5, 8, is_local=False)),
     "lidar only": (LIDAR_ONLY, 100, None),
     "camera only": (CAMERA_ONLY, 100, None),
+    "three grids": (THREE, 100, None),
 }
 
 
@@ -93,8 +93,29 @@ def test_float32_equals_dense_float64(name, padded):
     assert max(errors[2:]) <= 1e-5, errors
 
 
+@pytest.mark.parametrize("name", ["r50", "odd grid", "every camera", "whole grid", "three grids"])
+def test_score_mod_equals_dense_float64(name):
+    """FlexAttention's plain form, with the gradients of weights and scale through captured tensors."""
+    layout, num_queries, settings = CASES[name]
+    windows, leaves = make_case(layout, num_queries, settings=settings)
+    expected = run(windows, leaves, "dense", torch.float64)
+    actual = run(windows, leaves, "score_mod", torch.float32)
+    errors = [error(a, e) for a, e in zip(actual, expected, strict=True)]
+    assert max(errors[:2]) <= 2e-6, errors
+    assert max(errors[2:]) <= 1e-5, errors
+
+
+def test_score_mod_with_a_token_mask():
+    windows, leaves = make_case(SMALL, 100)
+    token_mask = torch.rand(2, SMALL.num_tokens, device="cuda") < 0.5
+    expected = run(windows, leaves, "dense", torch.float64, token_mask=token_mask)
+    actual = run(windows, leaves, "score_mod", torch.float32, token_mask=token_mask)
+    errors = [error(a, e) for a, e in zip(actual, expected, strict=True)]
+    assert max(errors) <= 1e-5, errors
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["r50", "several blocks", "every camera", "whole modality"])
+@pytest.mark.parametrize("name", ["r50", "several blocks", "every camera", "whole grid"])
 def test_half_precision_is_as_good_as_dense(name, dtype):
     layout, num_queries, settings = CASES[name]
     squares = {"flex": 0.0, "dense": 0.0}

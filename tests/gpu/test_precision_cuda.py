@@ -20,12 +20,12 @@ def stages(detector, features, targets, noise, hidden):
     cameras = detector.make_cameras(*features[1:])
     tokens = detector.make_tokens(*features[:2], cameras)
     queries = detector.make_queries(2, cameras, denoising)
-    windows = detector.make_windows(queries, tokens.layout, *features[2:])
+    windows = detector.route(queries, tokens, cameras).windows
     predictions = detector.head(hidden, queries.reference_points, num_dn=queries.num_dn, is_live=queries.is_live)
     outputs = {f"{i} {name}": x for i, task in enumerate(predictions.tasks) for name, x in task.items()}
     outputs |= {"tokens": tokens.positions, "queries": queries.positions, "points": queries.reference_points}
     outputs |= Criterion(classes=TWO_TASKS)(predictions, targets, denoising)
-    return outputs, (windows.bev_cells, windows.camera_cells)
+    return outputs, windows.cells
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ docs/quirks.md lists all of them with the tests that pin them.
 import pytest
 import torch
 
-from cmt_aqr.attention import TokenLayout, query_windows
+from cmt_aqr.attention import WindowSettings, query_windows
 from cmt_aqr.config import load_config
 from cmt_aqr.models.decoder import Decoder
+from cmt_aqr.tools.attention_cases import fusion_layout
 from tests.parity.golden import REPOSITORY
 from tests.unit.tiny_run import make_batch, make_run
 
@@ -48,13 +49,18 @@ def test_only_the_r50_preset_has_a_grid_smaller_than_its_range(official):
 
 def test_a_point_on_the_far_border_stays_in_its_row():
     # Q12: there column 180 of 180 is column 0 of the next row.
-    layout = TokenLayout(bev_rows=180, bev_cols=180)
+    layout = fusion_layout((180, 180), None, cell_size=(0.6, 0.6))
     points = torch.tensor([[[1.0, 0.25, 0.5], [1.0, 1.0, 0.5]]])
     windows = query_windows(
-        points, None, layout=layout, point_range=(-54, -54, -5, 54, 54, 3), image_size=None, bev_cell_size=(0.6, 0.6)
+        points,
+        None,
+        layout=layout,
+        point_range=(-54, -54, -5, 54, 54, 3),
+        image_size=None,
+        settings=WindowSettings({"lidar": 5}),
     )
-    _, row, col = windows.bev_cells[0, :, 0].unbind(-1)
-    assert layout.bev_index(row, col).tolist() == [45 * 180 + 179, 180 * 180 - 1]
+    _, row, col = windows.cells[0][0, :, 0].unbind(-1)
+    assert layout.index(0, 0, row, col).tolist() == [45 * 180 + 179, 180 * 180 - 1]
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cmt_aqr.aqr.router import BiasRouter
 from cmt_aqr.build import (
     build_criterion,
     build_detector,
@@ -271,12 +272,15 @@ def test_aqr_as_configured():
         "model.aqr.activation=sigmoid", "model.attention.backend=lowrank",
         "model.attention.lowrank_energy=0.75",
     )  # fmt: skip
-    aqr = build_detector(config.model).aqr
+    detector = build_detector(config.model)
+    aqr = detector.aqr
+    assert detector.bev_origin == config.model.point_range[:2]
+    assert detector.bev_cell_size == pytest.approx([size * 8 for size in config.model.lidar.voxel_size[:2]])
     assert dataclasses.asdict(aqr.settings) == {
-        "bev": 3, "camera": 7, "camera_assignment": "all", "unseen": "corner", "is_local": False,
+        "sizes": {"lidar": 3, "camera": 7}, "camera_assignment": "all", "unseen": "corner", "is_local": False,
     }  # fmt: skip
     assert aqr.scale().item() == 3.0 and aqr.scale.limits == (1.0, 4.0) and not list(aqr.scale.parameters())
-    assert aqr.max_bias is None and aqr.design == "bias"
+    assert aqr.max_bias is None and isinstance(aqr, BiasRouter)
     assert (aqr.backend, aqr.lowrank_energy) == ("lowrank", 0.75)
     assert len(aqr.generator.layers) == 2 and aqr.generator.activation == "sigmoid"
     assert aqr.point_range == config.model.point_range

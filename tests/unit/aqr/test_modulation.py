@@ -7,32 +7,29 @@ import pytest
 import torch
 
 from cmt_aqr.aqr.modulation import gaussian_window, modulate, render_map
-from cmt_aqr.attention import QueryWindows, TokenLayout, WindowSettings
-from tests.unit.attention.cases import BOTH, random_windows
+from cmt_aqr.attention import QueryWindows
+from cmt_aqr.tools.attention_cases import fusion_layout
+from tests.unit.attention.cases import BOTH, LAYOUTS, random_windows, sized
 
 SETTINGS = {
-    "first": WindowSettings(bev=3, camera=4),
-    "all": WindowSettings(bev=5, camera=2, camera_assignment="all"),
-    "cells": WindowSettings(bev=1, camera=1),
+    "first": sized(3, 4),
+    "all": sized(5, 2, camera_assignment="all"),
+    "cells": sized(1, 1),
 }
 
 
 def map_by_loops(windows, weights):
     """The map (B, K) from its definition, cell by cell."""
-    layout, settings = windows.layout, windows.settings
+    layout, sizes = windows.layout, windows.settings.sizes
     batch, queries = windows.batch_and_queries
     result = torch.ones(batch, layout.num_tokens, dtype=weights.dtype)
     for b, index in itertools.product(range(batch), range(layout.num_tokens)):
-        view, row, col = layout.cell(index)
+        number, view, row, col = layout.cell(index)
+        radius = sizes[layout.grids[number].name] // 2
         weighted = coverage = 0.0
         for q in range(queries):
-            if view < 0:
-                has_window, *cell = windows.bev_cells[b, q, 0].tolist()
-                centres, radius, weight = [(-1 if has_window >= 0 else -2, *cell)], settings.bev // 2, weights[b, q, 0]
-            else:
-                centres, radius = windows.camera_cells[b, q].tolist(), settings.camera // 2
-                weight = weights[b, q, 1]
-            for centre_view, centre_row, centre_col in centres:
+            weight = weights[b, q, number]
+            for centre_view, centre_row, centre_col in windows.cells[number][b, q].tolist():
                 dr, dc = row - centre_row, col - centre_col
                 if centre_view == view and abs(dr) <= radius and abs(dc) <= radius:
                     share = math.exp(-(dr**2 + dc**2) / (2 * (0.5 * max(radius, 1)) ** 2))
@@ -44,12 +41,13 @@ def map_by_loops(windows, weights):
 
 def random_weights(windows, seed=3):
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(*windows.batch_and_queries, 2, generator=generator, dtype=torch.float64)
+    return torch.rand(*windows.batch_and_queries, len(windows.cells), generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_the_map_equals_its_definition(settings):
-    windows = random_windows(BOTH, settings, queries=6)
+@pytest.mark.parametrize("layout", ("both", "three"))
+def test_the_map_equals_its_definition(settings, layout):
+    windows = random_windows(LAYOUTS[layout], settings, queries=6)
     weights = random_weights(windows)
     actual, expected = render_map(windows, weights), map_by_loops(windows, weights)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
@@ -63,19 +61,19 @@ def test_gradients_reach_the_weights():
     weights = random_weights(windows).requires_grad_()
     assert torch.autograd.gradcheck(lambda w: render_map(windows, w), weights)
     render_map(windows, weights).sum().backward()
-    has_window = torch.cat((windows.bev_cells[..., 0], windows.camera_cells[..., 0]), dim=-1) >= 0
+    has_window = torch.cat((windows.cells[0][..., 0], windows.cells[1][..., 0]), dim=-1) >= 0
     assert 0 < has_window[..., 0].sum() < has_window[..., 0].numel()
     assert torch.equal(weights.grad > 0, has_window)
 
 
 def test_one_query_paints_its_weight_and_a_crowd_its_mean():
-    settings = WindowSettings(bev=3, camera=3)
-    layout = TokenLayout(6, 6, 1, 3, 3)
+    settings = sized(3, 3)
+    layout = fusion_layout((6, 6), (1, 3, 3))
 
     def windows_at(*cells):
         camera = torch.tensor([[[-1, 0, 0]] * len(cells)])[:, :, None]
         bev = torch.tensor([[(0, *cell) for cell in cells]])[:, :, None]
-        return QueryWindows(layout, settings, bev, camera)
+        return QueryWindows(layout, settings, (bev, camera))
 
     alone = render_map(windows_at((2, 2)), torch.tensor([[[0.25, 0.75]]]))
     grid = alone[0, :36].view(6, 6)
@@ -93,7 +91,7 @@ def test_samples_do_not_mix():
     weights = random_weights(windows)
     together = render_map(windows, weights)
     for b in range(2):
-        one = QueryWindows(BOTH, windows.settings, windows.bev_cells[b : b + 1], windows.camera_cells[b : b + 1])
+        one = QueryWindows(BOTH, windows.settings, tuple(cells[b : b + 1] for cells in windows.cells))
         torch.testing.assert_close(together[b : b + 1], render_map(one, weights[b : b + 1]), rtol=1e-14, atol=0)
 
 

@@ -7,19 +7,25 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmt_aqr.aqr.weights import WeightGenerator, WindowAttention, window_attention, window_tokens
-from cmt_aqr.attention import TokenLayout, WindowSettings
-from tests.unit.attention.cases import LAYOUTS, inside_by_loops, random_qkv, random_windows
+from cmt_aqr.aqr.weights import WeightGenerator, WindowAttention, all_window_tokens, window_attention
+from cmt_aqr.tools.attention_cases import fusion_layout
+from tests.unit.attention.cases import LAYOUTS, inside_by_loops, random_qkv, random_windows, sized
 
 DIM, HEADS = 12, 3
-ALL_CAMERAS = WindowSettings(bev=2, camera=3, camera_assignment="all")
+ALL_CAMERAS = sized(2, 3, camera_assignment="all")
 
 
-def make_generator(*, num_layers=2, activation="tanh", neutral=0.0, seed=0):
+def make_generator(*, num_layers=2, num_grids=2, activation="tanh", neutral=0.0, seed=0):
     """Norms and biases are random too, so that nothing is hidden by a zero or a one; weights of some size."""
     torch.manual_seed(seed)
     generator = WeightGenerator(
-        dim=DIM, num_heads=HEADS, ffn_dim=20, num_layers=num_layers, activation=activation, neutral=neutral
+        dim=DIM,
+        num_heads=HEADS,
+        ffn_dim=20,
+        num_layers=num_layers,
+        num_grids=num_grids,
+        activation=activation,
+        neutral=neutral,
     ).double()
     with torch.no_grad():
         for parameter in generator.parameters():
@@ -41,12 +47,12 @@ def dense_masked(q, k, v, inside):
     return weights.nan_to_num(0.0) @ v
 
 
-@pytest.mark.parametrize("settings", (WindowSettings(bev=3, camera=4), ALL_CAMERAS), ids=("first", "all"))
+@pytest.mark.parametrize("settings", (sized(3, 4), ALL_CAMERAS), ids=("first", "all"))
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_gathered_attention_equals_dense_masked_attention(layout, settings):
     windows = random_windows(layout, settings)
     inside = inside_by_loops(windows)
-    tokens, is_valid = window_tokens(windows)
+    tokens, is_valid = all_window_tokens(windows)
     upstream = torch.randn(2, 2, 9, 4, dtype=torch.float64)
     results = []
     for attention in (
@@ -63,15 +69,15 @@ def test_gathered_attention_equals_dense_masked_attention(layout, settings):
 
 
 def test_gradients_by_finite_differences():
-    windows = random_windows(TokenLayout(2, 3, 1, 2, 2), WindowSettings(bev=3, camera=2), batch=1, queries=3)
+    windows = random_windows(fusion_layout((2, 3), (1, 2, 2)), sized(3, 2), batch=1, queries=3)
     q, k, v = (x.requires_grad_() for x in random_qkv(windows, heads=1, dim=2))
-    tokens, is_valid = window_tokens(windows)
+    tokens, is_valid = all_window_tokens(windows)
     assert torch.autograd.gradcheck(lambda q, k, v: window_attention(q, k, v, tokens, is_valid), (q, k, v))
 
 
 def test_a_query_without_tokens_gets_zero_and_gives_no_gradient():
     windows = random_windows(LAYOUTS["camera"], queries=4)
-    tokens, is_valid = window_tokens(windows)
+    tokens, is_valid = all_window_tokens(windows)
     is_valid = is_valid.clone()
     is_valid[:, 1] = False
     inputs = [x.requires_grad_() for x in random_qkv(windows)]
@@ -91,13 +97,14 @@ def test_projections_equal_torchs_attention_module():
     query, key, value = make_inputs(windows)
     mask = ~inside_by_loops(windows).repeat_interleave(HEADS, dim=0)
     expected = theirs(query, key, value, attn_mask=mask, need_weights=False)[0]
-    torch.testing.assert_close(ours(query, key, value, *window_tokens(windows)), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours(query, key, value, *all_window_tokens(windows)), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ("tanh", "sigmoid"))
-def test_the_generator_layer_by_layer(activation):
-    windows = random_windows(LAYOUTS["both"])
-    generator = make_generator(num_layers=2, activation=activation)
+@pytest.mark.parametrize(("layout", "num_grids"), (("both", 2), ("three", 3)))
+def test_the_generator_layer_by_layer(activation, layout, num_grids):
+    windows = random_windows(LAYOUTS[layout])
+    generator = make_generator(num_layers=2, num_grids=num_grids, activation=activation)
     positions, tokens, token_positions = make_inputs(windows)
     mask = ~inside_by_loops(windows).repeat_interleave(HEADS, dim=0)
     x = torch.zeros_like(positions)
@@ -110,7 +117,7 @@ def test_the_generator_layer_by_layer(activation):
     logits = x @ generator.linear.weight.T + generator.linear.bias
     expected = torch.tanh(logits) if activation == "tanh" else 1 / (1 + torch.exp(-logits))
     actual = generator(positions, tokens, token_positions, windows)
-    assert actual.shape == (2, 9, 2)
+    assert actual.shape == (2, 9, num_grids)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -127,8 +134,8 @@ def test_a_query_hears_the_tokens_of_its_windows_and_no_others():
 
 
 def test_the_generator_looks_through_its_windows_also_where_the_bias_is_not_local():
-    local = random_windows(LAYOUTS["both"], WindowSettings(bev=3, camera=4))
-    spread = random_windows(LAYOUTS["both"], WindowSettings(bev=3, camera=4, is_local=False))
+    local = random_windows(LAYOUTS["both"], sized(3, 4))
+    spread = random_windows(LAYOUTS["both"], sized(3, 4, is_local=False))
     generator, inputs = make_generator(), make_inputs(local)
     assert torch.equal(generator(*inputs, local), generator(*inputs, spread))
 
@@ -150,7 +157,7 @@ def test_a_fresh_generator_changes_nearly_nothing_and_all_of_it_learns(activatio
     windows = random_windows(LAYOUTS["both"], queries=200)
     torch.manual_seed(0)
     generator = WeightGenerator(
-        dim=DIM, num_heads=HEADS, ffn_dim=20, num_layers=2, activation=activation, neutral=neutral
+        dim=DIM, num_heads=HEADS, ffn_dim=20, num_layers=2, num_grids=2, activation=activation, neutral=neutral
     ).double()
     weights = generator(*make_inputs(windows), windows)
     assert (weights - start).abs().max() < 0.1
@@ -201,8 +208,8 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_nothing_of_queries_by_tokens_exists():
-    layout = TokenLayout(64, 64, 2, 16, 16)
-    windows = random_windows(layout, WindowSettings(bev=3, camera=3), batch=1, queries=60)
+    layout = fusion_layout((64, 64), (2, 16, 16))
+    windows = random_windows(layout, sized(3, 3), batch=1, queries=60)
     generator, inputs = make_generator(num_layers=1), make_inputs(windows)
     with LargestTensor() as largest:
         generator(*[x.requires_grad_() for x in inputs], windows).sum().backward()

@@ -4,89 +4,100 @@ import itertools
 
 import torch
 
-from cmt_aqr.attention import AttentionBias, QueryWindows, TokenLayout, WindowSettings
+from cmt_aqr.attention import AttentionBias, Grid, QueryWindows, TokenLayout, WindowSettings
+from cmt_aqr.tools.attention_cases import fusion_layout
+
+
+def sized(lidar=5, camera=8, *, radar=3, **options):
+    """Window settings for the grids of the tests."""
+    sizes = {"lidar": lidar, "camera": camera, "radar": radar}
+    return WindowSettings(sizes, **options)
+
 
 # No two sides are equal, and every grid is smaller than some windows and larger than others.
-BOTH = TokenLayout(bev_rows=5, bev_cols=7, num_views=3, pv_rows=4, pv_cols=6)
-LIDAR_ONLY = TokenLayout(bev_rows=5, bev_cols=7)
-CAMERA_ONLY = TokenLayout(num_views=3, pv_rows=4, pv_cols=6)
-LAYOUTS = {"both": BOTH, "lidar": LIDAR_ONLY, "camera": CAMERA_ONLY}
+BOTH = fusion_layout((5, 7), (3, 4, 6))
+LIDAR_ONLY = fusion_layout((5, 7), None)
+CAMERA_ONLY = fusion_layout(None, (3, 4, 6))
+# A sensor that the package does not know: a coarse map that begins 10 m inside the point range.
+RADAR = Grid("radar", 1, 3, 4, origin=(-44.0, -44.0), cell_size=(22.0, 29.0))
+THREE = TokenLayout((*BOTH.grids, RADAR))
+LAYOUTS = {"both": BOTH, "lidar": LIDAR_ONLY, "camera": CAMERA_ONLY, "three": THREE}
+
+
+def num_lidar(layout):
+    """Tokens of the BEV grid, which is the first one."""
+    return layout.grids[0].num_tokens
 
 
 def random_windows(layout, settings=None, *, batch=2, queries=9, seed=0):
     """Random cells; with a camera assignment of `all`, every view has a window or none at random."""
-    settings = settings or WindowSettings(bev=3, camera=4)
+    settings = settings or sized(3, 4)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high, *shape):
         return torch.randint(low, high, (batch, queries, *shape), generator=generator)
 
-    bev_cells = camera_cells = None
-    if layout.num_bev:
-        view = -(draw(0, 6, 1) == 0).long()  # every sixth lies beyond the grid
-        row, col = draw(0, layout.bev_rows, 1), draw(0, layout.bev_cols, 1)
-        bev_cells = torch.stack((view, row * (view >= 0), col * (view >= 0)), dim=-1)
-    if layout.num_pv:
-        if settings.camera_assignment == "first":
-            view = draw(-1, layout.num_views, 1)
+    cells = []
+    for grid in layout.grids:
+        if grid.cell_size is not None:
+            view = -(draw(0, 6, 1) == 0).long()  # every sixth lies beyond the grid
+        elif settings.camera_assignment == "first":
+            view = draw(-1, grid.views, 1)
         else:
-            view = torch.where(draw(0, 2, layout.num_views) == 1, torch.arange(layout.num_views), -1)
-        row, col = draw(0, layout.pv_rows, view.shape[-1]), draw(0, layout.pv_cols, view.shape[-1])
-        camera_cells = torch.stack((view, row * (view >= 0), col * (view >= 0)), dim=-1)
-    return QueryWindows(layout, settings, bev_cells, camera_cells)
+            view = torch.where(draw(0, 2, grid.views) == 1, torch.arange(grid.views), -1)
+        row, col = draw(0, grid.rows, view.shape[-1]), draw(0, grid.cols, view.shape[-1])
+        cells.append(torch.stack((view, row * (view >= 0), col * (view >= 0)), dim=-1))
+    return QueryWindows(layout, settings, tuple(cells))
 
 
 def windows_at_every_cell(layout, settings):
-    """As many queries as the larger modality has cells, so that every cell is some query's; the last has no window."""
-    num_queries = max(layout.num_bev, layout.num_pv) + 1
-    bev_cells = camera_cells = None
-    if layout.num_bev:
-        cells = list(itertools.product(range(layout.bev_rows), range(layout.bev_cols)))
-        chosen = [(0, *cells[i % len(cells)]) for i in range(num_queries - 1)]
-        bev_cells = torch.tensor([[*chosen, (-1, 0, 0)]])[:, :, None]
-    if layout.num_pv:
-        cells = list(itertools.product(range(layout.num_views), range(layout.pv_rows), range(layout.pv_cols)))
-        chosen = [cells[i % len(cells)] for i in range(num_queries - 1)]
-        camera_cells = torch.tensor([[*chosen, (-1, 0, 0)]])[:, :, None]
-    return QueryWindows(layout, settings, bev_cells, camera_cells)
+    """As many queries as the largest grid has cells, so that every cell is some query's; the last has no window."""
+    num_queries = max(grid.num_tokens for grid in layout.grids) + 1
+    cells = []
+    for grid in layout.grids:
+        all_cells = list(itertools.product(range(grid.views), range(grid.rows), range(grid.cols)))
+        chosen = [all_cells[i % len(all_cells)] for i in range(num_queries - 1)]
+        cells.append(torch.tensor([[*chosen, (-1, 0, 0)]])[:, :, None])
+    return QueryWindows(layout, settings, tuple(cells))
 
 
 def inside_by_loops(windows):
-    """Whether a token lies in a query's window of its own modality, (B, Q, K) bool, cell by cell."""
-    layout, settings = windows.layout, windows.settings
+    """Whether a token lies in a query's window of its own grid, (B, Q, K) bool, cell by cell."""
+    layout, sizes = windows.layout, windows.settings.sizes
     batch, queries = windows.batch_and_queries
     inside = torch.zeros(batch, queries, layout.num_tokens, dtype=torch.bool)
     tokens = [layout.cell(index) for index in range(layout.num_tokens)]
     for b, q in itertools.product(range(batch), range(queries)):
-        centres = []
-        if windows.bev_cells is not None:
-            view, row, col = windows.bev_cells[b, q, 0].tolist()
-            if view >= 0:
-                centres.append((-1, row, col, settings.bev // 2))
-        if windows.camera_cells is not None:
-            for view, row, col in windows.camera_cells[b, q].tolist():
-                if view >= 0:
-                    centres.append((view, row, col, settings.camera // 2))
-        for index, (view, row, col) in enumerate(tokens):
-            for centre_view, centre_row, centre_col, radius in centres:
-                if view == centre_view and abs(row - centre_row) <= radius and abs(col - centre_col) <= radius:
+        centres = [
+            (number, *cell, sizes[grid.name] // 2)
+            for number, grid in enumerate(layout.grids)
+            for cell in windows.cells[number][b, q].tolist()
+        ]
+        for index, (number, view, row, col) in enumerate(tokens):
+            for centre_grid, centre_view, centre_row, centre_col, radius in centres:
+                is_there = (number, view) == (centre_grid, centre_view)
+                if is_there and abs(row - centre_row) <= radius and abs(col - centre_col) <= radius:
                     inside[b, q, index] = True
     return inside
 
 
+def grid_of_tokens(layout):
+    """Number of the grid of every token, (K,) int64."""
+    return torch.tensor([layout.cell(index)[0] for index in range(layout.num_tokens)])
+
+
 def bias_by_loops(bias):
-    """The bias (B, Q, K) from its definition, in the dtype of its strength."""
-    layout = bias.windows.layout
-    is_camera = (torch.arange(layout.num_tokens) >= layout.num_bev).long()
-    strength = bias.strength[..., is_camera]  # (B, Q, K)
-    return strength * inside_by_loops(bias.windows) if bias.windows.settings.is_local else strength
+    """The bias (B, Q, K) from its definition, in the dtype of its values."""
+    values = bias.values[..., grid_of_tokens(bias.windows.layout)]
+    return values * inside_by_loops(bias.windows) if bias.windows.settings.is_local else values
 
 
 def random_bias(windows, *, seed=1, dtype=torch.float64, scale=2.0):
-    """A strength of either sign for every query and modality."""
+    """Values of either sign for every query and grid."""
     generator = torch.Generator().manual_seed(seed)
-    strength = torch.randn(*windows.batch_and_queries, 2, generator=generator, dtype=dtype) * scale
-    return AttentionBias(windows, strength)
+    shape = (*windows.batch_and_queries, len(windows.cells))
+    values = torch.randn(shape, generator=generator, dtype=dtype) * scale
+    return AttentionBias(windows, values)
 
 
 def random_qkv(windows, *, heads=2, dim=4, seed=2, dtype=torch.float64):

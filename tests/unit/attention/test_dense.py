@@ -5,22 +5,25 @@ import math
 import pytest
 import torch
 
-from cmt_aqr.attention import AttentionBias, TokenLayout, WindowSettings
+from cmt_aqr.attention import AttentionBias
 from cmt_aqr.attention.dense import dense_attention, dense_bias, softmax_with_lse
+from cmt_aqr.tools.attention_cases import fusion_layout
 from tests.unit.attention.cases import (
     BOTH,
     LAYOUTS,
     attention_by_loops,
     bias_by_loops,
+    num_lidar,
     random_bias,
     random_qkv,
     random_windows,
+    sized,
 )
 
 SETTINGS = {
-    "first camera": WindowSettings(bev=3, camera=4),
-    "all cameras": WindowSettings(bev=3, camera=4, camera_assignment="all"),
-    "whole modality": WindowSettings(is_local=False),
+    "first camera": sized(3, 4),
+    "all cameras": sized(3, 4, camera_assignment="all"),
+    "whole grid": sized(5, 8, is_local=False),
 }
 
 
@@ -111,12 +114,12 @@ def test_rows_without_a_token_give_zero_and_no_gradient():
     windows = random_windows(BOTH)
     mask = random_mask(BOTH)
     leaves = [x.requires_grad_() for x in random_qkv(windows)]
-    strength = random_bias(windows).strength.requires_grad_()
-    out, lse = dense_attention(*leaves, AttentionBias(windows, strength), token_mask=mask)
+    values = random_bias(windows).values.requires_grad_()
+    out, lse = dense_attention(*leaves, AttentionBias(windows, values), token_mask=mask)
     assert torch.equal(out[1], torch.zeros_like(out[1])) and (lse[1] == -math.inf).all()
     assert lse[0].isfinite().all()
     # The lse of such a row is used by nobody, but its gradient must not be NaN either.
-    grads = torch.autograd.grad(out.square().sum() + lse.sum(), (*leaves, strength))
+    grads = torch.autograd.grad(out.square().sum() + lse.sum(), (*leaves, values))
     for grad in grads:
         assert grad.isfinite().all()
         assert torch.equal(grad[1], torch.zeros_like(grad[1]))
@@ -134,33 +137,33 @@ def test_scores_of_minus_infinity():
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_gradients(settings):
-    layout = TokenLayout(bev_rows=4, bev_cols=3, num_views=2, pv_rows=3, pv_cols=2)
+    layout = fusion_layout((4, 3), (2, 3, 2))
     windows = random_windows(layout, settings, queries=3)
     leaves = [x.requires_grad_() for x in random_qkv(windows, heads=1, dim=2)]
-    strength = random_bias(windows).strength.requires_grad_()
+    values = random_bias(windows).values.requires_grad_()
     mask = random_mask(layout)
     mask[-1, :3] = True
 
-    def evaluate(q, k, v, strength):
-        return dense_attention(q, k, v, AttentionBias(windows, strength), token_mask=mask, query_chunk=2)
+    def evaluate(q, k, v, values):
+        return dense_attention(q, k, v, AttentionBias(windows, values), token_mask=mask, query_chunk=2)
 
-    assert torch.autograd.gradcheck(evaluate, (*leaves, strength))
+    assert torch.autograd.gradcheck(evaluate, (*leaves, values))
 
 
-def test_gradient_of_the_strength_by_hand():
+def test_gradient_of_the_values_by_hand():
     # d lse / d bias is the mass of attention in the window.
     windows = random_windows(BOTH)
     qkv = random_qkv(windows)
-    strength = random_bias(windows).strength.requires_grad_()
-    bias = AttentionBias(windows, strength)
+    values = random_bias(windows).values.requires_grad_()
+    bias = AttentionBias(windows, values)
     _, lse = dense_attention(*qkv, bias)
-    (grad,) = torch.autograd.grad(lse.sum(), strength)
+    (grad,) = torch.autograd.grad(lse.sum(), values)
     q, k, _ = qkv
     weights = (q @ k.mT / 2 + bias_by_loops(bias).detach()[:, None]).softmax(dim=-1).sum(dim=1)
-    inside = bias_by_loops(AttentionBias(windows, torch.ones_like(strength).detach())) * weights
-    expected = torch.stack((inside[..., : BOTH.num_bev].sum(-1), inside[..., BOTH.num_bev :].sum(-1)), dim=-1)
+    inside = bias_by_loops(AttentionBias(windows, torch.ones_like(values).detach())) * weights
+    expected = torch.stack((inside[..., : num_lidar(BOTH)].sum(-1), inside[..., num_lidar(BOTH) :].sum(-1)), dim=-1)
     assert (grad - expected).abs().max() < 1e-13
-    no_window = windows.camera_cells[..., 0, 0] < 0
+    no_window = windows.cells[1][..., 0, 0] < 0
     assert no_window.any() and (grad[no_window][:, 1] == 0).all()
 
 

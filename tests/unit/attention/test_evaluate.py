@@ -35,10 +35,10 @@ def test_one_bias_serves_several_layers(bias):
 
 def test_gradients_reach_everything(bias):
     leaves = [x.requires_grad_() for x in random_qkv(bias.windows)]
-    bias.strength.requires_grad_()
+    bias.values.requires_grad_()
     out, lse = attend(*leaves, bias, backend="dense")
     (out.square().sum() + lse.sum()).backward()
-    assert all(x.grad.abs().max() > 1e-3 for x in (*leaves, bias.strength))
+    assert all(x.grad.abs().max() > 1e-3 for x in (*leaves, bias.values))
 
 
 BAD = {

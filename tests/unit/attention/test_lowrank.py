@@ -2,18 +2,29 @@
 
 import re
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from cmt_aqr.attention import AttentionBias, TokenLayout, WindowSettings
+from cmt_aqr.attention import AttentionBias, attend
 from cmt_aqr.attention.dense import dense_attention
-from cmt_aqr.attention.lowrank import LowRankFactors, factored_attention, factorise, lowrank_attention, rank_of_energy
-from tests.unit.attention.cases import BOTH, attention_by_loops, bias_by_loops, random_bias, random_qkv, random_windows
+from cmt_aqr.attention.lowrank import LowRankFactors, factored_attention, factorise, rank_of_energy
+from cmt_aqr.tools.attention_cases import fusion_layout
+from tests.unit.attention.cases import (
+    BOTH,
+    attention_by_loops,
+    bias_by_loops,
+    random_bias,
+    random_qkv,
+    random_windows,
+    sized,
+)
 
+lowrank_attention = partial(attend, backend="lowrank")
 WARNING = re.compile(
-    r"^low-rank attention bias: ([\d.]+) % of its energy needs rank (\d+) of (\d+)(?:, cut to (\d+) by max_rank)?; "
+    r"^low-rank attention bias: ([\d.]+) % of its energy needs rank (\d+) of (\d+); "
     r"largest error (\S+), relative Frobenius error (\S+)$"
 )
 
@@ -71,16 +82,16 @@ def test_the_residual_is_what_the_factors_report(bias, energy):
     kept, norms = energies(bias)[:, factors.rank], exact.square().sum(dim=(1, 2)).numpy()
     assert factors.relative_error**2 == pytest.approx(((1 - kept) * norms).sum() / norms.sum(), rel=1e-9)
     assert 0 < factors.relative_error**2 <= 1 - energy
-    assert words[:4] == (f"{100 * energy:g}", str(factors.rank), "20", None)
-    assert float(words[4]) == pytest.approx(factors.max_error, rel=1e-2)
-    assert float(words[5]) == pytest.approx(factors.relative_error, rel=1e-2)
+    assert words[:3] == (f"{100 * energy:g}", str(factors.rank), "20")
+    assert float(words[3]) == pytest.approx(factors.max_error, rel=1e-2)
+    assert float(words[4]) == pytest.approx(factors.relative_error, rel=1e-2)
 
 
 @pytest.mark.parametrize("energy", (0.6, 0.9, 0.999))
 def test_rank_is_the_smallest_for_the_worst_sample(bias, energy):
-    strength = bias.strength.clone()
-    strength[0, 2:] = 0  # two queries: at most four singular values
-    bias = AttentionBias(bias.windows, strength)
+    values = bias.values.clone()
+    values[0, 2:] = 0  # two queries: at most four singular values
+    bias = AttentionBias(bias.windows, values)
     kept = energies(bias)
     ranks = [int((kept[sample] >= energy).argmax()) for sample in range(2)]
     factors, _ = call(factorise, bias, energy)
@@ -107,21 +118,8 @@ def test_rank_of_energy_by_hand():
     assert rank_of_energy(faint, 1.0, longest_side=4) == 2
 
 
-def test_max_rank_cuts_and_says_so(bias):
-    full, words = call(factorise, bias, 1.0)
-    cut, cut_words = call(factorise, bias, 1.0, max_rank=3)
-    assert words[3] is None and cut_words[1:4] == (words[1], "20", "3")
-    assert full.rank > cut.rank == 3
-    assert torch.equal(cut.left, full.left[..., :3])
-    assert cut.relative_error > 0.1 > full.relative_error
-    _, words_of_attention = call(lowrank_attention, *random_qkv(bias.windows), bias, energy=1.0, max_rank=3)
-    assert words_of_attention == cut_words
-    same, same_words = call(factorise, bias, 1.0, max_rank=100)
-    assert same.rank == full.rank and same_words[3] is None
-
-
-def test_a_bias_over_whole_modalities_has_rank_two():
-    windows = random_windows(BOTH, WindowSettings(is_local=False), queries=20)
+def test_a_bias_over_whole_grids_has_rank_two():
+    windows = random_windows(BOTH, sized(5, 8, is_local=False), queries=20)
     factors, _ = call(factorise, random_bias(windows), 1.0)
     assert factors.rank == 2 and factors.max_error < 1e-12
 
@@ -188,10 +186,10 @@ def test_the_chunk_of_the_lse_changes_nothing(bias):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_dtypes(bias, dtype):
     q, k, v = (x.to(dtype) for x in random_qkv(bias.windows))
-    low = AttentionBias(bias.windows, bias.strength.to(dtype))
+    low = AttentionBias(bias.windows, bias.values.to(dtype))
     (out, lse), _ = call(lowrank_attention, q, k, v, low, energy=1.0)
     assert out.dtype == dtype and lse.dtype == torch.float32
-    exact = AttentionBias(low.windows, low.strength.double())
+    exact = AttentionBias(low.windows, low.values.double())
     expected, expected_lse = dense_attention(q.double(), k.double(), v.double(), exact)
     limit = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
     assert (out - expected).abs().max() < limit and (lse - expected_lse).abs().max() < limit
@@ -199,24 +197,19 @@ def test_dtypes(bias, dtype):
 
 def test_gradients_reach_q_k_v_and_not_the_strength(bias):
     q, k, v = (x.requires_grad_() for x in random_qkv(bias.windows))
-    strength = bias.strength.clone().requires_grad_()
-    (out, lse), _ = call(lowrank_attention, q, k, v, AttentionBias(bias.windows, strength), energy=1.0)
+    values = bias.values.clone().requires_grad_()
+    (out, lse), _ = call(lowrank_attention, q, k, v, AttentionBias(bias.windows, values), energy=1.0)
     found = torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
     out, lse = dense_attention(q, k, v, bias)
     expected = torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
     assert all((ours - theirs).abs().max() < 1e-10 for ours, theirs in zip(found, expected, strict=True))
-    assert not call(factorise, AttentionBias(bias.windows, strength))[0].left.requires_grad
+    assert not call(factorise, AttentionBias(bias.windows, values))[0].left.requires_grad
 
 
 @pytest.mark.parametrize("energy", (0.0, -0.1, 1.01, float("nan")))
 def test_a_bad_energy_is_refused(bias, energy):
     with pytest.raises(ValueError, match=rf"^energy must be in \(0, 1\], got {energy}$"):
         factorise(bias, energy)
-
-
-def test_a_bad_rank_is_refused(bias):
-    with pytest.raises(ValueError, match=r"^max_rank must be at least 1, got 0$"):
-        factorise(bias, max_rank=0)
 
 
 def test_channels_are_a_multiple_of_eight(bias, monkeypatch):
@@ -236,9 +229,9 @@ def test_channels_are_a_multiple_of_eight(bias, monkeypatch):
 
 def test_windows_apart_from_each_other_need_a_rank_each():
     # Why this is a comparison: the rank grows with the number of windows.
-    layout = TokenLayout(bev_rows=12, bev_cols=12)
-    windows = random_windows(layout, WindowSettings(bev=3), batch=1, queries=9)
+    layout = fusion_layout((12, 12), None)
+    windows = random_windows(layout, sized(3, 8), batch=1, queries=9)
     centres = torch.tensor([[0, row, col] for row in (1, 5, 9) for col in (1, 5, 9)])
-    windows.bev_cells[0, :, 0] = centres
-    factors, _ = call(factorise, AttentionBias(windows, torch.ones(1, 9, 2)), 1.0)
+    windows.cells[0][0, :, 0] = centres
+    factors, _ = call(factorise, AttentionBias(windows, torch.ones(1, 9, 1)), 1.0)
     assert factors.rank == 9

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmt_aqr.attention import TokenLayout, WindowSettings, query_windows
-from cmt_aqr.attention.windows import bev_window_tokens
+from cmt_aqr.attention import Grid, TokenLayout, WindowSettings, query_windows
+from cmt_aqr.attention.windows import window_tokens as tokens_of_windows
 from cmt_aqr.build import bev_cell_size, build_lidar_branch
 from cmt_aqr.config import load_config
 
@@ -49,16 +49,16 @@ def window_tokens(points, lidar, point_range, rows, cols):
     """Tokens (N, T) of the windows of points (N, 2), -1 for those that are not there."""
     low, high = torch.tensor(point_range, dtype=torch.float64).chunk(2)
     metres = torch.cat((points, torch.zeros_like(points[:, :1])), dim=1)
+    grid = Grid("lidar", 1, rows, cols, origin=point_range[:2], cell_size=bev_cell_size(lidar))
     windows = query_windows(
         ((metres - low) / (high - low))[None],
         None,
-        layout=TokenLayout(rows, cols),
+        layout=TokenLayout((grid,)),
         point_range=point_range,
         image_size=None,
-        bev_cell_size=bev_cell_size(lidar),
-        settings=WindowSettings(bev=5),
+        settings=WindowSettings({"lidar": 5}),
     )
-    tokens, is_valid = bev_window_tokens(windows)
+    tokens, is_valid = tokens_of_windows(windows, 0)
     return torch.where(is_valid, tokens, -1)[0]
 
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cmt_aqr.attention import padded_length
 from cmt_aqr.losses.criterion import Criterion, total_loss
 from cmt_aqr.models.denoising import make_denoising
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.models.local_start import start_local
-from tests.unit.attention.cases import inside_by_loops
+from tests.unit.attention.cases import grid_of_tokens, inside_by_loops
 from tests.unit.models.test_detector import all_outputs, step
 from tests.unit.models.tiny_detector import (
     IMAGE_SIZE,
@@ -82,10 +81,9 @@ def test_the_bias_is_in_the_scores_of_all_layers():
     cameras = detector.make_cameras(pv_maps, lidar2img, image_size)
     tokens = detector.make_tokens(bev_map, pv_maps, cameras)
     queries = detector.make_queries(2, cameras, denoising)
-    windows = detector.make_windows(queries, tokens.layout, lidar2img, image_size)
-    weights = detector.make_weights(queries, tokens, windows)
-    is_bev = torch.arange(tokens.layout.num_tokens) < tokens.layout.num_bev
-    bias = torch.where(is_bev, 2.5 * weights[..., :1], 2.5 * weights[..., 1:]) * inside_by_loops(windows)
+    routed = detector.route(queries, tokens, cameras)
+    weights = routed.weights
+    bias = 2.5 * weights[..., grid_of_tokens(tokens.layout)] * inside_by_loops(routed.windows)
 
     def attend(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None])
@@ -104,14 +102,14 @@ def test_windows_lie_where_the_reference_points_are():
     denoising = noised()
     queries = detector.make_queries(2, cameras, denoising)
     tokens = detector.make_tokens(*features[:2], cameras)
-    windows = detector.make_windows(queries, tokens.layout, *features[2:])
+    windows = detector.route(queries, tokens, cameras).windows
     points = queries.reference_points.detach()
     assert windows.batch_and_queries == (2, NUM_DN + 12)
     low, high = torch.tensor(POINT_RANGE[:3]).double(), torch.tensor(POINT_RANGE[3:]).double()
     seen = 0
     for b, q in itertools.product(range(2), range(NUM_DN + 12)):
         x, y, _ = points[b, q].tolist()
-        assert windows.bev_cells[b, q].tolist() == [[0, min(math.floor(6 * y), 5), min(math.floor(6 * x), 5)]]
+        assert windows.cells[0][b, q].tolist() == [[0, min(math.floor(6 * y), 5), min(math.floor(6 * x), 5)]]
         metres = torch.cat((points[b, q] * (high - low) + low, torch.ones(1)))
         hits = []
         for view, matrix in enumerate(ring_of_cameras(1)[0]):
@@ -119,7 +117,7 @@ def test_windows_lie_where_the_reference_points_are():
             if depth > 0 and 0 <= u / depth < IMAGE_SIZE[1] and 0 <= v / depth < IMAGE_SIZE[0]:
                 hits.append([view, int(v / depth // 32), int(u / depth // 32)])
         expected = hits[0] if hits else [-1, 0, 0]
-        assert windows.camera_cells[b, q, 0].tolist() == expected
+        assert windows.cells[1][b, q, 0].tolist() == expected
         seen += bool(hits)
     assert seen > 8
     live = denoising.is_live
@@ -175,7 +173,7 @@ def test_denoising_queries_have_weights_and_a_bias_of_their_own():
     features = make_features(2)
     cameras = biased.make_cameras(*features[1:])
     tokens, queries = biased.make_tokens(*features[:2], cameras), biased.make_queries(2, cameras, noised())
-    weights = biased.make_weights(queries, tokens, biased.make_windows(queries, tokens.layout, *features[2:]))
+    weights = biased.route(queries, tokens, cameras).weights
     assert weights.shape == (2, NUM_DN + 12, 2)
     assert torch.equal(outputs[1].aqr_weights, weights[:, NUM_DN:])
     assert weights[:, :NUM_DN].std(dim=1).min() > 0.02
@@ -197,7 +195,7 @@ def test_matching_queries_do_not_see_the_ground_truth(design):
 
 
 @pytest.mark.parametrize("design", DESIGNS)
-def test_dead_rows_change_no_output_no_loss_and_no_gradient(design):
+def test_padding_queries_change_no_output_no_loss_and_no_gradient(design):
     detector = strong(make_detector(design=design))
     features, targets = make_features(2), make_targets((3, 5))
     noise = torch.rand(2, 10, 3, dtype=torch.float64)
@@ -283,9 +281,20 @@ def test_autocast_keeps_weights_and_predictions_in_float32(design):
 
 def test_without_aqr_the_cross_attention_is_torchs_own():
     for detector in (make_detector(), make_detector(design="v1")):
-        queries = detector.make_queries(2, detector.make_cameras(*make_features(2)[1:]), None)
-        windows = detector.make_windows(queries, None, None, None) if detector.aqr is None else object()
-        assert detector.make_attend(windows, None) is F.scaled_dot_product_attention
+        features = make_features(2)
+        cameras = detector.make_cameras(*features[1:])
+        tokens, queries = detector.make_tokens(*features[:2], cameras), detector.make_queries(2, cameras, None)
+        routed = detector.route(queries, tokens, cameras)
+        assert routed.attend is F.scaled_dot_product_attention
+        assert (routed.tokens is tokens) == (detector.aqr is None)
+
+
+def test_aqr_needs_to_know_where_bev_cells_lie():
+    detector = make_detector()
+    names = ("reference_points", "bev_embedding", "decoder", "head", "shared_conv", "ray_embedding")
+    parts = {name: getattr(detector, name) for name in names}
+    with pytest.raises(ValueError, match="AQR needs the origin and the size of BEV cells in metres, got None and None"):
+        Detector(**parts, aqr=make_aqr("bias"))
 
 
 @pytest.mark.parametrize(("sensors", "only"), (({"cameras": False}, "LiDAR"), ({"lidar": False}, "cameras")))
@@ -312,9 +321,9 @@ def test_zeros_behind_the_tokens_change_nothing(monkeypatch):
     detector = strong(make_detector(design="bias")).eval()
     features = make_features(2)
     expected = detector.forward_features(*features)
-    monkeypatch.setattr(type(detector.aqr), "wants_padding", lambda self, device: True)
+    monkeypatch.setattr(type(detector.aqr), "token_length", lambda self, layout, device: layout.padded_length)
     cameras = detector.make_cameras(features[1], features[2], features[3])
     tokens = detector.make_tokens(features[0], features[1], cameras)
-    assert tokens.values.shape[1] == padded_length(tokens.layout) > tokens.layout.num_tokens
+    assert tokens.values.shape[1] == tokens.layout.padded_length > tokens.layout.num_tokens
     assert tokens.positions.shape == tokens.values.shape
     assert difference(detector.forward_features(*features), expected) <= 1e-12

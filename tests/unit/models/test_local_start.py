@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
+from cmt_aqr.cameras import make_cameras
 from cmt_aqr.geometry import to_metres, to_unit
 from cmt_aqr.models.decoder import Decoder, split_heads
 from cmt_aqr.models.detector import Detector, SharedConv
 from cmt_aqr.models.heads import Heads
 from cmt_aqr.models.local_start import reference_grid, start_local, start_reference_points
-from cmt_aqr.models.position import BevEmbedding, RayEmbedding, bev_positions, make_cameras, pv_positions
+from cmt_aqr.models.position import BevEmbedding, RayEmbedding, bev_positions, pv_positions
 from cmt_aqr.models.queries import ReferencePoints, query_positions
 from cmt_aqr.predictions import task_classes
 

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
+from cmt_aqr.cameras import make_cameras
 from cmt_aqr.geometry import project, to_metres
 from cmt_aqr.models.position import (
     RayEmbedding,
     bev_cell_centres,
     camera_rays,
-    make_cameras,
     pixel_corners,
     pv_positions,
     ray_depths,

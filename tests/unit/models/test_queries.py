@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from cmt_aqr.cameras import make_cameras
 from cmt_aqr.geometry import to_metres, to_unit
 from cmt_aqr.models.denoising import make_denoising
-from cmt_aqr.models.position import BevEmbedding, RayEmbedding, make_cameras
+from cmt_aqr.models.position import BevEmbedding, RayEmbedding
 from cmt_aqr.models.queries import ReferencePoints, project_to_pixels, query_positions, ray_query_positions
 from tests.unit.models.tiny_detector import IMAGE_SIZE, POINT_RANGE, make_targets, ring_of_cameras
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from cmt_aqr.aqr.module import AQR, neutral_weight
+from cmt_aqr.aqr.router import BiasRouter, ModulationRouter
 from cmt_aqr.aqr.scale import Scale
 from cmt_aqr.aqr.weights import WeightGenerator
 from cmt_aqr.attention import WindowSettings
@@ -41,25 +41,24 @@ def ring_of_cameras(batch):
     return torch.stack(matrices).double().expand(batch, -1, -1, -1).clone()
 
 
-def make_aqr(design, **windows):
+def make_aqr(design, **options):
     """AQR for a small detector; the fresh generator, which gives every query nearly the same weights."""
-    return AQR(
-        design=design,
-        generator=WeightGenerator(
-            dim=DIM,
-            num_heads=2,
-            ffn_dim=24,
-            num_layers=1,
-            activation="tanh" if design == "bias" else "sigmoid",
-            neutral=neutral_weight(design),
-        ),
-        windows=WindowSettings(**{"bev": 3, "camera": 3} | windows),
-        point_range=POINT_RANGE,
-        bev_cell_size=BEV_CELL_SIZE,
-        scale=Scale(value=2.5, is_learned=True, limits=(0.5, 5.0)) if design == "bias" else None,
-        max_bias=5.0,
-        backend="dense",
+    router = BiasRouter if design == "bias" else ModulationRouter
+    generator = WeightGenerator(
+        dim=DIM,
+        num_heads=2,
+        ffn_dim=24,
+        num_layers=1,
+        num_grids=2,
+        activation="tanh" if design == "bias" else "sigmoid",
+        neutral=router.NEUTRAL_WEIGHT,
     )
+    windows = WindowSettings({"lidar": 3, "camera": 3}, **options)
+    common = {"generator": generator, "windows": windows, "point_range": POINT_RANGE}
+    if design != "bias":
+        return ModulationRouter(design=design, **common)
+    scale = Scale(value=2.5, is_learned=True, limits=(0.5, 5.0))
+    return BiasRouter(**common, scale=scale, max_bias=5.0, backend="dense")
 
 
 def make_detector(
@@ -87,6 +86,8 @@ def make_detector(
         head=Heads(classes=classes, num_layers=num_layers, dim=DIM, point_range=POINT_RANGE, hidden=8, kernel=kernel),
         shared_conv=SharedConv(in_channels=BEV_CHANNELS, dim=DIM) if lidar else None,
         ray_embedding=RayEmbedding(dim=DIM, num_depths=5, point_range=POINT_RANGE) if cameras else None,
+        bev_origin=POINT_RANGE[:2],
+        bev_cell_size=BEV_CELL_SIZE,
     )
     with torch.no_grad():
         for parameter in detector.parameters():

@@ -23,14 +23,14 @@ def listed(num, indices, num_row_blocks, block_q, block_k, num_tokens):
     return flags[..., :num_tokens]
 
 
-def membership(block_mask, num_sides):
-    """Which tokens every row of every side attends to: (B, S, G R, K) bool."""
+def membership(block_mask, num_passes):
+    """Which tokens every row of every pass attends to: (B, S, G R, K) bool."""
     num_rows, num_tokens = block_mask.seq_lengths
     block_q, block_k = block_mask.BLOCK_SIZE
     size = (num_rows // block_q, block_q, block_k, num_tokens)
     b, s, row, token = torch.meshgrid(
         torch.arange(len(block_mask.kv_num_blocks)),
-        torch.arange(num_sides),
+        torch.arange(num_passes),
         torch.arange(num_rows),
         torch.arange(num_tokens),
         indexing="ij",
@@ -45,9 +45,9 @@ def membership(block_mask, num_sides):
 def emulated_flex(q, k, v, *, block_mask, enable_gqa, return_aux, kernel_options):
     """Stands in for ``flex_attention``."""
     assert enable_gqa and return_aux.lse and kernel_options["fwd_BLOCKS_ARE_CONTIGUOUS"]
-    num_sides = q.shape[1] // k.shape[1]
-    mask = membership(block_mask, num_sides).repeat(1, k.shape[1], 1, 1)
-    k, v = (x.repeat_interleave(num_sides, dim=1) for x in (k, v))
+    num_passes = q.shape[1] // k.shape[1]
+    mask = membership(block_mask, num_passes).repeat(1, k.shape[1], 1, 1)
+    k, v = (x.repeat_interleave(num_passes, dim=1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
     out, lse = softmax_with_lse(scores, v)
     return out, SimpleNamespace(lse=lse)

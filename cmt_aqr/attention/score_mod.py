@@ -1,0 +1,115 @@
+"""The bias as FlexAttention's documentation shows it: a score_mod that looks up where a token lies and adds the bias.
+
+``make_score_mod`` is all that a port to FlexAttention needs. On a GPU gradients reach q, k, v and the bias, the latter
+by atomic additions, so they are not the same bits in every run. On a CPU the compiled kernel has no lse and no backward
+pass.
+
+Shape letters: B batch, M heads, Q queries, G grids, N windows of a query in one grid, K tokens, D channels of a head.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from .bias import AttentionBias
+from .grids import TokenLayout
+from .windows import NO_WINDOW, in_window
+
+MIN_HEAD_DIM = 16
+# Combinations of shapes that one process may meet outside a compiled detector.
+MAX_SHAPES = 64
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def token_table(layout: TokenLayout, device: torch.device) -> Tensor:
+    """(4, K) int64: number of the grid, view, row and col of every token."""
+    tables = []
+    for number, grid in enumerate(layout.grids):
+        axes = [torch.arange(size, device=device) for size in (grid.views, grid.rows, grid.cols)]
+        cells = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+        tables.append(torch.cat((torch.full_like(cells[:1], number), cells)))
+    return torch.cat(tables, dim=1)
+
+
+def make_score_mod(bias: AttentionBias, token_mask: Tensor | None = None) -> ScoreMod:
+    """score -> score + bias[b, q, k], and -inf where token_mask (B, K) is False; the same for all heads."""
+    windows, values = bias.windows, bias.values
+    grid, view, row, col = token_table(windows.layout, values.device)
+    num_windows = max(cells.shape[2] for cells in windows.cells)
+    # One table (B, Q, G, N, 3) for all grids; those with fewer windows have none in the last places.
+    missing = [(0, 0, 0, num_windows - cells.shape[2]) for cells in windows.cells]
+    padded = [torch.nn.functional.pad(x, pad, value=NO_WINDOW) for x, pad in zip(windows.cells, missing, strict=True)]
+    centre_view, centre_row, centre_col = torch.stack(padded, dim=2).unbind(-1)
+    radii = [torch.full_like(row[:1], windows.settings.radius(g)) for g in windows.layout.grids]
+    radius = torch.cat(radii)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        g = grid[k]
+        added = values[b, q, g]
+        if windows.settings.is_local:
+            inside = torch.zeros_like(k, dtype=torch.bool)
+            for n in range(num_windows):
+                rows_away, cols_away = row[k] - centre_row[b, q, g, n], col[k] - centre_col[b, q, g, n]
+                same_view = view[k] == centre_view[b, q, g, n]
+                inside = inside | (same_view & in_window(rows_away, cols_away, radius[g]))
+            added = torch.where(inside, added, 0.0)
+        score = score + added
+        return score if token_mask is None else torch.where(token_mask[b, k], score, -torch.inf)
+
+    return score_mod
+
+
+def attention_with_score_mod(
+    q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias, token_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k^T / sqrt(D) + bias) v; see :func:`attend`. On a CPU the lse is None.
+
+    Raises:
+        ValueError: a width or dtype that the kernel does not take; gradients on a CPU.
+    """
+    check_flex_input(q, "score_mod")
+    leaves = (q, k, v, bias.values)
+    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
+        raise ValueError("the score_mod backend has no backward pass on a CPU; use dense, or torch.no_grad()")
+    evaluate = _attend if torch.compiler.is_compiling() else _compiled_attend
+    return evaluate(q, k, v, bias, token_mask)
+
+
+def check_flex_input(q: Tensor, backend: str) -> None:
+    """Raise ValueError where FlexAttention has no kernel for queries like q (B, M, Q, D)."""
+    if q.shape[-1] < MIN_HEAD_DIM:
+        raise ValueError(
+            f"the {backend} backend needs heads of at least {MIN_HEAD_DIM} channels, got {q.shape[-1]}; use dense"
+        )
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"the {backend} backend computes in float32, bfloat16 or float16, got {q.dtype}; use dense")
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias, token_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    score_mod = make_score_mod(bias, token_mask)
+    if q.device.type == "cpu":
+        return flex_attention(q, k, v, score_mod), None
+    out, aux = flex_attention(q, k, v, score_mod, return_aux=AuxRequest(lse=True))
+    return out, aux.lse
+
+
+def compile_for_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled anew for every combination of shapes; the compiler's own limit is 8 of them."""
+    compiled = torch.compile(function, dynamic=False, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+            return compiled(*args, **options)
+
+    return call
+
+
+# Once for the module, so that all callers share what has been compiled.
+_compiled_attend = compile_for_shapes(_attend)
