@@ -275,7 +275,7 @@ def test_aqr_as_configured():
     detector = build_detector(config.model)
     aqr = detector.aqr
     assert detector.bev_origin == config.model.point_range[:2]
-    assert detector.bev_cell_size == pytest.approx([size * 8 for size in config.model.lidar.voxel_size[:2]])
+    assert detector.bev_cell_size == pytest.approx((1.6, 1.6))
     assert dataclasses.asdict(aqr.settings) == {
         "sizes": {"lidar": 3, "camera": 7}, "camera_assignment": "all", "unseen": "corner", "is_local": False,
     }  # fmt: skip
