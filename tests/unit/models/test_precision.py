@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cmt_aqr.cameras import make_cameras
 from cmt_aqr.losses.criterion import Criterion
 from cmt_aqr.models.denoising import make_denoising
 from cmt_aqr.models.heads import Heads
-from cmt_aqr.models.position import bev_positions, make_cameras, pv_positions
+from cmt_aqr.models.position import bev_positions, pv_positions
 from cmt_aqr.models.queries import query_positions
 from tests.unit.models.tiny_detector import (
     IMAGE_SIZE,
