@@ -14,7 +14,8 @@ from cmt_aqr.synthetic.calibration import (
     rotation_matrix,
 )
 from cmt_aqr.synthetic.conditions import Conditions
-from cmt_aqr.synthetic.layout import (
+from cmt_aqr.synthetic.road import Road
+from cmt_aqr.synthetic.street import (
     BIKE_EDGE,
     CROSSING_HALF_WIDTH,
     CURB,
@@ -23,7 +24,6 @@ from cmt_aqr.synthetic.layout import (
     OUTER_LANE,
     SIDEWALK_END,
 )
-from cmt_aqr.synthetic.road import Road
 
 METRES_PER_TEXEL = 0.125
 GROUND_REACH = 95.0

@@ -7,18 +7,18 @@ import numpy as np
 
 from cmt_aqr.classes import CLASSES
 from cmt_aqr.synthetic.conditions import Conditions, draw_conditions
-from cmt_aqr.synthetic.layout import (
+from cmt_aqr.synthetic.road import Road, SpeedProfile, draw_profile, draw_road, side_by_side, still_profile
+from cmt_aqr.synthetic.shapes import GROUND_CLEARANCE
+from cmt_aqr.synthetic.street import (
     BIKE_LANE,
     CROSSING_REACH,
     EGO_LATERAL,
     INNER_LANE,
     OUTER_LANE,
     WALKWAYS,
-    Layout,
+    Street,
     fill_street,
 )
-from cmt_aqr.synthetic.road import Road, SpeedProfile, draw_profile, draw_road, side_by_side, still_profile
-from cmt_aqr.synthetic.shapes import GROUND_CLEARANCE
 
 KEYFRAME_INTERVAL = 0.5
 """Seconds between samples."""
@@ -48,9 +48,10 @@ class Scene:
     and at lateral offset lateral[n] + lateral_speed[n] * t (held within +-CROSSING_REACH for people crossing), heading
     along the road plus turn[n].
     Arrays of length N: radius (m, on the ground, of all that is drawn), label (index of CLASSES or NO_LABEL), size
-    (N, 3) width length height, has_rider, mode (see Actor). In the actor's frame, in metres, and otherwise as in Model:
-    parts (P, 6), part_reflectivity; corners (Q, 4, 3), normals, colours, glow, is_decal, quad_group; group_centres
-    (G, 2). part_actor, quad_actor, group_actor say whose they are; quad_group counts through the whole scene.
+    (N, 3) width length height, has_rider, mode (see Actor). In the actor's frame, in metres, and otherwise as in
+    Template: parts (P, 6), part_reflectivity; corners (Q, 4, 3), normals, colours, glow, is_decal, quad_group;
+    group_centres (G, 2). part_actor, quad_actor, group_actor say whose they are; quad_group counts through the whole
+    scene.
     """
 
     index: int
@@ -182,20 +183,20 @@ def build_scene(seed: int, index: int, samples: int, conditions: Conditions | No
     longest = travel.max() + 30.0
     road = draw_road(rng, start - longest, end + longest, tuple(rng.uniform(200.0, 1800.0, 2)))
     crossings = (float(rng.uniform(15.0, 40.0)), float(rng.uniform(-40.0, -15.0)), float(rng.uniform(60.0, 90.0)))
-    layout = Layout(start, end, travel, tuple(sorted(crossings)), road, rng)
+    street = Street(start, end, travel, tuple(sorted(crossings)), road, rng)
     fill_street(
-        layout,
+        street,
         {lane: 1 + k for k, lane in enumerate(lanes)},
         {walkway: 1 + len(lanes) + k for k, walkway in enumerate(walkways)},
     )
-    scene = _pack(index, conditions, road, profiles, layout)
-    _add_crossing_people(layout, scene, duration)
-    return _pack(index, conditions, road, profiles, layout)
+    scene = _pack(index, conditions, road, profiles, street)
+    _add_crossing_people(street, scene, duration)
+    return _pack(index, conditions, road, profiles, street)
 
 
-def _pack(index: int, conditions: Conditions, road: Road, profiles: SpeedProfile, layout: Layout) -> Scene:
-    actors = layout.actors
-    models = [actor.shape.model for actor in actors]
+def _pack(index: int, conditions: Conditions, road: Road, profiles: SpeedProfile, street: Street) -> Scene:
+    actors = street.actors
+    templates = [actor.shape.template for actor in actors]
     scale = np.array([actor.shape.scale for actor in actors])
     bottom = np.array([actor.shape.bottom for actor in actors])
     paints = np.array([((0.0, 0.0, 0.0), *actor.shape.paints) for actor in actors])
@@ -204,8 +205,8 @@ def _pack(index: int, conditions: Conditions, road: Road, profiles: SpeedProfile
         return np.array([getattr(actor, name) for actor in actors], dtype=dtype)
 
     def joined(name: str) -> tuple[np.ndarray, np.ndarray]:
-        """An array of every actor's model, end to end, and the owner of each row."""
-        arrays = [getattr(model, name) for model in models]
+        """An array of every actor's template, end to end, and the owner of each row."""
+        arrays = [getattr(template, name) for template in templates]
         return np.concatenate(arrays), np.repeat(np.arange(len(actors)), [len(array) for array in arrays])
 
     parts, part_actor = joined("parts")
@@ -224,7 +225,7 @@ def _pack(index: int, conditions: Conditions, road: Road, profiles: SpeedProfile
         conditions=conditions,
         road=road,
         profiles=profiles,
-        crossings=layout.crossings,
+        crossings=street.crossings,
         radius=radius,
         label=np.array([NO_LABEL if actor.label is None else CLASSES.index(actor.label) for actor in actors]),
         size=column("size"),
@@ -251,17 +252,17 @@ def _pack(index: int, conditions: Conditions, road: Road, profiles: SpeedProfile
     )
 
 
-def _add_crossing_people(layout: Layout, scene: Scene, duration: float) -> None:
+def _add_crossing_people(street: Street, scene: Scene, duration: float) -> None:
     """People who cross the street where and when nothing comes near them."""
-    rng = layout.rng
+    rng = street.rng
     times = np.arange(-0.5, duration + 0.6, 0.1)
     ego = scene.ego_poses(times)
     ego[:, 0] += _EGO_CENTRE * np.cos(ego[:, 2])
     ego[:, 1] += _EGO_CENTRE * np.sin(ego[:, 2])
-    paths = {at: _traffic_at(scene, times, at, ego) for at in layout.crossings}
+    paths = {at: _traffic_at(scene, times, at, ego) for at in street.crossings}
     taken: list[float] = []
     for _ in range(_CROSSING_TRIES):
-        crossing = float(rng.choice(layout.crossings))
+        crossing = float(rng.choice(street.crossings))
         s = crossing + float(rng.uniform(-2.0, 2.0))
         side = float(rng.choice([-1.0, 1.0]))
         speed = -side * float(rng.uniform(1.0, 1.7))
@@ -269,7 +270,7 @@ def _add_crossing_people(layout: Layout, scene: Scene, duration: float) -> None:
         path = np.clip(lateral + speed * times, -CROSSING_REACH, CROSSING_REACH)
         x, y, _ = scene.road.place(np.full_like(times, s), path)
         if all(abs(s - other) > 0.9 for other in taken) and _is_clear(x, y, *paths[crossing]):
-            layout.add("pedestrian", s, lateral, turn=np.sign(speed) * np.pi / 2, lateral_speed=speed, mode="cross")
+            street.add("pedestrian", s, lateral, turn=np.sign(speed) * np.pi / 2, lateral_speed=speed, mode="cross")
             taken.append(s)
         if len(taken) == _CROSSING_WANTED:
             return

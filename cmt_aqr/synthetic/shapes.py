@@ -34,7 +34,7 @@ SIDES = ("front", "back", "left", "right")
 
 
 @dataclass(frozen=True)
-class Model:
+class Template:
     """The solid boxes and painted quads of a kind of object, in units of its size (see ShapeBuilder).
 
     parts (P, 6): centre x, centre y, half length, half width, bottom z, top z. reflectivity (P,) in 0..1.
@@ -57,24 +57,25 @@ class Model:
 
 @dataclass(frozen=True)
 class Shape:
-    """One object: a model, its scale (3,) x y z (m per unit), bottom (m above the ground) and two paints BGR."""
+    """One object: a template, its scale (3,) x y z (m per unit), bottom (m above the ground) and two paints BGR."""
 
-    model: Model
+    template: Template
     scale: tuple[float, float, float]
     bottom: float
     paints: tuple[Colour, Colour]
 
 
-def fitted(model: Model, size: tuple[float, float, float], paints: tuple[Colour, Colour]) -> Shape:
+def fitted(template: Template, size: tuple[float, float, float], paints: tuple[Colour, Colour]) -> Shape:
     """A shape that fills an annotation box of a size (width, length, height; m) but for the inset."""
     width, length, height = (value - 2 * INSET for value in size)
-    return Shape(model, (length, width, height), GROUND_CLEARANCE + INSET, paints)
+    return Shape(template, (length, width, height), GROUND_CLEARANCE + INSET, paints)
 
 
 class ShapeBuilder:
-    """Collects boxes and decals of a model.
+    """Collects boxes and decals of a template.
 
-    Of a model of unit size, x and y run from -0.5 to 0.5 over the length and width, and z from 0 to 1 over the height.
+    Of a template of unit size, x and y run from -0.5 to 0.5 over the length and width, and z from 0 to 1 over the
+    height.
     """
 
     def __init__(self):
@@ -90,18 +91,18 @@ class ShapeBuilder:
         z: Span,
         colour: Colour | int,
         *,
-        reflectivity: float = 0.4,
+        reflectivity: float | None = 0.4,
         faces=(*SIDES, "top"),
         new_group: bool = False,
         decals=(),
-        solid: bool = True,
     ) -> None:
         """Add a box. decals: (face, (u0, u1), (v0, v1), colour, glow) rectangles painted on its faces.
 
-        new_group starts a separately depth-sorted piece; long objects need several. Only cameras see solid=False.
+        new_group starts a separately depth-sorted piece; long objects need several. Only cameras see a
+        box whose reflectivity is None.
         """
         low, high = np.array([x[0], y[0], z[0]]), np.array([x[1], y[1], z[1]])
-        if solid:
+        if reflectivity is not None:
             self._add_part(low, high, reflectivity)
         if new_group or not self._centres:
             self._centres.append((low + high)[:2] / 2)
@@ -121,10 +122,9 @@ class ShapeBuilder:
         sections: int,
         reflectivity: float = 0.4,
         decals=(),
-        end_decals=(),
         below=(),
     ) -> None:
-        """A box that is drawn in several sections along x (decals repeat on each), but is one box to the LiDAR.
+        """A box that is drawn in several sections along x, but is one box to the LiDAR; side decals repeat on each.
 
         below: (section, x, y, z, colour, decals) boxes under it, each drawn just before its section: the cameras look
         down on undercarriages, so that whatever is above hides them.
@@ -142,15 +142,15 @@ class ShapeBuilder:
                 z,
                 colour,
                 faces=(*ends, "left", "right", "top"),
-                decals=(*decals, *end_decals),
-                solid=False,
+                decals=decals,
+                reflectivity=None,
             )
         self._add_part(np.array([x[0], y[0], z[0]]), np.array([x[1], y[1], z[1]]), reflectivity)
 
-    def build(self) -> Model:
-        """The finished model."""
+    def build(self) -> Template:
+        """The finished template."""
         corners, normals, colours, paint, glow, is_decal, group = zip(*self._quads, strict=True)
-        return Model(
+        return Template(
             parts=np.array(self._parts),
             reflectivity=np.array(self._reflectivity),
             corners=np.array(corners),

@@ -17,7 +17,7 @@ from cmt_aqr.synthetic.calibration import (
     intrinsic_matrix,
     unit_quaternion,
 )
-from cmt_aqr.synthetic.models import CATEGORIES
+from cmt_aqr.synthetic.objects import CATEGORIES
 
 VERSION = "v1.0-synthetic"
 """Name of the table folder, and the version that nuScenes-devkit is asked for."""

@@ -16,7 +16,7 @@ from cmt_aqr.errors import UserError, describe_os_error
 from cmt_aqr.files import atomic_path, write_bytes
 from cmt_aqr.locks import exclusive_lock
 from cmt_aqr.synthetic.calibration import CAMERA_CHANNELS, LIDAR_CHANNEL, yaw_quaternion
-from cmt_aqr.synthetic.models import CATEGORIES
+from cmt_aqr.synthetic.objects import CATEGORIES
 from cmt_aqr.synthetic.recording import Block, Sighting, World, record_block, release, scene_name
 from cmt_aqr.synthetic.tables import (
     LOG_NAME,

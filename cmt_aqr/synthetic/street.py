@@ -10,7 +10,8 @@ from itertools import cycle
 
 import numpy as np
 
-from cmt_aqr.synthetic.models import building, clutter, draw_shape, draw_size
+from cmt_aqr.synthetic.clutter import building, clutter
+from cmt_aqr.synthetic.objects import draw_shape, draw_size
 from cmt_aqr.synthetic.road import Road
 from cmt_aqr.synthetic.shapes import Shape
 
@@ -81,7 +82,7 @@ class Actor:
 
 
 @dataclass
-class Layout:
+class Street:
     """What fill_street needs to know: stretch (m) to fill, distance (m) driven on each profile, crossings, road."""
 
     start: float
@@ -115,26 +116,26 @@ class Layout:
         return any(start < at + CROSSING_HALF_WIDTH and end > at - CROSSING_HALF_WIDTH for at in self.crossings)
 
 
-def fill_street(layout: Layout, lane_profiles: dict[float, int], walk_profiles: dict[float, int]) -> list[Actor]:
+def fill_street(street: Street, lane_profiles: dict[float, int], walk_profiles: dict[float, int]) -> list[Actor]:
     """Every actor of a scene but the people crossing.
 
     lane_profiles: lateral centre -> speed profile of every driving and bicycle lane. walk_profiles: the same for the
     walkways, where the sign of the direction is drawn per walkway.
     """
     for side in (-1.0, 1.0):
-        _fill_parking(layout, side)
-        _fill_verge(layout, side)
-        _fill_green(layout, side)
-        _fill_buildings(layout, side)
-        _fill_standing(layout, side)
+        _fill_parking(street, side)
+        _fill_verge(street, side)
+        _fill_green(street, side)
+        _fill_buildings(street, side)
+        _fill_standing(street, side)
     for lateral, profile in lane_profiles.items():
         if abs(lateral) == BIKE_LANE:
-            _fill_bike_lane(layout, lateral, profile)
+            _fill_bike_lane(street, lateral, profile)
         else:
-            _fill_lane(layout, lateral, profile)
+            _fill_lane(street, lateral, profile)
     for lateral, profile in walk_profiles.items():
-        _fill_walkway(layout, lateral, profile)
-    return layout.actors
+        _fill_walkway(street, lateral, profile)
+    return street.actors
 
 
 def _deal(rng: np.random.Generator, *decks: tuple[str, ...]) -> Iterator[str]:
@@ -152,26 +153,26 @@ def _facing(side: float) -> float:
 _SLOT_LENGTHS = {"empty": 5.0, "works": _WORKS_LENGTH, "motorcycles": 4.5}
 
 
-def _fill_parking(layout: Layout, side: float) -> None:
-    rng, s = layout.rng, layout.start + layout.rng.uniform(0, 5)
+def _fill_parking(street: Street, side: float) -> None:
+    rng, s = street.rng, street.start + street.rng.uniform(0, 5)
     for kind in _deal(rng, *_PARKING_DECKS):
-        if s > layout.end:
+        if s > street.end:
             return
         size = draw_size(kind, rng) if kind not in _SLOT_LENGTHS else None
         length = size[1] + rng.uniform(1.0, 2.0) if size else _SLOT_LENGTHS[kind]
-        metre = layout.metre(s, s + 1.2 * length, side * (PARKING + 1.5))
+        metre = street.metre(s, s + 1.2 * length, side * (PARKING + 1.5))
         length *= metre
-        while layout.is_crossing(s, s + length):
-            s = next(at for at in layout.crossings if at + CROSSING_HALF_WIDTH > s) + CROSSING_HALF_WIDTH
+        while street.is_crossing(s, s + length):
+            s = next(at for at in street.crossings if at + CROSSING_HALF_WIDTH > s) + CROSSING_HALF_WIDTH
         if kind == "works":
-            _add_works(layout, side, s, metre)
+            _add_works(street, side, s, metre)
         elif kind == "motorcycles":
             for k in range(int(rng.integers(2, 4))):
                 turn = side * np.pi / 2 + rng.uniform(-0.15, 0.15)
                 lateral = side * (PARKING + rng.uniform(-0.2, 0.2))
-                layout.add("motorcycle", s + (0.9 + 1.4 * k) * metre, lateral, turn=turn, mode="parked")
+                street.add("motorcycle", s + (0.9 + 1.4 * k) * metre, lateral, turn=turn, mode="parked")
         elif size:
-            layout.add(
+            street.add(
                 kind,
                 s + length / 2,
                 side * (PARKING + rng.uniform(-0.04, 0.04)),
@@ -182,12 +183,12 @@ def _fill_parking(layout: Layout, side: float) -> None:
         s += length
 
 
-def _add_works(layout: Layout, side: float, start: float, metre: float) -> None:
+def _add_works(street: Street, side: float, start: float, metre: float) -> None:
     """A works zone of _WORKS_LENGTH m from start (m) on: barriers, cones, a worker and one machine."""
-    rng = layout.rng
+    rng = street.rng
 
     def add(label: str, at: float, lateral: float, turn: float, **fields) -> None:
-        layout.add(label, start + at * metre, side * lateral, turn=turn, **fields)
+        street.add(label, start + at * metre, side * lateral, turn=turn, **fields)
 
     for at in (0.6, _WORKS_LENGTH - 0.6):
         add("barrier", at, PARKING + 0.2, rng.choice([0.0, np.pi]) + rng.uniform(-0.06, 0.06))
@@ -213,60 +214,60 @@ def _add_works(layout: Layout, side: float, start: float, metre: float) -> None:
         )
 
 
-def _fill_verge(layout: Layout, side: float) -> None:
-    rng, s = layout.rng, layout.start
+def _fill_verge(street: Street, side: float) -> None:
+    rng, s = street.rng, street.start
     deck = _deal(rng, _VERGE_DECK)
-    while s < layout.end:
+    while s < street.end:
         kind = next(deck)
-        if not layout.is_crossing(s - 1.5, s + 1.5):
+        if not street.is_crossing(s - 1.5, s + 1.5):
             if kind == "bicycle":
-                layout.add(
+                street.add(
                     "bicycle", s, side * VERGE, turn=rng.choice([0.0, np.pi]) + rng.uniform(-0.05, 0.05), mode="parked"
                 )
             elif kind != "empty":
-                layout.add_clutter(clutter(kind, rng), s, side * VERGE, _facing(-side) if kind == "pole" else 0.0)
+                street.add_clutter(clutter(kind, rng), s, side * VERGE, _facing(-side) if kind == "pole" else 0.0)
         s += rng.uniform(2.6, 5.0)
 
 
-def _fill_green(layout: Layout, side: float) -> None:
-    rng, s = layout.rng, layout.start
+def _fill_green(street: Street, side: float) -> None:
+    rng, s = street.rng, street.start
     for kind in _deal(rng, _GREEN_DECK):
-        if s > layout.end:
+        if s > street.end:
             return
         if kind != "empty":
-            layout.add_clutter(clutter(kind, rng), s, side * GREEN, 0.0)
+            street.add_clutter(clutter(kind, rng), s, side * GREEN, 0.0)
         s += rng.uniform(4.3, 8.0)
 
 
-def _fill_buildings(layout: Layout, side: float) -> None:
-    rng, s = layout.rng, layout.start
-    while s < layout.end:
+def _fill_buildings(street: Street, side: float) -> None:
+    rng, s = street.rng, street.start
+    while s < street.end:
         if rng.random() < 0.7:
             for _ in range(int(rng.integers(1, 4))):  # a row of houses
                 length, depth = rng.uniform(7.0, 10.0), rng.uniform(6.0, 9.0)
                 lateral = side * (BUILDINGS + rng.uniform(0.0, 0.5) + depth / 2)
-                layout.add_clutter(building(rng, length, depth), s + length / 2, lateral, np.pi if side < 0 else 0.0)
+                street.add_clutter(building(rng, length, depth), s + length / 2, lateral, np.pi if side < 0 else 0.0)
                 s += length + 0.8
         s += rng.uniform(3.0, 14.0)
 
 
-def _fill_standing(layout: Layout, side: float) -> None:
-    rng, s = layout.rng, layout.start
-    while s < layout.end:
-        layout.add("pedestrian", s, side * STANDING, turn=rng.uniform(-np.pi, np.pi), mode="stand")
+def _fill_standing(street: Street, side: float) -> None:
+    rng, s = street.rng, street.start
+    while s < street.end:
+        street.add("pedestrian", s, side * STANDING, turn=rng.uniform(-np.pi, np.pi), mode="stand")
         s += 1.5 + rng.exponential(30.0)
 
 
-def _reach(layout: Layout, profile: int, direction: float) -> tuple[float, float]:
+def _reach(street: Street, profile: int, direction: float) -> tuple[float, float]:
     """Starting places (m) from which a mover passes through the filled stretch at some time of the scene."""
-    travel = layout.travel[profile] + DRIFT
-    return (layout.start - travel, layout.end) if direction > 0 else (layout.start, layout.end + travel)
+    travel = street.travel[profile] + DRIFT
+    return (street.start - travel, street.end) if direction > 0 else (street.start, street.end + travel)
 
 
-def _fill_lane(layout: Layout, lateral: float, profile: int) -> None:
-    rng = layout.rng
+def _fill_lane(street: Street, lateral: float, profile: int) -> None:
+    rng = street.rng
     direction = 1.0 if lateral < 0 else -1.0
-    start, end = _reach(layout, profile, direction)
+    start, end = _reach(street, profile, direction)
     s = start + rng.uniform(0, 10)
     for kind in _deal(rng, _LANE_DECK):
         train = ("truck", "trailer") if kind == "articulated" else (kind,)
@@ -278,11 +279,11 @@ def _fill_lane(layout: Layout, lateral: float, profile: int) -> None:
         if lateral == EGO_LATERAL and s < EGO_GAP and s + length > -EGO_GAP:
             s = EGO_GAP + rng.uniform(0, 6)
             continue
-        gain = direction * (1.0 + rng.uniform(-1, 1) * DRIFT / max(layout.travel[profile], 2 * DRIFT))
+        gain = direction * (1.0 + rng.uniform(-1, 1) * DRIFT / max(street.travel[profile], 2 * DRIFT))
         head = s + length if direction > 0 else s
         offset = lateral + rng.uniform(-0.1, 0.1)
         for name, size in zip(train, sizes, strict=True):
-            layout.add(
+            street.add(
                 name,
                 head - direction * size[1] / 2,
                 offset,
@@ -297,14 +298,14 @@ def _fill_lane(layout: Layout, lateral: float, profile: int) -> None:
         s += length + 2.5 * DRIFT + rng.exponential(9.0)
 
 
-def _fill_bike_lane(layout: Layout, lateral: float, profile: int) -> None:
-    rng = layout.rng
+def _fill_bike_lane(street: Street, lateral: float, profile: int) -> None:
+    rng = street.rng
     direction = 1.0 if lateral < 0 else -1.0
-    s, end = _reach(layout, profile, direction)
+    s, end = _reach(street, profile, direction)
     while s < end:
         s += 3.0 + 2 * DRIFT + rng.exponential(24.0)
-        gain = direction * (1.0 + rng.uniform(-1, 1) * DRIFT / max(layout.travel[profile], 2 * DRIFT))
-        layout.add(
+        gain = direction * (1.0 + rng.uniform(-1, 1) * DRIFT / max(street.travel[profile], 2 * DRIFT))
+        street.add(
             "bicycle",
             s,
             lateral + rng.uniform(-0.06, 0.06),
@@ -316,12 +317,12 @@ def _fill_bike_lane(layout: Layout, lateral: float, profile: int) -> None:
         )
 
 
-def _fill_walkway(layout: Layout, lateral: float, profile: int) -> None:
-    rng = layout.rng
+def _fill_walkway(street: Street, lateral: float, profile: int) -> None:
+    rng = street.rng
     direction = float(rng.choice([-1.0, 1.0]))
-    s, end = _reach(layout, profile, direction)
+    s, end = _reach(street, profile, direction)
     while s < end:
         s += 1.6 + rng.exponential(34.0)
-        layout.add(
+        street.add(
             "pedestrian", s, lateral, turn=0.0 if direction > 0 else np.pi, profile=profile, gain=direction, mode="walk"
         )

@@ -1,11 +1,12 @@
-"""How the ten classes and the clutter look: sizes, colours and shapes."""
+"""How objects of the ten classes look: sizes, colours and shapes."""
 
 from functools import cache
 
 import numpy as np
 
 from cmt_aqr.classes import CLASSES
-from cmt_aqr.synthetic.shapes import PAINT, SECOND_PAINT, SIDES, Colour, Model, Shape, ShapeBuilder, fitted
+from cmt_aqr.synthetic.colours import BLACK, GLASS, LAMP, ORANGE, RED, SKIN, STEEL, TAIL, TYRE, WHITE, YELLOW
+from cmt_aqr.synthetic.shapes import PAINT, SECOND_PAINT, SIDES, Colour, Shape, ShapeBuilder, Template, fitted
 
 # Mean and spread of width, length, height (m), near the statistics of nuScenes; barriers are wide and not long there.
 _SIZES = {
@@ -36,12 +37,6 @@ CATEGORIES = {
     "traffic_cone": "movable_object.trafficcone",
 }
 """nuScenes category of each detection class."""
-
-# BGR.
-_BLACK, _TYRE, _GLASS = (18, 18, 18), (30, 28, 28), (70, 52, 38)
-_WHITE, _LAMP, _TAIL = (235, 235, 235), (235, 250, 255), (40, 30, 220)
-_SKIN, _STEEL, _ORANGE, _RED = (130, 165, 215), (150, 150, 150), (20, 105, 245), (45, 40, 200)
-_YELLOW = (30, 185, 240)
 
 _PAINTS = {
     "car": [(40, 40, 45), (225, 225, 225), (165, 165, 165), (60, 45, 150), (130, 70, 35), (95, 95, 95), (70, 90, 60)],
@@ -75,15 +70,15 @@ def draw_shape(
     worker: bool = False,
 ) -> Shape:
     """The shape of one object of a detection class with a random paint. worker: a pedestrian in a safety vest."""
-    paint = _pick(name, rng) if name in _PAINTS else _WHITE
+    paint = _pick(name, rng) if name in _PAINTS else WHITE
     second = _pick("legs" if name == "pedestrian" else "pedestrian", rng)
     if worker:
-        paint = _ORANGE
-    return fitted(_class_model(name, has_rider, worker), size, (paint, second))
+        paint = ORANGE
+    return fitted(_class_template(name, has_rider, worker), size, (paint, second))
 
 
 @cache
-def _class_model(name: str, has_rider: bool, worker: bool) -> Model:
+def _class_template(name: str, has_rider: bool, worker: bool) -> Template:
     builder = ShapeBuilder()
     if name == "pedestrian":
         _pedestrian(builder, worker)
@@ -105,19 +100,19 @@ def _pick(palette: str, rng: np.random.Generator) -> Colour:
 
 def _wheels(*centres: float, radius: float = 0.09, top: float = 0.35) -> list:
     return [
-        (side, (0.5 + sign * centre - radius, 0.5 + sign * centre + radius), (0.0, top), _TYRE, False)
+        (side, (0.5 + sign * centre - radius, 0.5 + sign * centre + radius), (0.0, top), TYRE, False)
         for centre in centres
         for side, sign in (("right", 1), ("left", -1))
     ]
 
 
 def _lamps(low: float, high: float) -> list:
-    front = [("front", u, (low, high), _LAMP, True) for u in ((0.04, 0.22), (0.78, 0.96))]
-    return front + [("back", u, (low, high), _TAIL, True) for u in ((0.04, 0.2), (0.8, 0.96))]
+    front = [("front", u, (low, high), LAMP, True) for u in ((0.04, 0.22), (0.78, 0.96))]
+    return front + [("back", u, (low, high), TAIL, True) for u in ((0.04, 0.2), (0.8, 0.96))]
 
 
 def _car(builder: ShapeBuilder) -> None:
-    plate = [("back", (0.36, 0.64), (0.3, 0.48), _WHITE, False), ("front", (0.25, 0.75), (0.25, 0.5), _BLACK, False)]
+    plate = [("back", (0.36, 0.64), (0.3, 0.48), WHITE, False), ("front", (0.25, 0.75), (0.25, 0.5), BLACK, False)]
     builder.box(
         (-0.5, 0.5),
         (-0.5, 0.5),
@@ -132,7 +127,7 @@ def _car(builder: ShapeBuilder) -> None:
         (0.56, 1.0),
         PAINT,
         reflectivity=0.3,
-        decals=[(side, (0.06, 0.94), (0.12, 0.85), _GLASS, False) for side in SIDES],
+        decals=[(side, (0.06, 0.94), (0.12, 0.85), GLASS, False) for side in SIDES],
     )
 
 
@@ -145,14 +140,14 @@ def _truck(builder: ShapeBuilder) -> None:
         (215, 215, 220),
         sections=2,
         reflectivity=0.55,
-        decals=[(side, (0.0, 1.0), (0.08, 0.22), PAINT, False) for side in ("left", "right")],
-        end_decals=[
+        decals=[
+            *[(side, (0.0, 1.0), (0.08, 0.22), PAINT, False) for side in ("left", "right")],
             ("back", (0.1, 0.9), (0.1, 0.9), (170, 170, 175), False),
-            ("back", (0.49, 0.51), (0.1, 0.9), _BLACK, False),
+            ("back", (0.49, 0.51), (0.1, 0.9), BLACK, False),
         ],
         below=[
-            (0, (-0.48, -0.15), (-0.4, 0.4), (0.02, 0.24), _BLACK, [*wheels, *_lamps(0.5, 0.8)]),
-            (1, (-0.15, 0.24), (-0.4, 0.4), (0.02, 0.24), _BLACK, wheels),
+            (0, (-0.48, -0.15), (-0.4, 0.4), (0.02, 0.24), BLACK, [*wheels, *_lamps(0.5, 0.8)]),
+            (1, (-0.15, 0.24), (-0.4, 0.4), (0.02, 0.24), BLACK, wheels),
         ],
     )
     builder.box(
@@ -163,9 +158,9 @@ def _truck(builder: ShapeBuilder) -> None:
         reflectivity=0.45,
         new_group=True,
         decals=[
-            ("front", (0.06, 0.94), (0.5, 0.9), _GLASS, False),
+            ("front", (0.06, 0.94), (0.5, 0.9), GLASS, False),
             *_lamps(0.1, 0.22),
-            *[(side, (0.25, 0.75), (0.5, 0.88), _GLASS, False) for side in ("left", "right")],
+            *[(side, (0.25, 0.75), (0.5, 0.88), GLASS, False) for side in ("left", "right")],
             *_wheels(0.0, radius=0.28, top=0.3),
         ],
     )
@@ -180,14 +175,12 @@ def _bus(builder: ShapeBuilder) -> None:
         sections=4,
         reflectivity=0.45,
         decals=[
-            *[(side, (0.03, 0.97), (0.42, 0.8), _GLASS, False) for side in ("left", "right")],
-            *[(side, (0.0, 1.0), (0.2, 0.26), _WHITE, False) for side in ("left", "right")],
+            *[(side, (0.03, 0.97), (0.42, 0.8), GLASS, False) for side in ("left", "right")],
+            *[(side, (0.0, 1.0), (0.2, 0.26), WHITE, False) for side in ("left", "right")],
             *_wheels(0.0, radius=0.16, top=0.2),
-        ],
-        end_decals=[
-            ("front", (0.04, 0.96), (0.3, 0.8), _GLASS, False),
-            ("front", (0.2, 0.8), (0.85, 0.96), _YELLOW, True),
-            ("back", (0.1, 0.9), (0.5, 0.85), _GLASS, False),
+            ("front", (0.04, 0.96), (0.3, 0.8), GLASS, False),
+            ("front", (0.2, 0.8), (0.85, 0.96), YELLOW, True),
+            ("back", (0.1, 0.9), (0.5, 0.85), GLASS, False),
             *_lamps(0.08, 0.16),
         ],
     )
@@ -202,18 +195,18 @@ def _trailer(builder: ShapeBuilder) -> None:
         sections=4,
         reflectivity=0.6,
         decals=[
-            (side, u, (0.0, 1.0), (95, 90, 90), False)
-            for side in ("left", "right")
-            for u in ((0.0, 0.06), (0.48, 0.54))
-        ],
-        end_decals=[
-            ("back", (0.0, 1.0), (0.0, 0.08), _RED, False),
+            *[
+                (side, u, (0.0, 1.0), (95, 90, 90), False)
+                for side in ("left", "right")
+                for u in ((0.0, 0.06), (0.48, 0.54))
+            ],
+            ("back", (0.0, 1.0), (0.0, 0.08), RED, False),
             *_lamps(0.02, 0.08),
-            ("back", (0.48, 0.52), (0.1, 0.95), _BLACK, False),
+            ("back", (0.48, 0.52), (0.1, 0.95), BLACK, False),
         ],
         below=[
-            (0, (-0.45, -0.25), (-0.42, 0.42), (0.0, 0.26), _TYRE, []),
-            (3, (0.27, 0.31), (-0.38, 0.38), (0.0, 0.28), _STEEL, []),
+            (0, (-0.45, -0.25), (-0.42, 0.42), (0.0, 0.26), TYRE, []),
+            (3, (0.27, 0.31), (-0.38, 0.38), (0.0, 0.28), STEEL, []),
         ],
     )
 
@@ -223,7 +216,7 @@ def _construction_vehicle(builder: ShapeBuilder) -> None:
         (-0.42, 0.18),
         (-0.5, 0.5),
         (0.0, 0.24),
-        _TYRE,
+        TYRE,
         reflectivity=0.2,
         decals=[(side, (0.08, 0.92), (0.25, 0.75), (75, 75, 80), False) for side in ("left", "right")],
     )
@@ -231,39 +224,39 @@ def _construction_vehicle(builder: ShapeBuilder) -> None:
         (-0.5, 0.16),
         (-0.46, 0.46),
         (0.28, 0.58),
-        _YELLOW,
+        YELLOW,
         reflectivity=0.5,
         decals=[
-            ("back", (0.0, 1.0), (0.0, 0.3), _BLACK, False),
-            *[(side, (0.2, 0.5), (0.2, 0.8), _BLACK, False) for side in ("left", "right")],
+            ("back", (0.0, 1.0), (0.0, 0.3), BLACK, False),
+            *[(side, (0.2, 0.5), (0.2, 0.8), BLACK, False) for side in ("left", "right")],
         ],
     )
     builder.box(
         (-0.16, 0.16),
         (0.02, 0.46),
         (0.58, 0.9),
-        _YELLOW,
+        YELLOW,
         reflectivity=0.35,
-        decals=[(side, (0.1, 0.9), (0.2, 0.9), _GLASS, False) for side in SIDES],
+        decals=[(side, (0.1, 0.9), (0.2, 0.9), GLASS, False) for side in SIDES],
     )
-    builder.box((0.05, 0.36), (-0.24, -0.06), (0.6, 1.0), _YELLOW, reflectivity=0.5, new_group=True)
+    builder.box((0.05, 0.36), (-0.24, -0.06), (0.6, 1.0), YELLOW, reflectivity=0.5, new_group=True)
     builder.box((0.36, 0.44), (-0.22, -0.08), (0.25, 0.95), (35, 160, 215), reflectivity=0.5, new_group=True)
     builder.box((0.34, 0.5), (-0.4, 0.1), (0.0, 0.25), (60, 60, 65), reflectivity=0.4)
 
 
 def _barrier(builder: ShapeBuilder) -> None:
     stripes = [
-        (side, (u, u + 0.125), (0.0, 1.0), _RED, False) for side in ("front", "back") for u in (0.0, 0.25, 0.5, 0.75)
+        (side, (u, u + 0.125), (0.0, 1.0), RED, False) for side in ("front", "back") for u in (0.0, 0.25, 0.5, 0.75)
     ]
     builder.box((-0.5, 0.5), (-0.5, 0.5), (0.0, 0.3), (190, 190, 190), reflectivity=0.5)
     builder.box((-0.28, 0.28), (-0.5, 0.5), (0.3, 1.0), PAINT, reflectivity=0.6, decals=stripes)
 
 
 def _traffic_cone(builder: ShapeBuilder) -> None:
-    builder.box((-0.5, 0.5), (-0.5, 0.5), (0.0, 0.1), _BLACK, reflectivity=0.3)
-    builder.box((-0.4, 0.4), (-0.4, 0.4), (0.1, 0.45), _ORANGE, reflectivity=0.6)
+    builder.box((-0.5, 0.5), (-0.5, 0.5), (0.0, 0.1), BLACK, reflectivity=0.3)
+    builder.box((-0.4, 0.4), (-0.4, 0.4), (0.1, 0.45), ORANGE, reflectivity=0.6)
     builder.box((-0.28, 0.28), (-0.28, 0.28), (0.45, 0.7), PAINT, reflectivity=0.95)
-    builder.box((-0.16, 0.16), (-0.16, 0.16), (0.7, 1.0), _ORANGE, reflectivity=0.6)
+    builder.box((-0.16, 0.16), (-0.16, 0.16), (0.7, 1.0), ORANGE, reflectivity=0.6)
 
 
 def _pedestrian(builder: ShapeBuilder, worker: bool) -> None:
@@ -274,7 +267,7 @@ def _pedestrian(builder: ShapeBuilder, worker: bool) -> None:
         (-0.2, 0.2),
         (-0.2, 0.2),
         (0.86, 1.0),
-        _SKIN if not worker else _YELLOW,
+        SKIN if not worker else YELLOW,
         reflectivity=0.35,
         decals=[("back", (0.0, 1.0), (0.3, 1.0), (30, 40, 60), False)],
     )
@@ -282,14 +275,14 @@ def _pedestrian(builder: ShapeBuilder, worker: bool) -> None:
 
 def _motorcycle(builder: ShapeBuilder, has_rider: bool) -> None:
     top = 0.72 if has_rider else 1.0
-    builder.box((-0.5, 0.5), (-0.2, 0.2), (0.0, 0.38 * top), _TYRE, reflectivity=0.2)
+    builder.box((-0.5, 0.5), (-0.2, 0.2), (0.0, 0.38 * top), TYRE, reflectivity=0.2)
     builder.box(
         (-0.42, 0.36), (-0.32, 0.32), (0.38 * top, 0.72 * top), PAINT, reflectivity=0.45, decals=_lamps(0.4, 0.9)
     )
-    builder.box((0.2, 0.32), (-0.5, 0.5), (0.8 * top, top), _STEEL, reflectivity=0.5)
+    builder.box((0.2, 0.32), (-0.5, 0.5), (0.8 * top, top), STEEL, reflectivity=0.5)
     if has_rider:
         builder.box((-0.24, 0.08), (-0.42, 0.42), (0.52, 0.87), SECOND_PAINT, reflectivity=0.35)
-        builder.box((-0.12, 0.04), (-0.2, 0.2), (0.87, 1.0), _BLACK, reflectivity=0.4)
+        builder.box((-0.12, 0.04), (-0.2, 0.2), (0.87, 1.0), BLACK, reflectivity=0.4)
 
 
 def _bicycle(builder: ShapeBuilder, has_rider: bool) -> None:
@@ -298,23 +291,23 @@ def _bicycle(builder: ShapeBuilder, has_rider: bool) -> None:
         (-0.5, -0.14),
         (-0.12, 0.12),
         (0.0, 0.6 * top),
-        _TYRE,
+        TYRE,
         reflectivity=0.25,
-        decals=[(side, (0.2, 0.8), (0.2, 0.8), _STEEL, False) for side in ("left", "right")],
+        decals=[(side, (0.2, 0.8), (0.2, 0.8), STEEL, False) for side in ("left", "right")],
     )
     builder.box(
         (0.14, 0.5),
         (-0.12, 0.12),
         (0.0, 0.6 * top),
-        _TYRE,
+        TYRE,
         reflectivity=0.25,
-        decals=[(side, (0.2, 0.8), (0.2, 0.8), _STEEL, False) for side in ("left", "right")],
+        decals=[(side, (0.2, 0.8), (0.2, 0.8), STEEL, False) for side in ("left", "right")],
     )
     builder.box((-0.25, 0.25), (-0.1, 0.1), (0.35 * top, 0.75 * top), PAINT, reflectivity=0.4)
     builder.box((0.2, 0.3), (-0.5, 0.5), (0.82 * top, top), PAINT, reflectivity=0.4)
     if has_rider:
         builder.box((-0.2, 0.12), (-0.4, 0.4), (0.52, 0.86), SECOND_PAINT, reflectivity=0.35)
-        builder.box((-0.08, 0.1), (-0.2, 0.2), (0.86, 1.0), _SKIN, reflectivity=0.35)
+        builder.box((-0.08, 0.1), (-0.2, 0.2), (0.86, 1.0), SKIN, reflectivity=0.35)
 
 
 _MAKERS = {
@@ -327,84 +320,3 @@ _MAKERS = {
     "traffic_cone": _traffic_cone,
 }
 assert {*_MAKERS, "pedestrian", "motorcycle", "bicycle"} == set(CLASSES) == set(CATEGORIES)
-
-
-_PLASTER = np.array([[120, 150, 180], [150, 155, 160], [110, 120, 150], [170, 185, 195]])
-_WINDOW = (95, 85, 75)
-_STOREY = 3.2
-
-
-def building(rng: np.random.Generator, length: float, depth: float) -> Shape:
-    """A house of random height whose right side (-y) faces the street."""
-    height = float(rng.uniform(4.5, 13.0))
-    blue, green, red = (_PLASTER[int(rng.integers(len(_PLASTER)))] * rng.uniform(0.8, 1.1)).tolist()
-    floors = int(height // _STOREY)
-    model = _building_model(floors, tuple((rng.random(floors) < 0.4).tolist()))
-    return Shape(model, (length, depth, height), 0.0, ((blue, green, red), _WHITE))
-
-
-@cache
-def _building_model(floors: int, lit: tuple[bool, ...]) -> Model:
-    windows = [
-        ("right", (0.07 + 0.3 * k, 0.31 + 0.3 * k), ((i + 0.35) / floors, (i + 0.75) / floors), _WINDOW, lit[i])
-        for i in range(floors)
-        for k in range(3)
-    ]
-    builder = ShapeBuilder()
-    builder.box((-0.5, 0.5), (-0.5, 0.5), (0.0, 1.0), PAINT, faces=("front", "back", "right"), decals=windows)
-    return builder.build()
-
-
-CLUTTER_KINDS = ("pole", "sign", "bollard", "pillar", "bin", "hedge", "wall", "tree")
-
-
-def clutter(kind: str, rng: np.random.Generator) -> Shape:
-    """Unlabelled street furniture of one of CLUTTER_KINDS, up to a tenth higher or lower than usual."""
-    paint = [_RED, (190.0, 90.0, 30.0), _WHITE][int(rng.integers(3))]
-    leaves = (40.0, float(rng.uniform(85, 130)), 55.0)
-    return Shape(_clutter_model(kind), (1.0, 1.0, float(rng.uniform(0.9, 1.1))), 0.0, (paint, leaves))
-
-
-@cache
-def _clutter_model(kind: str) -> Model:
-    """Sizes in metres."""
-    builder = ShapeBuilder()
-    if kind == "pole":
-        builder.box((-0.08, 0.08), (-0.08, 0.08), (0.0, 5.5), (95, 100, 95), reflectivity=0.5, faces=SIDES)
-        builder.box(
-            (-0.15, 0.15),
-            (-1.2, 0.1),
-            (5.5, 5.65),
-            (95, 100, 95),
-            faces=(*SIDES, "bottom"),
-            decals=[("bottom", (0.1, 0.9), (0.1, 0.9), (190, 240, 255), True)],
-            solid=False,
-        )
-    elif kind == "sign":
-        builder.box((-0.05, 0.05), (-0.05, 0.05), (0.0, 2.1), _STEEL, reflectivity=0.5, faces=SIDES)
-        builder.box((-0.05, 0.05), (-0.35, 0.35), (2.1, 2.8), PAINT, reflectivity=0.95, faces=SIDES)
-    elif kind == "bollard":  # as large as a cone, but grey
-        builder.box((-0.14, 0.14), (-0.14, 0.14), (0.0, 0.95), (110, 110, 110))
-    elif kind == "pillar":  # as large as a person, but one smooth block
-        builder.box(
-            (-0.25, 0.25),
-            (-0.3, 0.3),
-            (0.0, 1.8),
-            (100, 140, 90),
-            decals=[(side, (0.1, 0.9), (0.35, 0.9), (200, 215, 225), False) for side in SIDES],
-        )
-    elif kind == "bin":
-        builder.box((-0.8, 0.8), (-0.5, 0.5), (0.0, 1.3), (60, 95, 40), reflectivity=0.35)
-    elif kind == "hedge":
-        builder.box((-2.0, 2.0), (-0.4, 0.4), (0.0, 1.2), (45, 110, 60), reflectivity=0.3)
-    elif kind == "wall":
-        builder.box((-2.0, 2.0), (-0.1, 0.1), (0.0, 1.9), (120, 130, 165), reflectivity=0.45)
-    elif kind == "tree":
-        builder.box((-0.15, 0.15), (-0.15, 0.15), (0.0, 2.6), (50, 70, 95), reflectivity=0.3, faces=SIDES)
-        builder.box(
-            (-1.1, 1.1), (-1.1, 1.1), (2.6, 4.2), SECOND_PAINT, reflectivity=0.25, faces=(*SIDES, "top", "bottom")
-        )
-        builder.box((-0.7, 0.7), (-0.7, 0.7), (4.2, 5.6), SECOND_PAINT, reflectivity=0.25, faces=SIDES)
-    else:
-        raise ValueError(f"unknown kind of clutter {kind!r}, expected one of {CLUTTER_KINDS}")
-    return builder.build()
