@@ -278,7 +278,7 @@ def check_splits(config: DataConfig) -> None:
 
 
 def training_dataset(config: Config, index: FrameIndex) -> FrameDataset:
-    """Augmented frames with the boxes that a sensor saw."""
+    """Augmented frames with the boxes of `data.train_boxes`."""
     data = config.data
     sampler = None
     if data.gt_sampling is not None:
@@ -286,7 +286,6 @@ def training_dataset(config: Config, index: FrameIndex) -> FrameDataset:
             index,
             cache_dir=data.index_dir,
             num_clouds=1 + data.num_sweeps,
-            close_radius=0.0,
             with_patches=config.model.camera is not None,
             min_points=data.gt_sampling.min_points,
             num_workers=data.workers,
@@ -303,7 +302,13 @@ def training_dataset(config: Config, index: FrameIndex) -> FrameDataset:
         gt_sampler=sampler,
         gt_sampling_epochs=0 if sampler is None else config.training.epochs - data.gt_sampling.stop_before_end,
     )
-    return FrameDataset(index, valid_only=True, augmentation=augmentation, **_sensors(config))
+    return FrameDataset(
+        index,
+        boxes=data.train_boxes,
+        skip_empty_frames=data.skip_empty_frames,
+        augmentation=augmentation,
+        **_sensors(config),
+    )
 
 
 def _sensors(config: Config) -> dict:

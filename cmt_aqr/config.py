@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cmt_aqr.boxes import BoxChoice
 from cmt_aqr.config_checks import CHECKS
 from cmt_aqr.strict_yaml import apply_overrides, build, limits, to_tree
 from cmt_aqr.yaml_reader import ConfigError, read_yaml
@@ -73,7 +74,10 @@ class DataConfig:
     index_dir: str  # index files and the object database are kept here
     velocity_file: str | None  # relative to root; replaces velocities found by differencing annotations
     num_sweeps: int = limits(low=0, high=10)  # previous LiDAR sweeps added to the key frame's
+    train_boxes: BoxChoice  # which boxes are ground truth in training: those that hold a point of these sensors, or all
     class_balanced: bool  # CBGS resampling
+    balance_boxes: BoxChoice  # which boxes CBGS counts
+    skip_empty_frames: bool  # a sample left without a box after augmentation is replaced by a frame drawn at random
     drop_lidar: float = limits(low=0, high=1)  # probability of training on a frame without points
     drop_cameras: float = limits(low=0, high=1)  # probability of training on a frame with blank images
     image_augmentation: ImageAugmentationConfig | None

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cmt_aqr.boxes import BoxChoice
 from cmt_aqr.build import build_criterion, build_detector, check_device, check_training, training_dataset
 from cmt_aqr.config import Config, ConfigError
 from cmt_aqr.data.index import FrameIndex
@@ -139,7 +140,7 @@ def make_training_loader(config: Config, index: FrameIndex, rank_info: RankInfo)
 
     def sampler(rank: int, world_size: int) -> TrainingSampler:
         return TrainingSampler(
-            frame_labels=index.frame_labels,
+            frame_labels=index.frame_labels(config.data.balance_boxes),
             class_balanced=config.data.class_balanced,
             seed=config.seed,
             rank=rank,
@@ -158,9 +159,9 @@ def make_training_loader(config: Config, index: FrameIndex, rank_info: RankInfo)
     return loader, max(1, steps_per_epoch)
 
 
-def training_centres(index: FrameIndex) -> Tensor:
-    """Centres (N, 3) of all boxes of the training split that a sensor saw, metres, LiDAR frame."""
-    return torch.cat([index.frame(i).targets(valid_only=True).boxes[:, :3] for i in range(len(index))])
+def training_centres(index: FrameIndex, choice: BoxChoice) -> Tensor:
+    """Centres (N, 3) of the training split's boxes that training uses, metres, LiDAR frame."""
+    return torch.cat([index.frame(i).targets(choice).boxes[:, :3] for i in range(len(index))])
 
 
 def initialise(model: nn.Module, path: str) -> str:
@@ -179,7 +180,7 @@ def initialise(model: nn.Module, path: str) -> str:
 def set_first_weights(model: Detector, config: Config, index: FrameIndex) -> list[str]:
     """Reference points and weights that a new run starts from; returns what there is to say about them."""
     if config.model.start == "local":
-        start_reference_points(model, training_centres(index), config.model.point_range)
+        start_reference_points(model, training_centres(index, config.data.train_boxes), config.model.point_range)
     if config.training.init_from is None:
         return []
     return [initialise(model, config.training.init_from)]

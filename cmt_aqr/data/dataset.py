@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cmt_aqr.boxes import BoxChoice
 from cmt_aqr.data.files import image_size_of, load_points, read_views
 from cmt_aqr.data.gt_sampling import GtSampler
 from cmt_aqr.data.image_transforms import (
@@ -19,7 +20,7 @@ from cmt_aqr.data.image_transforms import (
     transform_image,
 )
 from cmt_aqr.data.index import Frame, FrameIndex
-from cmt_aqr.data.sample import Sample
+from cmt_aqr.data.sample import DataError, Sample
 from cmt_aqr.data.sampling import SampleKey
 from cmt_aqr.data.scene_transforms import (
     ModalityDropout,
@@ -31,6 +32,11 @@ from cmt_aqr.data.scene_transforms import (
     shuffle_points,
     transform_scene,
 )
+
+# Frames drawn in place of an empty one before the data set is called empty.
+MAX_REPLACEMENTS = 100
+# Keeps the draw of replacements apart from the draws of augmentation, whose last number is an attempt.
+_REPLACEMENT_STREAM = 2**31
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,8 @@ class FrameDataset(Dataset[Sample]):
         *,
         final_size: tuple[int, int] | None,
         num_clouds: int | None,
-        close_radius: float = 0.0,
-        valid_only: bool = False,
+        boxes: BoxChoice = "all",
+        skip_empty_frames: bool = False,
         augmentation: TrainingAugmentation | None = None,
     ):
         """Set up.
@@ -78,10 +84,10 @@ class FrameDataset(Dataset[Sample]):
             index: frames of the split.
             final_size: (height, width) of the network's images; None: cameras are not used.
             num_clouds: LiDAR clouds per sample, the key frame and previous sweeps, most recent first; None: no LiDAR.
-                The original's configs load the key frame and ten sweeps, that is 11, with `close_radius` 0. It draws
-                sweeps at random only where a frame lists more than it loads, which its index never does.
-            close_radius: metres, see `files.read_sweeps`.
-            valid_only: leave out boxes without any LiDAR or radar point (training).
+                The original's configs load the key frame and ten sweeps, that is 11, and keep points near the car. It
+                draws sweeps at random only where a frame lists more than it loads, which its index never does.
+            boxes: which boxes are ground truth.
+            skip_empty_frames: replace a training sample that ends without a box, see `_training_sample`.
             augmentation: random augmentation; None: evaluation.
 
         Raises:
@@ -97,8 +103,8 @@ class FrameDataset(Dataset[Sample]):
         self.index = index
         self._final_size = final_size
         self._num_clouds = num_clouds
-        self._close_radius = close_radius
-        self._valid_only = valid_only
+        self._boxes = boxes
+        self._skip_empty_frames = skip_empty_frames
         self._augmentation = augmentation
 
     def __len__(self) -> int:
@@ -106,10 +112,9 @@ class FrameDataset(Dataset[Sample]):
 
     def __getitem__(self, key: SampleKey | int) -> Sample:
         key = key if isinstance(key, SampleKey) else SampleKey(key)
-        frame = self.index.frame(key.index)
         if self._augmentation is None:
-            return self._evaluation_sample(frame)
-        return self._training_sample(frame, key, self._augmentation)
+            return self._evaluation_sample(self.index.frame(key.index))
+        return self._training_sample(key, self._augmentation)
 
     def _evaluation_sample(self, frame: Frame) -> Sample:
         sample = self._bare_sample(frame)
@@ -120,9 +125,38 @@ class FrameDataset(Dataset[Sample]):
             sample = finish_images(sample, read_views(frame, self.index.dataroot), draw)
         return sample
 
-    def _training_sample(self, frame: Frame, key: SampleKey, augmentation: TrainingAugmentation) -> Sample:
+    def _training_sample(self, key: SampleKey, augmentation: TrainingAugmentation) -> Sample:
+        """The augmented frame; where it ends without a box and these are skipped, the first drawn one that has a box.
+
+        A replacement is any frame of the split, all equally likely, augmented anew: a function of the seed and of the
+        key alone, so that it is the same in every worker and process, and after a resume.
+
+        Raises:
+            DataError: bad files, or no frame with a box in `MAX_REPLACEMENTS` draws.
+
+        *Source*: mmdet3d `Custom3DDataset.prepare_train_data` (`filter_empty_gt`), `_rand_another`. *Quirk F33*.
+        """
+        sample = self._augmented_sample(self.index.frame(key.index), key, augmentation, ())
+        if not self._skip_empty_frames or len(sample.targets.labels):
+            return sample
+        rng = np.random.default_rng((augmentation.seed, key.epoch, key.index, key.position, _REPLACEMENT_STREAM))
+        for attempt in range(1, MAX_REPLACEMENTS + 1):
+            frame = self.index.frame(int(rng.integers(len(self.index))))
+            sample = self._augmented_sample(frame, key, augmentation, (attempt,))
+            if len(sample.targets.labels):
+                return sample
+        raise DataError(
+            f"data.skip_empty_frames: none of {MAX_REPLACEMENTS} frames drawn from the split {self.index.split!r} has "
+            f"a box to train on after augmentation, expected at least one; check data.train_boxes and "
+            f"model.point_range, or set data.skip_empty_frames to false"
+        )
+
+    def _augmented_sample(
+        self, frame: Frame, key: SampleKey, augmentation: TrainingAugmentation, attempt: tuple[int, ...]
+    ) -> Sample:
         # One stream a step: switching a step off does not change what the others draw.
-        seeds = np.random.SeedSequence((augmentation.seed, key.epoch, key.index, key.position)).spawn(4)
+        entropy = (augmentation.seed, key.epoch, key.index, key.position, *attempt)
+        seeds = np.random.SeedSequence(entropy).spawn(4)
         paste_rng, dropout_rng, scene_rng, image_rng = (np.random.default_rng(seed) for seed in seeds)
         sample = self._bare_sample(frame)
         drop_images, drop_points = (False, False)
@@ -141,6 +175,8 @@ class FrameDataset(Dataset[Sample]):
         if augmentation.scene is not None:
             sample = transform_scene(sample, draw_scene_augmentation(scene_rng, augmentation.scene))
         sample = replace(sample, targets=filter_targets(sample.targets, augmentation.point_range))
+        if self._skip_empty_frames and not len(sample.targets.labels):
+            return sample  # it will be replaced: the rest would be for nothing
         if sample.points is not None:
             points = filter_points(sample.points, augmentation.point_range)
             sample = replace(sample, points=shuffle_points(points, scene_rng))
@@ -160,11 +196,10 @@ class FrameDataset(Dataset[Sample]):
         ego2global = torch.tensor(frame.ego2global, dtype=torch.float64)
         return Sample(
             token=frame.token,
-            timestamp=frame.timestamp * 1e-6,
             images=None,
             points=None,
             lidar2img=torch.stack([camera.lidar2img() for camera in frame.cameras]),
-            targets=frame.targets(valid_only=self._valid_only),
+            targets=frame.targets(self._boxes),
             lidar2global=ego2global @ lidar2ego,
             lidar2ego=lidar2ego,
             ego2global=ego2global,
@@ -172,7 +207,7 @@ class FrameDataset(Dataset[Sample]):
         )
 
     def _points(self, frame: Frame) -> Tensor:
-        return load_points(frame, self.index.dataroot, num_clouds=self._num_clouds, close_radius=self._close_radius)
+        return load_points(frame, self.index.dataroot, num_clouds=self._num_clouds, close_radius=0.0)
 
 
 def finish_images(sample: Sample, views: Iterable[np.ndarray] | None, draw: ImageDraw) -> Sample:

@@ -31,9 +31,11 @@ from cmt_aqr.geometry import transform_points
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # A patch smaller than this on either side is not worth pasting (the original's threshold, pixels).
 MIN_PATCH_SIZE = 10
+# Sweep points closer than this in both |x| and |y| are not part of an object, metres (the original's, *Quirk F34*).
+CLOSE_RADIUS = 1.0
 _JPEG_QUALITY = 95
 # Cell of the coarse grid that preselects points near boxes, metres.
 _GRID_CELL = 1.0
@@ -90,7 +92,6 @@ def open_gt_database(
     *,
     cache_dir: str | Path,
     num_clouds: int,
-    close_radius: float,
     with_patches: bool,
     min_points: int = 5,
     num_workers: int = 0,
@@ -103,7 +104,6 @@ def open_gt_database(
         index: training split.
         cache_dir: folder of the database's folder.
         num_clouds: clouds per frame, as the training samples have them.
-        close_radius: as in `files.read_sweeps`.
         with_patches: cut image patches too (needs the cameras).
         min_points: objects with fewer points are left out (*Source*: CMT configs, `filter_by_min_points`).
         num_workers: processes that read frames.
@@ -115,7 +115,6 @@ def open_gt_database(
         "format": FORMAT_VERSION,
         "index": index.content_hash,
         "num_clouds": num_clouds,
-        "close_radius": close_radius,
         "with_patches": with_patches,
         "min_points": min_points,
     }
@@ -124,7 +123,7 @@ def open_gt_database(
     if not folder.is_dir():
         with exclusive_lock(folder):
             if not folder.is_dir():
-                frames = _FrameObjects(index, num_clouds, close_radius, with_patches, min_points)
+                frames = _FrameObjects(index, num_clouds, with_patches, min_points)
                 with new_cache(folder) as temporary:
                     _write(frames, temporary, num_workers)
     with np.load(folder / "objects.npz", allow_pickle=False) as arrays:
@@ -198,10 +197,9 @@ def project_boxes(boxes: Tensor, lidar2img: Tensor, image_size: tuple[int, int])
 class _FrameObjects(Dataset):
     """The objects of each frame as (label, box, points, JPEG bytes), or the DataError met on the way."""
 
-    def __init__(self, index: FrameIndex, num_clouds: int, close_radius: float, with_patches: bool, min_points: int):
+    def __init__(self, index: FrameIndex, num_clouds: int, with_patches: bool, min_points: int):
         self._index = index
         self._num_clouds = num_clouds
-        self._close_radius = close_radius
         self._with_patches = with_patches
         self._min_points = min_points
 
@@ -216,8 +214,8 @@ class _FrameObjects(Dataset):
 
     def _objects(self, item: int) -> Iterator[tuple[int, Tensor, Tensor, bytes]]:
         frame, root = self._index.frame(item), self._index.dataroot
-        targets = frame.targets(valid_only=True)
-        points = load_points(frame, root, num_clouds=self._num_clouds, close_radius=self._close_radius)
+        targets = frame.targets("lidar_or_radar")
+        points = load_points(frame, root, num_clouds=self._num_clouds, close_radius=CLOSE_RADIUS)
         inside = points_of_boxes(points, targets.boxes)
         keep = [i for i, indices in enumerate(inside) if len(indices) >= self._min_points]
         patches = [b""] * len(targets.labels)

@@ -127,7 +127,7 @@ class GtSampler:
             return sample
         new = Targets(self._boxes[chosen], torch.from_numpy(self._database.labels[chosen]))
         if views is not None:
-            self._paste_patches(sample.targets.boxes, new.boxes, chosen, sample.lidar2img, views)
+            self._paste_patches(new.boxes, chosen, sample.lidar2img, views)
         points = sample.points
         if points is not None:
             keep = torch.ones(len(points), dtype=torch.bool)
@@ -137,21 +137,21 @@ class GtSampler:
         return replace(sample, points=points, targets=Targets(boxes, torch.cat((sample.targets.labels, new.labels))))
 
     def _paste_patches(
-        self, own: Tensor, new: Tensor, chosen: Sequence[int], lidar2img: Tensor, views: Sequence[np.ndarray]
+        self, boxes: Tensor, chosen: Sequence[int], lidar2img: Tensor, views: Sequence[np.ndarray]
     ) -> None:
-        """Draw all objects again from far to near: the new ones from their patches, the frame's own from the image."""
-        patches = [None] * len(own) + [self._database.patch(i) for i in chosen]
-        boxes = torch.cat((own, new))
+        """Blend the objects' patches into the views, from far to near; the frame's own objects cover none of them.
+
+        The original draws the frame's own objects again, in the same order of depth, but its crops of them are views of
+        the image that it paints: each is blended with itself, which changes nothing. *Quirk F34*.
+        """
+        patches = [self._database.patch(i) for i in chosen]
         for matrix, view in zip(lidar2img, views, strict=True):
             rectangles, depth, visible = project_boxes(boxes, matrix, view.shape[:2])
             drawable = visible & ((rectangles[:, 2:] - rectangles[:, :2]) > 1).all(dim=1)
-            order = [i for i in depth.argsort(descending=True).tolist() if drawable[i]]
             rectangles = rectangles.tolist()
-            before = {i: _cut(view, rectangles[i]).copy() for i in order if i < len(own)}
-            for i in order:
-                patch = before.get(i, patches[i])
-                if patch is not None:
-                    _blend(_cut(view, rectangles[i]), patch, self._mix)
+            for i in depth.argsort(descending=True).tolist():
+                if drawable[i] and patches[i] is not None:
+                    _blend(_cut(view, rectangles[i]), patches[i], self._mix)
 
 
 def _cut(view: np.ndarray, rectangle: Sequence[int]) -> np.ndarray:

@@ -16,11 +16,12 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from cmt_aqr.boxes import BOX_SIZE, Targets
+from cmt_aqr.boxes import BOX_SIZE, BoxChoice, Targets
 from cmt_aqr.data.cache import exclusive_lock, fingerprint, new_cache, same_content
 
 logger = logging.getLogger(__name__)
@@ -99,20 +100,26 @@ class Frame:
     num_radar_points: list[int]
     annotations: list[str]
 
-    def valid(self) -> Tensor:
-        """(G,) bool: the box holds at least one LiDAR or radar point; *Source*: mmdet3d `valid_flag`."""
-        lidar = torch.tensor(self.num_lidar_points, dtype=torch.int64)
-        return lidar + torch.tensor(self.num_radar_points, dtype=torch.int64) > 0
+    def chosen(self, choice: BoxChoice) -> Tensor:
+        """(G,) bool: which boxes a choice takes.
 
-    def targets(self, *, valid_only: bool) -> Targets:
-        """Ground truth, unknown velocities as NaN; `valid_only` leaves out boxes without LiDAR and radar points."""
+        *Source*: mmdet3d `NuScenesDataset.get_ann_info`: `lidar` is its mask without `use_valid_flag`,
+        `lidar_or_radar` the one with it (`valid_flag`). *Quirk F33*.
+        """
+        counts = torch.tensor(self.num_lidar_points, dtype=torch.int64)
+        if choice == "all":
+            return torch.ones(len(counts), dtype=torch.bool)
+        if choice == "lidar_or_radar":
+            counts = counts + torch.tensor(self.num_radar_points, dtype=torch.int64)
+        return counts > 0
+
+    def targets(self, choice: BoxChoice) -> Targets:
+        """Ground truth of the chosen boxes, unknown velocities as NaN."""
         rows = [[float("nan") if value is None else value for value in box] for box in self.boxes]
         boxes = torch.tensor(rows, dtype=torch.float32).view(-1, BOX_SIZE)
         labels = torch.tensor(self.labels, dtype=torch.int64)
-        if valid_only:
-            keep = self.valid()
-            boxes, labels = boxes[keep], labels[keep]
-        return Targets(boxes, labels)
+        keep = self.chosen(choice)
+        return Targets(boxes[keep], labels[keep])
 
     @staticmethod
     def from_json(text: str | bytes) -> "Frame":
@@ -137,7 +144,6 @@ class FrameIndex:
         cameras: channels, in the order of the views.
         max_sweeps: previous sweeps that a frame can have at most.
         tokens: sample tokens.
-        frame_labels: for every frame the set of labels among its valid boxes, sorted (for class balancing).
         path: the index file.
         content_hash: digest of the settings and of the tables' content.
     """
@@ -149,7 +155,7 @@ class FrameIndex:
         self.cameras: tuple[str, ...] = tuple(header["settings"]["cameras"])
         self.max_sweeps: int = header["settings"]["max_sweeps"]
         self.tokens: list[str] = header["tokens"]
-        self.frame_labels: list[list[int]] = header["frame_labels"]
+        self._frame_labels: dict[str, list[list[int]]] = header["frame_labels"]
         self.path = path
         contents = [header["settings"], {name: mark[2] for name, mark in sorted(header["tables"].items())}]
         self.content_hash = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
@@ -157,6 +163,10 @@ class FrameIndex:
 
     def __len__(self) -> int:
         return len(self._lines)
+
+    def frame_labels(self, choice: BoxChoice) -> list[list[int]]:
+        """For every frame the set of labels among the chosen boxes, sorted (for class balancing)."""
+        return self._frame_labels[choice]
 
     def frame(self, index: int) -> Frame:
         """Frame `index` in [0, len)."""
@@ -200,7 +210,10 @@ def open_index(
             "settings": settings,
             "tables": marks,
             "tokens": [frame.token for frame in frames],
-            "frame_labels": [sorted(set(frame.targets(valid_only=True).labels.tolist())) for frame in frames],
+            "frame_labels": {
+                choice: [sorted(set(frame.targets(choice).labels.tolist())) for frame in frames]
+                for choice in get_args(BoxChoice)
+            },
         }
         lines = [frame.to_json().encode() for frame in frames]
         with new_cache(path) as temporary, gzip.open(temporary, "wb", compresslevel=4) as file:

@@ -25,7 +25,6 @@ class Sample:
 
     Attributes:
         token: nuScenes sample token.
-        timestamp: seconds, of the key frame.
         images: (V, H, W, 3) uint8 RGB in the order of the index's cameras, or None when the cameras are not used.
         points: (P, 5) float32 x, y, z (metres), intensity (0..255), time lag (s, >= 0, key frame 0), or None.
         lidar2img: (V, 4, 4) float64, [u*d, v*d, d, 1] = lidar2img @ [x, y, z, 1], pixels of `images`.
@@ -37,7 +36,6 @@ class Sample:
     """
 
     token: str
-    timestamp: float
     images: Tensor | None
     points: Tensor | None
     lidar2img: Tensor
@@ -54,7 +52,6 @@ class Batch:
 
     Attributes:
         tokens: B sample tokens.
-        timestamps: (B,) float64 seconds.
         images: (B, V, H, W, 3) uint8 RGB or None.
         points: B tensors (P_i, 5) float32 or None.
         lidar2img: (B, V, 4, 4) float64.
@@ -66,7 +63,6 @@ class Batch:
     """
 
     tokens: list[str]
-    timestamps: Tensor
     images: Tensor | None
     points: list[Tensor] | None
     lidar2img: Tensor
@@ -120,7 +116,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         raise ValueError(f"collate: images of different shapes {sorted(shapes)}, expected one (V, H, W, 3)")
     return Batch(
         tokens=[sample.token for sample in samples],
-        timestamps=torch.tensor([sample.timestamp for sample in samples], dtype=torch.float64),
         images=torch.stack([sample.images for sample in samples]) if has_images else None,
         points=[sample.points for sample in samples] if has_points else None,
         lidar2img=torch.stack([sample.lidar2img for sample in samples]),

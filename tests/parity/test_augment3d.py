@@ -47,7 +47,6 @@ def _sample(golden: Golden, seed: str) -> Sample:
     eye = torch.eye(4, dtype=torch.float64)
     return Sample(
         token=seed,
-        timestamp=0.0,
         images=None,
         points=golden.tensor(f"{seed}/points_in"),
         lidar2img=golden.tensor(f"{seed}/lidar2img_in"),

@@ -24,6 +24,8 @@ def official(request):
 def test_settings_of_the_official_configurations(official):
     model, loss = official.model, official.loss
     assert official.evaluation.max_detections == 300  # Q10
+    data = official.data
+    assert (data.train_boxes, data.balance_boxes, data.skip_empty_frames) == ("lidar", "all", True)  # F33
     assert model.dropout == 0.1  # Q15
     assert model.cls_prior is None and model.start == "official"  # fact 14
     assert model.head_kernel == (3 if model.camera is None else 1)  # fact 13

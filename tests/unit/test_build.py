@@ -142,7 +142,7 @@ def test_the_official_fusion_augmentation(augmentation_of):
     assert augmentation.gt_sampling_epochs == config.training.epochs - config.data.gt_sampling.stop_before_end
     assert asked["num_clouds"] == 11 and asked["with_patches"] is True
     assert dataset._final_size == config.model.camera.input_size and dataset._num_clouds == 11
-    assert dataset._valid_only is True
+    assert dataset._boxes == "lidar" and dataset._skip_empty_frames is True
 
 
 def test_a_lidar_model_pastes_no_patches_and_reads_no_image(augmentation_of):

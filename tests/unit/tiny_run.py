@@ -67,7 +67,6 @@ def make_batch() -> Batch:
     eye = torch.eye(4, dtype=torch.float64)[None]
     return Batch(
         tokens=["a1"],
-        timestamps=torch.zeros(1, dtype=torch.float64),
         images=None,
         points=[torch.arange(10.0).reshape(2, 5)],
         lidar2img=eye[:, None],

@@ -9,12 +9,14 @@ import torch
 from cmt_aqr.classes import CAMERAS, CLASSES
 from cmt_aqr.data.dataset import FrameDataset, TrainingAugmentation
 from cmt_aqr.data.files import read_image, read_points
+from cmt_aqr.data.gt_database import open_gt_database
+from cmt_aqr.data.gt_sampling import GtSampler
 from cmt_aqr.data.image_transforms import ImageAugmentation
 from cmt_aqr.data.sample import DataError, collate
 from cmt_aqr.data.sampling import SampleKey
 from cmt_aqr.data.scene_transforms import ModalityDropout, SceneAugmentation
 from tests.unit.data.conftest import index_of
-from tests.unit.data.world import IMAGE_SIZE, car_position, to_lidar, view_colour
+from tests.unit.data.world import IMAGE_SIZE, car_position, to_lidar, view_colour, write_world
 
 FINAL_SIZE = (16, 48)
 POINT_RANGE = (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)
@@ -26,12 +28,12 @@ def _augmentation(**options) -> TrainingAugmentation:
 
 
 def _dataset(index, **options) -> FrameDataset:
-    return FrameDataset(index, **{"final_size": FINAL_SIZE, "num_clouds": 3, "close_radius": 1.0} | options)
+    return FrameDataset(index, **{"final_size": FINAL_SIZE, "num_clouds": 3} | options)
 
 
 def test_evaluation_sample(index):
     sample = _dataset(index)[1]
-    assert sample.token == "scene-a-sample-1" and sample.timestamp == pytest.approx(1_600_000_000.5)
+    assert sample.token == "scene-a-sample-1"
     assert sample.images.shape == (6, *FINAL_SIZE, 3) and sample.images.dtype == torch.uint8
     for image, camera in zip(sample.images, CAMERAS, strict=True):
         assert (image.float().mean((0, 1)) - torch.tensor(view_colour(camera))).abs().max() < 4
@@ -70,17 +72,17 @@ def test_only_what_is_used_is_read(world, index):
 
 def test_training_draws_depend_on_the_key_alone(index):
     augmentation = _augmentation(scene=SceneAugmentation(), image=ImageAugmentation((0.7, 0.9)))
-    dataset = _dataset(index, augmentation=augmentation, valid_only=True)
+    dataset = _dataset(index, augmentation=augmentation, boxes="lidar_or_radar")
     first = dataset[SampleKey(2, 1, 7)]
     dataset[SampleKey(0, 1, 8)]
-    again = _dataset(index, augmentation=augmentation, valid_only=True)[SampleKey(2, 1, 7)]
+    again = _dataset(index, augmentation=augmentation, boxes="lidar_or_radar")[SampleKey(2, 1, 7)]
     for name in ("images", "points", "lidar2img", "augmentation"):
         assert torch.equal(getattr(first, name), getattr(again, name))
     others = [SampleKey(2, 2, 7), SampleKey(2, 1, 8)]
     assert all(not torch.equal(dataset[key].augmentation, first.augmentation) for key in others)
     assert first.targets.labels.tolist() == [0]
     # Switching off one step leaves the draws of the others alone.
-    bare = _dataset(index, augmentation=replace(augmentation, scene=None), valid_only=True)[SampleKey(2, 1, 7)]
+    bare = _dataset(index, augmentation=replace(augmentation, scene=None), boxes="lidar_or_radar")[SampleKey(2, 1, 7)]
     torch.testing.assert_close(bare.lidar2img, first.lidar2img @ first.augmentation)
 
 
@@ -238,10 +240,10 @@ def test_batch(index):
     batch = collate([dataset[0], dataset[2]])
     assert batch.tokens == ["scene-a-sample-0", "scene-a-sample-2"]
     assert batch.images.shape == (2, 6, *FINAL_SIZE, 3) and batch.lidar2img.shape == (2, 6, 4, 4)
-    assert batch.lidar2img.dtype == torch.float64 and batch.timestamps.dtype == torch.float64
+    assert batch.lidar2img.dtype == torch.float64
     assert torch.equal(batch.points[1], dataset[2].points)
     moved = batch.to("meta")
-    assert moved.tokens == batch.tokens and moved.timestamps.device.type == "meta"
+    assert moved.tokens == batch.tokens and moved.lidar2img.device.type == "meta"
     tensors = [moved.images, *moved.points, moved.lidar2img, moved.lidar2global, moved.augmentation, moved.lidar2ego]
     assert all(tensor.device.type == "meta" for tensor in (*tensors, moved.targets[0].boxes, moved.targets[1].labels))
     with pytest.raises(ValueError, match="1 of 2 samples have points"):
@@ -254,3 +256,54 @@ def test_global_wall_is_where_it_was_written(world, index):
     sample = _dataset(index)[2]
     wall = torch.from_numpy(to_lidar(world.wall, 1.0)).float()
     torch.testing.assert_close(sample.points[: len(wall), :3], wall, atol=1e-4, rtol=0)
+
+
+def _with_cars_in(world, frames: set[int]) -> None:
+    """No LiDAR point on the cars of all other frames."""
+
+    def edit(rows):
+        for row in rows:
+            if int(row["token"].split("-")[3]) not in frames:
+                row["num_lidar_pts"] = 0
+
+    world.edit("sample_annotation", edit)
+
+
+def test_empty_frames_are_replaced(tmp_path):
+    world = write_world(tmp_path / "world", scenes={"scene-a": 5})
+    _with_cars_in(world, {2, 4})
+    index = index_of(world, tmp_path / "cache")
+    augmentation = _augmentation(image=ImageAugmentation((0.7, 0.9)), scene=SceneAugmentation())
+    kept = _dataset(index, augmentation=augmentation, boxes="lidar")
+    skipping = _dataset(index, augmentation=augmentation, boxes="lidar", skip_empty_frames=True)
+    assert kept[SampleKey(0)].token == "scene-a-sample-0" and len(kept[SampleKey(0)].targets.labels) == 0
+    keys = [SampleKey(0, epoch, position) for epoch in range(3) for position in range(8)]
+    replacements = [skipping[key] for key in keys]
+    assert {sample.token for sample in replacements} == {"scene-a-sample-2", "scene-a-sample-4"}
+    assert all(sample.targets.labels.tolist() == [0] for sample in replacements)
+    # Each is augmented anew, the same whenever it is asked for; a frame with a box is what it was.
+    assert len({float(sample.augmentation[0, 0]) for sample in replacements}) == len(keys)
+    again = _dataset(index, augmentation=augmentation, boxes="lidar", skip_empty_frames=True)
+    for key, sample in reversed(list(zip(keys, replacements, strict=True))):
+        assert torch.equal(again[key].points, sample.points) and torch.equal(again[key].images, sample.images)
+    assert torch.equal(skipping[SampleKey(2, 1, 3)].points, kept[SampleKey(2, 1, 3)].points)
+
+
+def test_whether_a_frame_is_empty_is_seen_after_pasting_and_after_the_range_filter(tmp_path):
+    world = write_world(tmp_path / "world", scenes={"scene-a": 3})
+    _with_cars_in(world, {1})
+    index = index_of(world, tmp_path / "cache")
+    options = {"num_clouds": 2, "boxes": "lidar", "skip_empty_frames": True}
+    database = open_gt_database(index, cache_dir=tmp_path / "cache", num_clouds=2, with_patches=True)
+    pasting = _augmentation(gt_sampler=GtSampler(database, counts={"car": 1}), gt_sampling_epochs=1)
+    dataset = _dataset(index, augmentation=pasting, **options)
+    assert dataset[SampleKey(0, 0)].token == "scene-a-sample-0"  # it has the pasted car
+    assert dataset[SampleKey(0, 1)].token == "scene-a-sample-1"
+    near = _augmentation(point_range=(-1.0, -1.0, -5.0, 1.0, 1.0, 3.0))
+    sentence = (
+        r"^data.skip_empty_frames: none of 100 frames drawn from the split 'all' has a box to train on after "
+        r"augmentation, expected at least one; check data.train_boxes and model.point_range, or set "
+        r"data.skip_empty_frames to false$"
+    )
+    with pytest.raises(DataError, match=sentence):
+        _dataset(index, augmentation=near, **options)[SampleKey(1)]

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -8,15 +9,16 @@ import torch
 from cmt_aqr.boxes import Targets, box_corners, points_in_boxes
 from cmt_aqr.classes import CAMERAS, CLASSES
 from cmt_aqr.data.dataset import FrameDataset, TrainingAugmentation
-from cmt_aqr.data.gt_database import near_boxes, open_gt_database, points_of_boxes, project_boxes
+from cmt_aqr.data.gt_database import _cut_patches, near_boxes, open_gt_database, points_of_boxes, project_boxes
 from cmt_aqr.data.gt_sampling import ORIGINAL_COUNTS, GtSampler, bev_overlap
+from cmt_aqr.data.jpeg import decode
 from cmt_aqr.data.nuscenes import load_index
 from cmt_aqr.data.sample import DataError, Sample
 from cmt_aqr.geometry import transform_points
 from tests.unit.data.conftest import index_of
-from tests.unit.data.world import view_colour, write_world
+from tests.unit.data.world import KEY_INTERVAL, ego_pose, view_colour, write_world
 
-BUILD = {"num_clouds": 2, "close_radius": 1.0, "with_patches": True}
+BUILD = {"num_clouds": 2, "with_patches": True}
 
 
 def _random_boxes(count: int, extent: float, seed: int) -> torch.Tensor:
@@ -60,7 +62,7 @@ def test_database_of_the_tiny_world(world, tmp_path):
     assert database.labels.tolist() == [0, 0, 0]
     assert np.diff(database.point_offsets).tolist() == [30, 60, 60]
     for i in range(3):
-        box = index.frame(i).targets(valid_only=True).boxes
+        box = index.frame(i).targets("lidar_or_radar").boxes
         np.testing.assert_array_equal(database.boxes[i], box[0])
         points = database.points(i)
         assert points_in_boxes(points[:30], box).all()
@@ -117,7 +119,7 @@ def _bare(sample: Sample, targets: Targets) -> Sample:
 @pytest.fixture
 def real(real_frame, tmp_path):
     index = load_index(dataroot=real_frame, version="v1.0-mini", split="one_frame", cache_dir=tmp_path)
-    database = open_gt_database(index, cache_dir=tmp_path, num_clouds=1, close_radius=1.0, with_patches=True)
+    database = open_gt_database(index, cache_dir=tmp_path, num_clouds=1, with_patches=True)
     sample = FrameDataset(index, final_size=None, num_clouds=1)[0]
     return index, database, sample
 
@@ -182,26 +184,103 @@ def test_pasted_patches_appear_where_the_box_projects(tmp_path):
                 assert not view.any()
 
 
-def test_near_objects_cover_far_ones(tmp_path, world):
-    index = index_of(world, tmp_path / "cache")
+@pytest.fixture
+def front_view(index, tmp_path):
+    """A sampler with a near and a far object, one behind the other in view 0, and their rectangles there."""
     database = open_gt_database(index, cache_dir=tmp_path / "cache", **BUILD)
     sample = FrameDataset(index, final_size=None, num_clouds=1)[0]
     inverse = torch.linalg.inv(sample.lidar2img[0])
     centres = [transform_points(inverse, torch.tensor([[32.0 * d, 18.0 * d, d]]).double())[0] for d in (8.0, 16.0)]
-    near, far = (torch.cat((c.float(), torch.tensor([2.0, 2, 2, 0, 0, 0]))) for c in centres)
-    views = [np.zeros((36, 64, 3), dtype=np.uint8) for _ in CAMERAS]
-    views[0][:] = 100
-    patches = {0: np.full((20, 20, 3), 200, dtype=np.uint8)}
-    sampler = GtSampler(database, mix=1.0)
+    boxes = torch.stack([torch.cat((c.float(), torch.tensor([2.0, 2, 2, 0, 0, 0]))) for c in centres])
+    near, far = project_boxes(boxes, sample.lidar2img[0], (36, 64))[0].tolist()
+    assert near[0] < far[0] < far[2] < near[2] and near[1] < far[1] < far[3] < near[3]
+    patches = {0: np.full((20, 20, 3), 200, dtype=np.uint8), 1: np.full((20, 20, 3), 40, dtype=np.uint8)}
     object.__setattr__(database, "patch", patches.get)
-    sampler._paste_patches(near[None], far[None], [0], sample.lidar2img, views)
-    (x0, y0, x1, y1), (u0, v0, u1, v1) = (
-        project_boxes(box[None], sample.lidar2img[0], (36, 64))[0][0].tolist() for box in (near, far)
-    )
-    assert x0 <= u0 < u1 <= x1 and y0 <= v0 < v1 <= y1  # the far one lies behind the near one
+    database.boxes[:2] = boxes.numpy()
+    return sample, database, near, far
+
+
+def _region(view, rectangle):
+    x0, y0, x1, y1 = rectangle
+    return view[y0:y1, x0:x1]
+
+
+@pytest.mark.parametrize("order", ([0, 1], [1, 0]))
+def test_near_patches_cover_far_ones(front_view, order):
+    sample, database, near, far = front_view
+    sampler = GtSampler(database, mix=0.75)
+    sampler.choose = lambda targets, rng: order
+    views = [np.full((36, 64, 3), 100, dtype=np.uint8) for _ in CAMERAS]
+    sampler.paste(sample, views, np.random.default_rng(0))
+    # The far one first, 100 -> 55; then the near one over it: 0.25 * 55 + 0.75 * 200, and 175 around it.
+    assert (np.abs(_region(views[0], far).astype(int) - 164) <= 1).all()
+    _region(views[0], far)[:] = 175
+    assert (_region(views[0], near) == 175).all()
+
+
+def test_own_objects_cover_no_patch(front_view):
+    # The original paints them again with crops of the image that it paints, that is with themselves.
+    sample, database, _, far = front_view
+    sampler = GtSampler(database, mix=0.5)
+    sampler.choose = lambda targets, rng: [1]
+    own = Targets(torch.from_numpy(database.boxes[:1].copy()), torch.zeros(1, dtype=torch.int64))
+    views = [np.full((36, 64, 3), 100, dtype=np.uint8) for _ in CAMERAS]
+    sampler.paste(_bare(sample, own), views, np.random.default_rng(0))
+    assert (_region(views[0], far) == 70).all()
+    _region(views[0], far)[:] = 100
     assert (views[0] == 100).all()
-    sampler._paste_patches(far[None], near[None], [0], sample.lidar2img, views)
-    assert (views[0][y0:y1, x0:x1] == 200).all() and (views[0] == 200).sum() == (y1 - y0) * (x1 - x0) * 3
+
+
+def test_a_patch_comes_from_the_view_that_shows_the_object_largest():
+    # The original means the same, but never updates its largest area, so that its last view wins.
+    box = torch.tensor([[0.0, 0, 0, 2, 2, 2, 0, 0, 0]])
+    views = [np.full((100, 100, 3), colour, dtype=np.uint8) for colour in (50, 120, 200)]
+
+    def camera(focal: float) -> torch.Tensor:
+        """Looks along x at the origin, from 5 m."""
+        rows = [[50, -focal, 0, 250], [50, 0, -focal, 250], [1, 0, 0, 5], [0, 0, 0, 1]]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    (patch,) = _cut_patches(box, torch.stack([camera(40), camera(80), camera(30)]), views)
+    image = decode(bytearray(patch))
+    assert np.abs(image.astype(int) - 120).max() < 4 and image.shape[0] == image.shape[1] == 40
+    # Behind the camera, or 10 pixels wide and less: no patch.
+    behind = camera(80) @ torch.diag(torch.tensor([-1.0, 1, 1, 1], dtype=torch.float64))
+    behind[:3, 3] *= -1
+    assert _cut_patches(box, torch.stack([behind, camera(20)]), views[:2]) == [b""]
+
+
+def test_objects_have_no_sweep_points_close_to_the_car(world, tmp_path):
+    # Every cloud has one point at (0.5, -0.5, 0.1) in its own frame. That of the sweep is left out here, as in the
+    # original's database, but not in training frames; that of the key frame stays in both.
+    def move(rows):
+        for row in rows:
+            if row["token"] == "scene-a-sample-1-walker":
+                row["translation"] = (ego_pose(KEY_INTERVAL)[0] + [0, 0, 1.8]).tolist()
+                row["size"], row["num_lidar_pts"] = [4.0, 4.0, 4.0], 1
+
+    world.edit("sample_annotation", move)
+    index = index_of(world, tmp_path / "cache")
+    database = open_gt_database(index, cache_dir=tmp_path / "cache", min_points=1, **BUILD)
+    (walker,) = np.flatnonzero(database.labels == CLASSES.index("pedestrian"))
+    points = database.points(walker)
+    torch.testing.assert_close(points[:, :3], torch.tensor([[0.5, -0.5, 0.1]]))
+    sample = FrameDataset(index, final_size=None, num_clouds=2)[1]
+    assert points_in_boxes(sample.points, torch.from_numpy(database.boxes[[walker]])).sum() == 2
+
+
+def test_points_hidden_by_a_pasted_object_stay(index, tmp_path):
+    database = open_gt_database(index, cache_dir=tmp_path / "cache", **BUILD)
+    sample = FrameDataset(index, final_size=None, num_clouds=1)[0]
+    centre = torch.from_numpy(database.boxes[0, :3])
+    points = torch.tensor([[0.0, 0, 0, 1, 0], [0.0, 0, 0, 2, 0]])
+    points[:, :3] = torch.stack((centre, 2 * centre))  # inside the object, and behind it
+    empty = Targets(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64))
+    sampler = GtSampler(database)
+    sampler.choose = lambda targets, rng: [0]
+    pasted = sampler.paste(replace(sample, points=points, targets=empty), None, np.random.default_rng(0))
+    assert torch.equal(pasted.points[0], points[1])
+    torch.testing.assert_close(pasted.points[1:], database.points(0))
 
 
 def test_camera_only_and_lidar_only_pasting(real):
@@ -210,5 +289,5 @@ def test_camera_only_and_lidar_only_pasting(real):
         seed=0, point_range=(-54, -54, -5, 54, 54, 3), gt_sampler=GtSampler(database), gt_sampling_epochs=1
     )
     for options in ({"final_size": None, "num_clouds": 1}, {"final_size": (80, 200), "num_clouds": None}):
-        sample = FrameDataset(index, **options, augmentation=augmentation, valid_only=True)[0]
+        sample = FrameDataset(index, **options, augmentation=augmentation, boxes="lidar_or_radar")[0]
         assert len(sample.targets.labels) > 0 and not math.isnan(sample.targets.boxes[:, :7].sum())

@@ -54,8 +54,8 @@ def test_boxes_and_projections_of_a_real_frame(real_frame, tmp_path):
     np.testing.assert_allclose(boxes[:, :7], expected, atol=1e-6)
     np.testing.assert_allclose(boxes[:, 7:], velocities, atol=1e-6)
     assert [CLASSES[label] for label in frame.labels] == [o["class_name"] for o in rows]
-    assert frame.valid().tolist() == [o["valid"] for o in rows]
-    assert len(frame.targets(valid_only=True).labels) == sum(o["valid"] for o in rows)
+    assert frame.chosen("lidar_or_radar").tolist() == [o["valid"] for o in rows]
+    assert len(frame.targets("lidar_or_radar").labels) == sum(o["valid"] for o in rows)
     assert [camera.channel for camera in frame.cameras] == list(CAMERAS)
     centres = torch.tensor([o["center_lidar"] + [1.0] for o in rows], dtype=torch.float64)
     for camera in frame.cameras:
@@ -71,14 +71,12 @@ def test_points_in_boxes_of_a_real_frame(real_frame, tmp_path):
     index = load_index(dataroot=real_frame, version="v1.0-mini", split="mini_train", cache_dir=tmp_path)
     frame = index.frame(0)
     points = read_points(real_frame / frame.lidar_file)
-    inside = points_in_boxes(points, frame.targets(valid_only=False).boxes).sum(dim=0)
+    inside = points_in_boxes(points, frame.targets("all").boxes).sum(dim=0)
     counts = torch.tensor(frame.num_lidar_points)
     # The tables count in boxes that are upright on the map, ours lean with the LiDAR: a few border points differ.
     # (Swapping length and width, or a bottom centre, is off by hundreds.)
     assert (inside - counts).abs().sum() <= 0.05 * counts.sum()
-    assert torch.equal(
-        torch.isnan(frame.targets(valid_only=False).boxes[:, 7]), torch.ones(len(counts), dtype=torch.bool)
-    )
+    assert torch.equal(torch.isnan(frame.targets("all").boxes[:, 7]), torch.ones(len(counts), dtype=torch.bool))
 
 
 def test_boxes_and_velocities_follow_the_motion(index):
@@ -95,8 +93,8 @@ def test_boxes_and_velocities_follow_the_motion(index):
         # It drives along its heading; the yaw of a leaning frame is off by less than a milliradian.
         assert math.cos(car[6] - math.atan2(car[8], car[7])) > 1 - 1e-5
         assert frame.boxes[1][7:] == pytest.approx([0, 0], abs=1e-6)
-        assert frame.targets(valid_only=True).labels.tolist() == [CLASSES.index("car")]  # nobody saw the pedestrian
-    assert index.frame_labels == [[CLASSES.index("car")]] * 3
+        assert frame.targets("lidar_or_radar").labels.tolist() == [CLASSES.index("car")]  # nobody saw the pedestrian
+    assert index.frame_labels("lidar_or_radar") == [[CLASSES.index("car")]] * 3
 
 
 def test_sweeps_are_the_most_recent_and_align_static_points(world, index):
@@ -136,7 +134,7 @@ def test_velocity_file_overrides(world, tmp_path):
     assert np.hypot(*index.frame(1).boxes[0][7:]) == pytest.approx(2, rel=1e-3)
     assert index.frame(2).boxes[0][7:] == [None, None]
     assert index.frame(0).boxes == plain.frame(0).boxes
-    assert torch.isnan(index.frame(2).targets(valid_only=False).boxes[0, 7:]).all()
+    assert torch.isnan(index.frame(2).targets("all").boxes[0, 7:]).all()
     path.write_text(json.dumps({tokens[0]: [1, 2]}))
     with pytest.raises(
         DataError, match=r"velocities.json: 'scene-a-sample-1-car' has \[1, 2\], expected annotation token"
@@ -157,7 +155,7 @@ def test_index_is_reused_until_a_table_changes(world, tmp_path, caplog):
     world.edit("sample_annotation", lambda rows: rows[0].update(num_lidar_pts=0))
     second = index_of(world, cache)
     assert "tables changed: sample_annotation" in caplog.text
-    assert second.content_hash != first.content_hash and second.frame_labels[0] == []
+    assert second.content_hash != first.content_hash and second.frame_labels("lidar_or_radar")[0] == []
     second.path.write_bytes(second.path.read_bytes()[:-40])
     caplog.clear()
     assert len(index_of(world, cache)) == 3
@@ -337,3 +335,27 @@ def test_a_sweep_of_another_sensor_or_time_is_refused(world, tmp_path):
     )
     with pytest.raises(DataError, match=r"scene-a-lidar-10 has prev scene-a-lidar-9 with timestamp 5, expected a time"):
         index_of(world, tmp_path / "cache")
+
+
+def test_choices_of_boxes(world, tmp_path):
+    def edit(rows):
+        for row in rows:
+            if row["token"] == "scene-a-sample-0-car":
+                row["num_lidar_pts"], row["num_radar_pts"] = 0, 3
+
+    world.edit("sample_annotation", edit)
+    index = index_of(world, tmp_path / "cache")
+    car, pedestrian = CLASSES.index("car"), CLASSES.index("pedestrian")
+    expected = {
+        "lidar": [[], [car], [car]],
+        "lidar_or_radar": [[car], [car], [car]],
+        "all": [[car, pedestrian]] * 3,
+    }
+    reopened = index_of(world, tmp_path / "cache")
+    for choice, labels in expected.items():
+        for each in (index, reopened):
+            assert each.frame_labels(choice) == labels
+            assert [each.frame(i).targets(choice).labels.tolist() for i in range(3)] == labels
+    torch.testing.assert_close(
+        index.frame(1).targets("lidar").boxes, index.frame(1).targets("all").boxes[:1], equal_nan=True
+    )

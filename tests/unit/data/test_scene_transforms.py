@@ -40,7 +40,6 @@ def _sample() -> Sample:
     pose[:3, 3] = torch.tensor([400.0, 900.0, 1.0])
     return Sample(
         token="a",
-        timestamp=0.0,
         images=None,
         points=points,
         lidar2img=torch.rand(6, 4, 4, dtype=torch.float64, generator=generator),

@@ -43,7 +43,7 @@ def test_point_counts(synthetic):
     for k in range(len(synthetic)):
         frame = synthetic.frame(k)
         points = load_points(frame, synthetic.dataroot, num_clouds=1, close_radius=0)
-        counts = points_in_boxes(points, frame.targets(valid_only=False).boxes).sum(dim=0)
+        counts = points_in_boxes(points, frame.targets("all").boxes).sum(dim=0)
         stored = torch.tensor(frame.num_lidar_points)
         assert stored.sum() > 500 and (counts - stored).abs().sum() <= 0.03 * stored.sum()
 
@@ -56,7 +56,7 @@ def test_standing_objects_keep_their_points_over_the_sweeps(synthetic):
     """
     frame = synthetic.frame(4)
     assert len(frame.sweeps) == 10
-    targets = frame.targets(valid_only=True)
+    targets = frame.targets("lidar_or_radar")
     distance = targets.boxes[:, :2].norm(dim=1)
     standing = (targets.boxes[:, 7:9].norm(dim=1) < 0.05) & (distance > 12) & (distance < 40)
     assert standing.sum() >= 3
@@ -75,7 +75,7 @@ def test_velocities_are_the_motion_of_the_instances(synthetic):
         torch.tensor(f.ego2global, dtype=torch.float64) @ torch.tensor(f.lidar2ego, dtype=torch.float64)
         for f in (first, second, third)
     ]
-    boxes = [f.targets(valid_only=False).boxes.double() for f in (first, second, third)]
+    boxes = [f.targets("all").boxes.double() for f in (first, second, third)]
     centres = [homogeneous(b[:, :3]) @ m.T for b, m in zip(boxes, lidar2global, strict=True)]
     moving = (boxes[1][:, 7:9].norm(dim=1) > 1).nonzero()[:, 0]
     assert len(moving) >= 3
@@ -90,7 +90,7 @@ def test_velocities_are_the_motion_of_the_instances(synthetic):
 
 def test_training_batches_of_everything(synthetic):
     cache = synthetic.path.parent
-    database = open_gt_database(synthetic, cache_dir=cache, num_clouds=10, close_radius=1.0, with_patches=True)
+    database = open_gt_database(synthetic, cache_dir=cache, num_clouds=10, with_patches=True)
     assert len(np.unique(database.labels)) >= 6
     augmentation = TrainingAugmentation(
         seed=0,
@@ -102,9 +102,9 @@ def test_training_batches_of_everything(synthetic):
         gt_sampling_epochs=1,
     )
     dataset = FrameDataset(
-        synthetic, final_size=(320, 800), num_clouds=10, close_radius=1.0, valid_only=True, augmentation=augmentation
+        synthetic, final_size=(320, 800), num_clouds=10, boxes="lidar_or_radar", augmentation=augmentation
     )
-    sampler = TrainingSampler(frame_labels=synthetic.frame_labels, class_balanced=True, seed=0)
+    sampler = TrainingSampler(frame_labels=synthetic.frame_labels("lidar_or_radar"), class_balanced=True, seed=0)
     loader = make_loader(dataset, sampler=sampler, batch_size=4, num_workers=0)
     low, high = torch.tensor(POINT_RANGE[:3]), torch.tensor(POINT_RANGE[3:])
     labels, visible = [], 0
