@@ -21,7 +21,8 @@ from cmt_aqr.config import Config, ConfigError, load_config
 from cmt_aqr.data.sample import DataError
 from cmt_aqr.errors import UserError
 from cmt_aqr.models.heads import CLASS_BRANCH
-from cmt_aqr.run import build_optimizer, initialise
+from cmt_aqr.run import build_optimizer, check_settings, initialise
+from cmt_aqr.training.distributed import RankInfo
 from cmt_aqr.training.optim import freeze, prefix_problems
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -315,3 +316,16 @@ def test_weights_without_aqr_start_a_model_with_it(plain_weights):
     assert f"{len(weights)} of {len(before)} tensors" in initialise(model, str(path))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name] if name.startswith("aqr.") else weights[name]), name
+
+
+@pytest.mark.parametrize(
+    ("backend", "why"),
+    (
+        ("score_mod", "'score_mod' cannot train on a CPU, only evaluate; use 'dense'"),
+        ("lowrank", "'lowrank' gives AQR no gradient; it is for test.py only"),
+    ),
+)
+def test_attention_that_cannot_train_is_refused(backend, why):
+    config = shipped("synthetic_tiny", f"model.attention.backend={backend}")
+    with pytest.raises(ConfigError, match=f"model.attention.backend: {why}"):
+        check_settings(config, RankInfo(0, 1, torch.device("cpu")))
