@@ -4,6 +4,10 @@
 
 A mutated file goes through ``load_config``; where that accepts it, the model (on the meta device), the loss and the
 augmentations are built from it.
+
+    python -m tests.e2e.faults.configs --exhaustive
+
+replaces every value of every shipped file by one of every kind, and removes every key.
 """
 
 import argparse
@@ -11,6 +15,7 @@ import random
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,8 @@ import torch
 import yaml
 
 from cmt_aqr.build import build_criterion, build_on_meta, check_device, check_training
-from cmt_aqr.config import ConfigError, load_config
+from cmt_aqr.config import Config, ConfigError, config_from_tree, load_config
+from cmt_aqr.yaml_reader import show_value
 from tests.e2e.faults.outcomes import Outcome, failures, observe, summary
 
 FOLDER = Path(__file__).parents[3] / "configs"
@@ -35,6 +41,11 @@ VALUES: tuple[Any, ...] = (
     [], {}, [None], [[]], [[[]]], [1], [1, 2], [3, 2, 1], ["a"], list(range(1000)), {"a": 1}, {1: 2}, {None: None},
     {"": 0}, {"a": {"b": {}}},
 )  # fmt: skip
+# Of these every value of every shipped file is replaced by each.
+KINDS: tuple[Any, ...] = (
+    None, "text", 3, -1, 1e9, 10**40, [1], [], {"a": 1}, True, float("nan"), float("inf"), "a\0b", {"x" * 5000: {}},
+    {1: 2},
+)  # fmt: skip
 Tree = dict[str, Any]
 Place = tuple[Any, Any]  # a mapping or list, and a key or position in it
 
@@ -45,6 +56,15 @@ def places(tree: Any) -> Iterator[Place]:
         yield tree, key
         if isinstance(tree[key], dict | list):
             yield from places(tree[key])
+
+
+def names(tree: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted name of every value, in the order of :func:`places`."""
+    for key in tree if isinstance(tree, dict) else range(len(tree)):
+        name = f"{prefix}.{key}" if isinstance(tree, dict) and prefix else f"{prefix}[{key}]" if prefix else key
+        yield name
+        if isinstance(tree[key], dict | list):
+            yield from names(tree[key], name)
 
 
 def _pick(rng: random.Random, tree: Tree, kind: type | tuple[type, ...] = object) -> Place:
@@ -215,13 +235,74 @@ def run(folder: Path, *, count: int, seed: int, first: int = 0) -> list[Outcome]
     return outcomes
 
 
+def exhaustive(path: Path) -> Iterator[Outcome]:
+    """Every value of a shipped file replaced by one of every kind, and every key removed, one at a time."""
+    tree = yaml.safe_load(path.read_text())
+    original = config_from_tree(tree, "file")
+    built = {original.model}  # models of the same configuration are built once
+    for name, (at, key) in list(zip(names(tree), places(tree), strict=True)):
+        value = at[key]
+        for kind in KINDS:
+            at[key] = kind
+            result, text = observe(lambda: settle(tree, original, built), named=["file: "], limit=SECONDS)
+            yield Outcome(f"{name.split('.')[0]}: replaced", f"{path.stem}: {name} = {show_value(kind)}", result, text)
+        if isinstance(at, dict):
+            del at[key]
+            result, text = observe(lambda: settle(tree, original, built), named=["file: "], limit=SECONDS)
+            yield Outcome(f"{name.split('.')[0]}: removed", f"{path.stem}: {name} removed", result, text)
+        at[key] = value
+
+
+def settle(tree: Tree, original: Config, built: set[Any]) -> bool:
+    """Turn a tree into a configuration and build what it describes; True when it is the original.
+
+    Args:
+        built: configurations of models that need not be built again; grows.
+
+    Raises:
+        ConfigError: the first problem, once all have been found to be one sentence each that names the source.
+    """
+    try:
+        config = config_from_tree(tree, "file")
+    except ConfigError as error:
+        bad = [line for line in error.problems if "\n" in line or not line.startswith("file: ")]
+        raise ConfigError([bad[0] if bad else error.problems[0]]) from None
+    if config.model not in built:
+        build_on_meta(config.model)
+        built.add(config.model)
+    build_criterion(config, reduce_mean=None, num_processes=1)
+    return config == original
+
+
+def run_exhaustive() -> list[Outcome]:
+    """All shipped files; prints a line of progress for each."""
+    build_on_meta(load_config(SHIPPED[0]).model)  # the first import of spconv takes longer than any build
+    outcomes = []
+    for path in SHIPPED:
+        start = time.monotonic()
+        found = list(exhaustive(path))
+        outcomes += found
+        print(
+            f"{path.stem}: {len(found)} in {time.monotonic() - start:.0f} s, {len(failures(found))} failures",
+            flush=True,
+        )
+    return outcomes
+
+
 def main() -> int:
     """Run the command line; exit status 1 when a mutation led to a traceback, a hang or a bad sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first mutation, to repeat one")
+    parser.add_argument("--exhaustive", action="store_true", help="every value by every kind instead of random ones")
     options = parser.parse_args()
+    if options.exhaustive:
+        outcomes = run_exhaustive()
+        print(summary(outcomes, Path("file")))
+        for outcome in failures(outcomes)[:20]:
+            print(f"\n{outcome.what}: {outcome.result}\n{outcome.text}")
+        return 1 if failures(outcomes) else 0
     with tempfile.TemporaryDirectory() as folder:
         outcomes = run(Path(folder), count=options.count, seed=options.seed, first=options.first)
         print(summary(outcomes, Path(folder)))
