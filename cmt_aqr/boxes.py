@@ -1,4 +1,4 @@
-"""Boxes: component order, box code, corners, and the two records that carry boxes between rooms.
+"""Boxes: component order, box code, corners, and the two records that carry boxes between packages.
 
 box (9): cx, cy, cz, length, width, height, yaw, vx, vy. LiDAR frame, metres, radians, m/s; (cx, cy, cz) is the gravity
 centre; yaw is counter-clockwise about +z and 0 when the heading is +x; length lies along the heading (Quirk Q2).
@@ -7,11 +7,14 @@ box code (10), what the network regresses: cx, cy, log length, log width, cz, lo
 (Quirk Q1).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from cmt_aqr.classes import CLASSES
 
 BOX_SIZE = 9
 CODE_SIZE = 10
@@ -60,6 +63,32 @@ class Detections:
     def cpu(self) -> "Detections":
         """The same record on the CPU."""
         return Detections(self.boxes.cpu(), self.scores.cpu(), self.labels.cpu())
+
+
+def pad_targets(targets: Sequence[Targets], count: int, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The first ``count`` boxes of every frame in one tensor.
+
+    Returns:
+        boxes (B, count, 9), unit boxes at the origin where a frame has fewer; labels (B, count) int64,
+        ``len(CLASSES)`` (background) there.
+
+    Raises:
+        ValueError: the boxes of a frame do not fit its labels.
+    """
+    device = targets[0].boxes.device
+    boxes = torch.zeros(len(targets), count, BOX_SIZE, dtype=dtype, device=device)
+    boxes[..., 3:6] = 1
+    labels = torch.full((len(targets), count), len(CLASSES), dtype=torch.int64, device=device)
+    for sample, target in enumerate(targets):
+        if target.boxes.shape != (len(target.labels), BOX_SIZE):
+            raise ValueError(
+                f"targets of sample {sample}: boxes must have shape ({len(target.labels)}, {BOX_SIZE}) to go with "
+                f"{len(target.labels)} labels, got {tuple(target.boxes.shape)}"
+            )
+        kept = min(len(target.boxes), count)
+        boxes[sample, :kept] = target.boxes[:kept].to(dtype)
+        labels[sample, :kept] = target.labels[:kept]
+    return boxes, labels
 
 
 def encode_boxes(boxes: Tensor) -> Tensor:

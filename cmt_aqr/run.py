@@ -18,7 +18,7 @@ from cmt_aqr.evaluation.nuscenes_eval import Tables
 from cmt_aqr.files import atomic_path
 from cmt_aqr.losses.criterion import Criterion
 from cmt_aqr.losses.matcher import NonFiniteError
-from cmt_aqr.models.denoising import make_denoising
+from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.models.grid_mask import draw_grid_mask, grid_mask
 from cmt_aqr.models.local_start import start_reference_points
@@ -242,9 +242,7 @@ def make_denoising_queries(run: Run, batch: Batch) -> DenoisingQueries | None:
         num_queries=run.config.model.num_queries,
         num_dn=settings.num_dn,
         point_range=run.config.model.point_range,
-        max_groups=settings.max_groups,
-        noise_scale=settings.noise_scale,
-        split=settings.split,
+        settings=DenoisingSettings(settings.max_groups, settings.noise_scale, settings.split),
         max_boxes=reduce_max(max(len(targets.labels) for targets in batch.targets), run.rank_info.device),
         noise=denoising_noise(run.config.seed, run.step, positions, settings.num_dn),
     )

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmt_aqr.boxes import BoxChoice
-from cmt_aqr.data.files import image_size_of, load_points, read_views
 from cmt_aqr.data.gt_sampling import GtSampler
 from cmt_aqr.data.image_transforms import (
     ImageAugmentation,
@@ -20,6 +19,7 @@ from cmt_aqr.data.image_transforms import (
     transform_image,
 )
 from cmt_aqr.data.index import Frame, FrameIndex
+from cmt_aqr.data.readers import image_size_of, load_points, read_views
 from cmt_aqr.data.sample import DataError, Sample
 from cmt_aqr.data.sampling import SampleKey
 from cmt_aqr.data.scene_transforms import (

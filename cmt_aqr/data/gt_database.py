@@ -23,9 +23,9 @@ from tqdm import tqdm
 from cmt_aqr.boxes import box_corners, points_in_boxes
 from cmt_aqr.classes import CLASSES
 from cmt_aqr.data.cache import exclusive_lock, new_cache
-from cmt_aqr.data.files import POINT_SIZE, load_points, read_views
 from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.jpeg import decode
+from cmt_aqr.data.readers import POINT_SIZE, load_points, read_views
 from cmt_aqr.data.sample import DataError
 from cmt_aqr.geometry import transform_points
 

@@ -25,6 +25,7 @@ from cmt_aqr.nuscenes_tables import (
     read_table,
     read_velocities,
 )
+from cmt_aqr.rotations import rotation_matrix
 from cmt_aqr.table_schema import SCHEMA, TableError
 
 # Previous sweeps kept per key frame: what the original's converter keeps, so its loader never had to choose among more.
@@ -171,18 +172,6 @@ def _inverse(matrix: np.ndarray) -> np.ndarray:
     result[:3, :3] = matrix[:3, :3].T
     result[:3, 3] = -matrix[:3, :3].T @ matrix[:3, 3]
     return result
-
-
-def rotation_matrix(quaternion: Sequence[float]) -> np.ndarray:
-    """Unit quaternion (w, x, y, z) -> (3, 3) float64 rotation; normalises first."""
-    w, x, y, z = np.asarray(quaternion, dtype=np.float64) / np.linalg.norm(quaternion)
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )
 
 
 def original_yaw(rotation: np.ndarray) -> float:

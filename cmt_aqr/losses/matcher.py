@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from cmt_aqr.boxes import BOX_SIZE, Targets, encode_boxes
+from cmt_aqr.boxes import Targets, encode_boxes, pad_targets
 from cmt_aqr.classes import CLASSES
 from cmt_aqr.errors import UserError
 from cmt_aqr.geometry import constant_like
@@ -40,21 +40,9 @@ class PaddedTargets:
     labels: Tensor
 
 
-def pad_targets(targets: Sequence[Targets], *, dtype: torch.dtype) -> PaddedTargets:
-    """Stack the ground truth of a batch; the logarithms of the sizes are taken in ``dtype``."""
-    most = max(1, *(len(target.boxes) for target in targets))
-    device = targets[0].boxes.device
-    boxes = torch.zeros(len(targets), most, BOX_SIZE, dtype=dtype, device=device)
-    boxes[..., 3:6] = 1
-    labels = torch.full((len(targets), most), len(CLASSES), dtype=torch.int64, device=device)
-    for sample, target in enumerate(targets):
-        if target.boxes.shape != (len(target.labels), BOX_SIZE):
-            raise ValueError(
-                f"targets of sample {sample}: boxes must have shape ({len(target.labels)}, {BOX_SIZE}) to go with "
-                f"{len(target.labels)} labels, got {tuple(target.boxes.shape)}"
-            )
-        boxes[sample, : len(target.boxes)] = target.boxes.to(dtype)
-        labels[sample, : len(target.labels)] = target.labels
+def encode_targets(targets: Sequence[Targets], *, dtype: torch.dtype) -> PaddedTargets:
+    """Stack the ground truth of a batch as box codes; the logarithms of the sizes are taken in ``dtype``."""
+    boxes, labels = pad_targets(targets, max(1, *(len(target.boxes) for target in targets)), dtype=dtype)
     return PaddedTargets(encode_boxes(boxes), labels)
 
 

@@ -4,16 +4,35 @@ Shape letters: B batch, G boxes of a frame, Q = num_dn + num_queries.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cmt_aqr.boxes import BOX_SIZE, Targets
+from cmt_aqr.boxes import Targets, pad_targets
 from cmt_aqr.classes import CLASSES
 from cmt_aqr.geometry import to_unit
 from cmt_aqr.predictions import DenoisingQueries
 
 BACKGROUND = len(CLASSES)
+
+
+@dataclass(frozen=True)
+class DenoisingSettings:
+    """How ground truth becomes denoising queries.
+
+    Attributes:
+        max_groups: upper limit of groups (see :func:`group_sizes`).
+        noise_scale: factor on the shift of the centres.
+        split: a row whose noise vector is longer than this becomes background.
+    """
+
+    max_groups: int = 10
+    noise_scale: float = 1.0
+    split: float = 0.75
+
+
+_OFFICIAL = DenoisingSettings()
 
 
 def group_sizes(max_boxes: int, *, num_queries: int, num_dn: int, max_groups: int) -> tuple[int, int]:
@@ -33,21 +52,20 @@ def group_sizes(max_boxes: int, *, num_queries: int, num_dn: int, max_groups: in
     return min(max_groups, num_queries // max_boxes, num_dn // slots), slots
 
 
-def noised_centres(boxes: Tensor, noise: Tensor, *, noise_scale: float, noise_trans: float) -> Tensor:
+def noised_centres(boxes: Tensor, noise: Tensor, *, noise_scale: float) -> Tensor:
     """Shift box centres by a random part of the half size.
 
     Args:
         boxes: (..., 9), LiDAR frame.
         noise: (..., 3) in [-1, 1].
-        noise_scale: factor on the whole shift.
-        noise_trans: metres added to the half size before the factor.
+        noise_scale: factor on the shift.
 
     Returns:
         (..., 3) metres.
 
-    *Source*: original `CmtHead.prepare_for_dn`.
+    *Source*: original `CmtHead.prepare_for_dn`, whose constant part of the shift is 0 in every configuration.
     """
-    return boxes[..., :3] + noise * (boxes[..., 3:6] / 2 + noise_trans) * noise_scale
+    return boxes[..., :3] + noise * (boxes[..., 3:6] / 2) * noise_scale
 
 
 def denoising_mask(
@@ -68,36 +86,13 @@ def denoising_mask(
     return same_group | sees_matching | (index[:, None] == index[None, :])
 
 
-def pad_targets(targets: Sequence[Targets], slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first ``slots`` boxes of every frame in one tensor.
-
-    Returns:
-        boxes (B, slots, 9), unit boxes at the origin where a frame has fewer; labels (B, slots) int64, background
-        there; is_known (B, slots) bool.
-    """
-    like = targets[0].boxes
-    boxes = like.new_zeros(len(targets), slots, BOX_SIZE)
-    boxes[..., 3:6] = 1
-    labels = torch.full((len(targets), slots), BACKGROUND, dtype=torch.int64, device=like.device)
-    is_known = torch.zeros((len(targets), slots), dtype=torch.bool, device=like.device)
-    for sample, target in enumerate(targets):
-        count = min(len(target.boxes), slots)
-        boxes[sample, :count] = target.boxes[:count]
-        labels[sample, :count] = target.labels[:count]
-        is_known[sample, :count] = True
-    return boxes, labels, is_known
-
-
 def make_denoising(
     targets: Sequence[Targets],
     *,
     num_queries: int,
     num_dn: int,
     point_range: Sequence[float],
-    max_groups: int = 10,
-    noise_scale: float = 1.0,
-    noise_trans: float = 0.0,
-    split: float = 0.75,
+    settings: DenoisingSettings = _OFFICIAL,
     max_boxes: int | None = None,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -109,10 +104,6 @@ def make_denoising(
         num_queries: number of matching queries.
         num_dn: number of rows; ``num_queries`` rows always hold what the original would make.
         point_range: x_min, y_min, z_min, x_max, y_max, z_max in metres.
-        max_groups: upper limit of groups (see :func:`group_sizes`).
-        noise_scale: factor on the shift of the centres.
-        noise_trans: metres added to half the size.
-        split: a row whose noise vector is longer than this becomes background.
         max_boxes: boxes of the fullest frame; with several processes, the maximum over all of them, so that all make
             the same number of groups. None takes the maximum of ``targets``.
         noise: (B, num_dn, 3) uniform in [0, 1), one vector a row; None draws it from ``generator``.
@@ -130,8 +121,8 @@ def make_denoising(
     max_boxes = fullest if max_boxes is None else max_boxes
     if max_boxes < fullest:
         raise ValueError(f"max_boxes is {max_boxes}, but a frame of the batch has {fullest} boxes")
-    boxes, labels, is_known = pad_targets(targets, min(max_boxes, num_dn))
-    groups, slots = group_sizes(max_boxes, num_queries=num_queries, num_dn=num_dn, max_groups=max_groups)
+    boxes, labels = pad_targets(targets, min(max_boxes, num_dn), dtype=targets[0].boxes.dtype)
+    groups, slots = group_sizes(max_boxes, num_queries=num_queries, num_dn=num_dn, max_groups=settings.max_groups)
     num_dead = num_dn - groups * slots
 
     shape = (len(targets), num_dn, 3)
@@ -142,12 +133,12 @@ def make_denoising(
         raise ValueError(f"noise must have shape {shape} (samples, num_dn, 3), got {tuple(noise.shape)}")
     noise = 2 * noise.to(boxes) - 1
 
-    boxes, clean_labels, is_known = (_to_rows(x, groups, num_dead) for x in (boxes, labels, is_known))
+    boxes, clean_labels, is_known = (_to_rows(x, groups, num_dead) for x in (boxes, labels, labels != BACKGROUND))
     boxes[:, :num_dead, 3:6] = 1
     clean_labels = clean_labels.masked_fill(~is_known, BACKGROUND)
-    centres = noised_centres(boxes, noise, noise_scale=noise_scale, noise_trans=noise_trans)
+    centres = noised_centres(boxes, noise, noise_scale=settings.noise_scale)
     reference_points = to_unit(centres, point_range).clamp(0, 1).masked_fill(~is_known[..., None], 0)
-    is_far = torch.linalg.vector_norm(noise, dim=-1) > split
+    is_far = torch.linalg.vector_norm(noise, dim=-1) > settings.split
     return DenoisingQueries(
         reference_points=reference_points,
         attention_mask=denoising_mask(groups, slots, num_dn=num_dn, num_queries=num_queries, device=boxes.device),

@@ -6,12 +6,12 @@ from functools import cache
 import cv2
 import numpy as np
 
+from cmt_aqr.rotations import rotation_matrix
 from cmt_aqr.synthetic.calibration import (
     FULL_IMAGE_SIZE,
     CameraMount,
     intrinsic_matrix,
     inverse_intrinsic,
-    rotation_matrix,
 )
 from cmt_aqr.synthetic.conditions import Conditions
 from cmt_aqr.synthetic.road import Road

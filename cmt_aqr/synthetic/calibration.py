@@ -94,18 +94,6 @@ def unit_quaternion(rotation: tuple[float, float, float, float]) -> np.ndarray:
     return quaternion / np.linalg.norm(quaternion)
 
 
-def rotation_matrix(rotation: tuple[float, float, float, float]) -> np.ndarray:
-    """Rotation matrix (3, 3) of a quaternion (w, x, y, z)."""
-    w, x, y, z = unit_quaternion(rotation)
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )
-
-
 def yaw_quaternion(yaw: float) -> list[float]:
     """Quaternion (w, x, y, z) of a turn by yaw radians about the z axis."""
     return [math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from cmt_aqr.rotations import rotation_matrix
 from cmt_aqr.synthetic.backdrop import Backdrop, Ground, Spoiler, ground_homography, scene_light
-from cmt_aqr.synthetic.calibration import CAMERAS, CameraMount, intrinsic_matrix, rotation_matrix
+from cmt_aqr.synthetic.calibration import CAMERAS, CameraMount, intrinsic_matrix
 from cmt_aqr.synthetic.projection import MAX_MARKS, SUBPIXEL_BITS, Eyes, Projector, Sheet
 from cmt_aqr.synthetic.scenes import EGO_PROFILE, Scene
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cmt_aqr.attention import Grid, QueryWindows, TokenLayout, WindowSettings, query_windows
 from cmt_aqr.config_checks import CAMERA_STRIDE
+from cmt_aqr.rotations import rotation_matrix
 from cmt_aqr.synthetic import calibration
 
 POINT_RANGE = (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)
@@ -86,7 +87,7 @@ def make_windows(
 
 def _pose(rotation: tuple[float, ...], translation: tuple[float, ...]) -> np.ndarray:
     pose = np.eye(4)
-    pose[:3, :3] = calibration.rotation_matrix(rotation)
+    pose[:3, :3] = rotation_matrix(rotation)
     pose[:3, 3] = translation
     return pose
 

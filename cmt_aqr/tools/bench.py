@@ -25,9 +25,9 @@ import torch
 import torchvision
 
 from cmt_aqr.data.dataset import FrameDataset
-from cmt_aqr.data.files import load_points
 from cmt_aqr.data.index import Frame, FrameIndex
 from cmt_aqr.data.nuscenes import load_index
+from cmt_aqr.data.readers import load_points
 from cmt_aqr.errors import report_errors
 from cmt_aqr.models.voxels import voxelize
 from cmt_aqr.tools.bench_attention import SHAPES, attention_tables

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from cmt_aqr.boxes import Detections
 from cmt_aqr.data.dataset import FrameDataset
-from cmt_aqr.data.files import image_size_of
 from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.nuscenes import load_index
+from cmt_aqr.data.readers import image_size_of
 from cmt_aqr.data.sample import Sample
 from cmt_aqr.errors import report_errors
 from cmt_aqr.evaluation.submission import EvaluationError, read_submission, submission_to_detections

@@ -11,7 +11,7 @@ from cmt_aqr.boxes import Targets
 from cmt_aqr.build import build_detector
 from cmt_aqr.config import load_config
 from cmt_aqr.losses.criterion import Criterion, total_loss
-from cmt_aqr.models.denoising import make_denoising
+from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from cmt_aqr.tools.attention_cases import nuscenes_lidar2img
 from tests.unit.models.tiny_detector import gradients
 
@@ -44,7 +44,7 @@ def make_inputs(seed, counts):
         num_queries=CONFIG.num_queries,
         num_dn=CONFIG.denoising.num_dn,
         point_range=CONFIG.point_range,
-        max_groups=4,
+        settings=DenoisingSettings(max_groups=4),
         noise=noise,
     )
     return (bev_map, pv_maps, lidar2img, IMAGE_SIZE, denoising), targets

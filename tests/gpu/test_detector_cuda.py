@@ -8,7 +8,7 @@ import torch
 from cmt_aqr.boxes import Targets
 from cmt_aqr.evaluation.postprocess import postprocess
 from cmt_aqr.losses.criterion import Criterion, total_loss
-from cmt_aqr.models.denoising import make_denoising
+from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from tests.parity.golden import relative_error
 from tests.unit.models.tiny_detector import (
     POINT_RANGE,
@@ -55,7 +55,12 @@ def inputs(device, dtype, counts=(3, 5)):
 
 def denoise(targets):
     return make_denoising(
-        targets, num_queries=12, num_dn=10, point_range=POINT_RANGE, max_groups=2, noise=NOISE.to(targets[0].boxes)
+        targets,
+        num_queries=12,
+        num_dn=10,
+        point_range=POINT_RANGE,
+        settings=DenoisingSettings(max_groups=2),
+        noise=NOISE.to(targets[0].boxes),
     )
 
 

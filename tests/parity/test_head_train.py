@@ -8,8 +8,8 @@ import torch
 from cmt_aqr.boxes import encode_boxes
 from cmt_aqr.geometry import inverse_sigmoid
 from cmt_aqr.losses.criterion import Criterion, total_loss
-from cmt_aqr.losses.matcher import class_table, pad_targets
-from cmt_aqr.models.denoising import make_denoising
+from cmt_aqr.losses.matcher import class_table, encode_targets
+from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from cmt_aqr.models.queries import ray_query_positions
 from cmt_aqr.predictions import BOX_BRANCHES, CLASS_BRANCH, task_classes
 from cmt_aqr.tools.official_names import rename_official
@@ -35,15 +35,13 @@ class Step:
         self.samples = torch.repeat_interleave(torch.arange(len(counts)), counts).repeat(meta["groups"])
         noise = torch.zeros(meta["bs"], self.num_dn, 3, dtype=dtype)
         noise[self.samples, self.rows] = golden.tensor("in/dn_rand", dtype)
+        assert meta["noise_trans"] == 0  # what noised_centres leaves out
         self.denoising = make_denoising(
             self.targets,
             num_queries=meta["num_query"],
             num_dn=self.num_dn,
             point_range=meta["pc_range"],
-            max_groups=meta["scalar"],
-            noise_scale=meta["noise_scale"],
-            noise_trans=meta["noise_trans"],
-            split=meta["split"],
+            settings=DenoisingSettings(meta["scalar"], meta["noise_scale"], meta["split"]),
             noise=noise.to(case.device),
         )
         self.criterion = Criterion(
@@ -147,7 +145,7 @@ def test_parts_in_training_equal_the_original(whole_step):
 
 
 def test_assignments_equal_the_original(step):
-    padded = pad_targets(step.targets, dtype=step.case.dtype)
+    padded = encode_targets(step.targets, dtype=step.case.dtype)
     assigned = step.criterion.assign(step.predictions, padded)
     golden = step.case.golden
     golden.check_equal("assignment", assigned.permute(1, 2, 0, 3), golden.tensor("out/assign/orig_gt"))

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from cmt_aqr.classes import CAMERAS
-from cmt_aqr.data.files import read_image, read_points, read_sweeps
 from cmt_aqr.data.image_transforms import (
     ImageAugmentation,
     ImageDraw,
@@ -19,6 +18,7 @@ from cmt_aqr.data.image_transforms import (
     image_matrix,
     transform_image,
 )
+from cmt_aqr.data.readers import read_image, read_points, read_sweeps
 from tests.parity.golden import REPOSITORY, Golden, load_golden
 
 # Original normalisation, BGR (Quirk Q16), applied here only to undo it.

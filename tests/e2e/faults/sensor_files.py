@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from cmt_aqr.data.dataset import FrameDataset
-from cmt_aqr.data.files import MAX_VALUE
 from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.nuscenes import load_index
+from cmt_aqr.data.readers import MAX_VALUE
 from cmt_aqr.data.sample import Sample
 from cmt_aqr.synthetic import generate_world
 from tests.e2e.faults.outcomes import Outcome, failures, observe, summary

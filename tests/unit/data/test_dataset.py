@@ -8,10 +8,10 @@ import torch
 
 from cmt_aqr.classes import CAMERAS, CLASSES
 from cmt_aqr.data.dataset import FrameDataset, TrainingAugmentation
-from cmt_aqr.data.files import read_image, read_points
 from cmt_aqr.data.gt_database import open_gt_database
 from cmt_aqr.data.gt_sampling import GtSampler
 from cmt_aqr.data.image_transforms import ImageAugmentation
+from cmt_aqr.data.readers import read_image, read_points
 from cmt_aqr.data.sample import DataError, collate
 from cmt_aqr.data.sampling import SampleKey
 from cmt_aqr.data.scene_transforms import ModalityDropout, SceneAugmentation
@@ -203,7 +203,7 @@ def test_image_whose_header_asks_for_gigabytes_is_not_decoded(tmp_path, monkeypa
     start = data.index(b"\xff\xc0")
     data[start + 5 : start + 9] = b"\xff\xff\xff\xff"
     (tmp_path / "a.jpg").write_bytes(data)
-    monkeypatch.setattr("cmt_aqr.data.files.decode", None)
+    monkeypatch.setattr("cmt_aqr.data.readers.decode", None)
     with pytest.raises(DataError, match=r"a\.jpg has 65535 x 65535 pixels, the sample_data table says 64 x 36"):
         read_image(tmp_path / "a.jpg", size=(36, 64))
 

@@ -18,9 +18,9 @@ import torch
 from cmt_aqr.boxes import points_in_boxes
 from cmt_aqr.classes import CAMERAS, CLASSES
 from cmt_aqr.data.cache import exclusive_lock
-from cmt_aqr.data.files import load_points, read_points
 from cmt_aqr.data.index import Frame
-from cmt_aqr.data.nuscenes import MAX_SWEEPS, load_index, rotation_matrix
+from cmt_aqr.data.nuscenes import MAX_SWEEPS, load_index
+from cmt_aqr.data.readers import load_points, read_points
 from cmt_aqr.data.sample import DataError
 from tests.unit.data.conftest import index_of
 from tests.unit.data.world import (
@@ -301,13 +301,6 @@ def test_an_index_that_another_process_builds_is_waited_for(world, tmp_path, cap
     assert len(found[0]) == 3 and [path.name for path in cache.iterdir()] == [path.name]
     me = f"process {os.getpid()} on {socket.gethostname()}"
     assert caplog.messages[-1] == f"{cache / path.name} is being written by {me}: waiting for it"
-
-
-def test_rotation_matrix_against_scipy():
-    from scipy.spatial.transform import Rotation
-
-    q = np.random.default_rng(0).normal(size=4)
-    np.testing.assert_allclose(rotation_matrix(q), Rotation.from_quat(q[[1, 2, 3, 0]]).as_matrix(), atol=1e-15)
 
 
 def test_a_sweep_of_another_sensor_or_time_is_refused(world, tmp_path):

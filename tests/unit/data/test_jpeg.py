@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cmt_aqr.data import jpeg
-from cmt_aqr.data.files import read_image
+from cmt_aqr.data.readers import read_image
 from cmt_aqr.data.sample import DataError
 
 SIZE = (301, 403)

@@ -6,13 +6,13 @@ import torch
 
 from cmt_aqr.boxes import points_in_boxes
 from cmt_aqr.data.dataset import FrameDataset, TrainingAugmentation
-from cmt_aqr.data.files import load_points
 from cmt_aqr.data.gt_database import open_gt_database
 from cmt_aqr.data.gt_sampling import GtSampler
 from cmt_aqr.data.image_transforms import ImageAugmentation
 from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.loader import make_loader
 from cmt_aqr.data.nuscenes import load_index
+from cmt_aqr.data.readers import load_points
 from cmt_aqr.data.sampling import TrainingSampler
 from cmt_aqr.data.scene_transforms import ModalityDropout, SceneAugmentation
 from cmt_aqr.geometry import homogeneous

@@ -9,7 +9,7 @@ from cmt_aqr.boxes import Targets, encode_boxes
 from cmt_aqr.losses.criterion import DEFAULT_CODE_WEIGHTS, Criterion, total_loss
 from cmt_aqr.losses.focal import focal_loss
 from cmt_aqr.losses.matcher import NonFiniteError
-from cmt_aqr.models.denoising import make_denoising
+from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from tests.unit.losses.cases import (
     ONE_TASK,
     POINT_RANGE,
@@ -22,8 +22,9 @@ from tests.unit.losses.cases import (
 
 
 def denoise(targets, *, queries=6, num_dn=12, seed=0, **changes):
-    settings = {"num_queries": queries, "num_dn": num_dn, "point_range": POINT_RANGE, "max_groups": 2}
-    return make_denoising(targets, **settings, generator=torch.Generator().manual_seed(seed), **changes)
+    sizes = {"num_queries": queries, "num_dn": num_dn, "point_range": POINT_RANGE}
+    changes["settings"] = DenoisingSettings(max_groups=2)
+    return make_denoising(targets, **sizes, generator=torch.Generator().manual_seed(seed), **changes)
 
 
 def close(actual, expected):

@@ -8,14 +8,14 @@ import torch
 
 from cmt_aqr.boxes import Targets, encode_boxes
 from cmt_aqr.losses.focal import focal_cost
-from cmt_aqr.losses.matcher import UNMATCHED, NonFiniteError, match, matching_costs, pad_targets, solve
+from cmt_aqr.losses.matcher import UNMATCHED, NonFiniteError, encode_targets, match, matching_costs, solve
 from tests.unit.losses.cases import ONE_TASK, TWO_TASKS, make_predictions, make_targets
 
 WEIGHTS = (2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)
 
 
 def costs_of(predictions, targets):
-    padded = pad_targets(targets, dtype=torch.float64)
+    padded = encode_targets(targets, dtype=torch.float64)
     return matching_costs(predictions, padded, class_weight=2.0, box_weight=0.25, code_weights=WEIGHTS)
 
 
@@ -46,7 +46,7 @@ def test_velocity_is_not_in_the_cost():
 def test_assignment_is_the_cheapest_of_all():
     predictions, targets = make_predictions(batch=2, queries=5), make_targets((3, 4))
     costs = costs_of(predictions, targets)
-    assigned = match(predictions, pad_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
+    assigned = match(predictions, encode_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
     assert assigned.shape == (1, 2, 2, 5)
     for layer in range(2):
         for sample, count in enumerate((3, 4)):
@@ -62,7 +62,7 @@ def test_assignment_is_the_cheapest_of_all():
 
 def test_boxes_are_matched_only_by_the_task_that_owns_them():
     predictions, targets = make_predictions(batch=1, queries=9, classes=TWO_TASKS), make_targets((7,))
-    assigned = match(predictions, pad_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
+    assigned = match(predictions, encode_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
     for task, members in enumerate(TWO_TASKS):
         mine = [g for g, label in enumerate(targets[0].labels.tolist()) if label in members]
         found = assigned[task, 0, 0]
@@ -71,7 +71,7 @@ def test_boxes_are_matched_only_by_the_task_that_owns_them():
 
 def test_more_boxes_than_queries():
     predictions, targets = make_predictions(batch=2, queries=3), make_targets((8, 0))
-    assigned = match(predictions, pad_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
+    assigned = match(predictions, encode_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
     assert (assigned[0, :, 0] != UNMATCHED).all()
     assert all(len(set(row.tolist())) == 3 for row in assigned[0, :, 0])
     assert (assigned[0, :, 1] == UNMATCHED).all()
@@ -79,7 +79,7 @@ def test_more_boxes_than_queries():
 
 def test_no_boxes_at_all():
     predictions, targets = make_predictions(batch=2, queries=3), make_targets((0, 0))
-    assigned = match(predictions, pad_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
+    assigned = match(predictions, encode_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
     assert (assigned == UNMATCHED).all()
 
 
@@ -89,7 +89,7 @@ def test_non_finite_predictions_are_named(value):
     with torch.no_grad():
         predictions.tasks[0]["center"][1, 1, 2] = value
     with pytest.raises(NonFiniteError, match="decoder layer 1, sample 1, task 0 is not finite"):
-        match(predictions, pad_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
+        match(predictions, encode_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
 
 
 def test_padding_does_not_reach_the_solver():
@@ -100,4 +100,4 @@ def test_padding_does_not_reach_the_solver():
 
 def test_boxes_that_do_not_fit_the_labels_are_refused():
     with pytest.raises(ValueError, match=r"sample 0: boxes must have shape \(2, 9\) to go with 2 labels, got \(3, 9\)"):
-        pad_targets([Targets(torch.ones(3, 9), torch.zeros(2, dtype=torch.int64))], dtype=torch.float32)
+        encode_targets([Targets(torch.ones(3, 9), torch.zeros(2, dtype=torch.int64))], dtype=torch.float32)

@@ -5,7 +5,7 @@ import torch
 
 from cmt_aqr.boxes import Targets
 from cmt_aqr.geometry import to_unit
-from cmt_aqr.models.denoising import BACKGROUND, denoising_mask, group_sizes, make_denoising
+from cmt_aqr.models.denoising import BACKGROUND, DenoisingSettings, denoising_mask, group_sizes, make_denoising
 from tests.unit.models.tiny_detector import POINT_RANGE, make_targets
 
 SETTINGS = {"num_queries": 30, "num_dn": 24, "point_range": POINT_RANGE}
@@ -45,7 +45,7 @@ def test_mask_row_by_row():
 
 def test_rows_are_dead_then_groups_of_slots():
     targets = make_targets((3, 1))
-    denoising = make_denoising(targets, **SETTINGS, max_groups=5)
+    denoising = make_denoising(targets, **SETTINGS, settings=DenoisingSettings(max_groups=5))
     assert denoising.num_dn == 24
     assert denoising.is_live.tolist() == [False] * 9 + [True] * 15
     slots = denoising.boxes[:, 9:].unflatten(1, (5, 3))
@@ -85,7 +85,7 @@ def test_far_noise_makes_a_row_background_but_keeps_its_box():
 
 def test_scale_zero_gives_the_clean_centres_in_unit_coordinates():
     targets = make_targets((2,))
-    denoising = make_denoising(targets, **SETTINGS, noise_scale=0.0)
+    denoising = make_denoising(targets, **SETTINGS, settings=DenoisingSettings(noise_scale=0.0))
     expected = to_unit(targets[0].boxes[:, :3], POINT_RANGE)
     torch.testing.assert_close(denoising.reference_points[0, -2:], expected)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cmt_aqr.losses.criterion import Criterion, total_loss
-from cmt_aqr.models.denoising import make_denoising
+from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from tests.unit.models.tiny_detector import (
     BEV_CHANNELS,
     DIM,
@@ -54,7 +54,7 @@ def step(detector, features, targets, *, num_dn, noise):
         num_queries=detector.reference_points.num_queries,
         num_dn=num_dn,
         point_range=POINT_RANGE,
-        max_groups=2,
+        settings=DenoisingSettings(max_groups=2),
         noise=padded,
     )
     detector.shared_conv is None or detector.shared_conv[1].reset_running_stats()
