@@ -29,7 +29,7 @@ from cmt_aqr.models.detector import Detector, SharedConv
 from cmt_aqr.models.heads import Heads
 from cmt_aqr.models.image import ImageBranch
 from cmt_aqr.models.lidar import LidarBranch, SparseEncoder
-from cmt_aqr.models.local_start import start_local
+from cmt_aqr.models.local_init import init_local
 from cmt_aqr.models.neck import CPFPN
 from cmt_aqr.models.position import BevEmbedding, RayEmbedding
 from cmt_aqr.models.queries import ReferencePoints
@@ -124,8 +124,8 @@ def build_detector(config: ModelConfig) -> Detector:
         bev_origin=config.point_range[:2],
         bev_cell_size=None if config.lidar is None else bev_cell_size(config.lidar),
     )
-    if config.start == "local" and not detector.reference_points.weight.is_meta:
-        start_local(detector)
+    if config.init == "local" and not detector.reference_points.weight.is_meta:
+        init_local(detector)
     return detector
 
 
@@ -228,7 +228,7 @@ def build_criterion(config: Config, *, reduce_mean: Callable[[Tensor], Tensor] |
         dn_weight=config.loss.dn_weight,
         cls_cost=config.loss.cls_cost,
         box_cost=config.loss.box_cost,
-        dn_split=config.model.denoising.split,
+        positive_threshold=config.model.denoising.positive_threshold,
         reduce_mean=reduce_mean,
         num_processes=num_processes,
     )

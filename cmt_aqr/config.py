@@ -15,6 +15,14 @@ from cmt_aqr.config_checks import CHECKS
 from cmt_aqr.strict_yaml import apply_overrides, build, limits, to_tree
 from cmt_aqr.yaml_reader import ConfigError, read_yaml
 
+# Keys that earlier versions wrote into checkpoints, and their names now.
+RENAMED = {
+    "model.start": "init",
+    "model.denoising.split": "positive_threshold",
+    "training.up_fraction": "pct_start",
+    "training.momentum_dip": "min_momentum_ratio",
+}
+
 Range6 = tuple[float, float, float, float, float, float]
 Triple = tuple[float, float, float]
 
@@ -130,7 +138,7 @@ class DenoisingConfig:
     num_dn: int = limits(low=0, high=10_000)  # rows kept for them in every batch; 0 switches them off
     max_groups: int = limits(low=1, high=1000)
     noise_scale: float = limits(low=0, high=100)
-    split: float = limits(above=0, high=1)
+    positive_threshold: float = limits(above=0, high=1)  # noise longer than this makes a query background
 
 
 @dataclass(frozen=True)
@@ -174,8 +182,8 @@ class ModelConfig:
     depth_bins: int = limits(low=1, high=1024)
     head_channels: int = limits(low=1, high=4096)
     head_kernel: Literal[1, 3]  # over the query axis; the official LiDAR-only model has 3
-    cls_prior: float | None  # start of every class probability; null keeps the layer's own initialisation
-    start: Literal["official", "local"]  # local: attention begins near each query (models/local_start.py)
+    cls_prior: float | None  # initial probability of every class; null keeps the layer's own initialisation
+    init: Literal["official", "local"]  # local: attention begins near each query (models/local_init.py)
     activation_checkpointing: bool  # decoder layers are computed again in the backward pass: less memory
     tasks: tuple[tuple[str, ...], ...] = limits(entries=(1, 10))
     lidar: LidarConfig | None
@@ -208,8 +216,8 @@ class TrainingConfig:
     weight_decay: float = limits(low=0, high=100)
     lr_peak: float = limits(above=0, high=10_000)  # top of the cycle, in units of lr
     lr_end: float = limits(above=0, high=10_000)  # end of the cycle, in units of lr
-    up_fraction: float = limits(above=0, high=1)  # part of the steps that climbs
-    momentum_dip: float = limits(above=0, high=1)  # momentum at the top of the cycle, in units of beta1
+    pct_start: float = limits(above=0, high=1)  # part of the steps that climbs
+    min_momentum_ratio: float = limits(above=0, high=1)  # momentum at the top of the cycle, in units of beta1
     grad_clip: float = limits(above=0, high=1_000_000)
     lr_mult: dict[str, float] = limits(low=0, high=1_000_000)  # parameter-name prefix -> factor; longest wins
     decay_mult: dict[str, float] = limits(low=0, high=1_000_000)
@@ -267,4 +275,14 @@ def config_from_tree(tree: dict[str, Any], source: str) -> Config:
     return build(Config, tree, source, CHECKS)
 
 
-__all__ = ["Config", "ConfigError", "config_from_tree", "load_config", "to_tree"]
+def current_names(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The configuration of a checkpoint, with the keys of earlier versions under their names of today."""
+    return {
+        RENAMED.get(f"{prefix}{key}", key): current_names(value, f"{prefix}{key}.")
+        if isinstance(value, dict)
+        else value
+        for key, value in tree.items()
+    }
+
+
+__all__ = ["Config", "ConfigError", "config_from_tree", "current_names", "load_config", "to_tree"]

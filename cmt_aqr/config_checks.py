@@ -54,17 +54,17 @@ def _check_widths(config: Config) -> Found:
         yield "model.hidden_dim", f"the sine embedding needs a multiple of 4, got {width}"
 
 
-def _check_local_start(config: Config) -> Found:
+def _check_local_init(config: Config) -> Found:
     model = config.model
-    if model.start != "local":
+    if model.init != "local":
         return
     channels = model.hidden_dim // model.num_heads
     if channels < MIN_LOCAL_HEAD:
-        yield "model.start", f"'local' needs heads of {MIN_LOCAL_HEAD} channels or more, got {channels}"
+        yield "model.init", f"'local' needs heads of {MIN_LOCAL_HEAD} channels or more, got {channels}"
     if model.camera is not None and model.depth_bins < 2:
-        yield "model.depth_bins", f"model.start 'local' needs 2 or more, got {model.depth_bins}"
+        yield "model.depth_bins", f"model.init 'local' needs 2 or more, got {model.depth_bins}"
     if model.camera is not None and model.lidar is not None and model.num_heads < 2:
-        yield "model.num_heads", f"model.start 'local' needs 2 or more, one a sensor, got {model.num_heads}"
+        yield "model.num_heads", f"model.init 'local' needs 2 or more, one a sensor, got {model.num_heads}"
 
 
 def _check_sensors(config: Config) -> Found:
@@ -261,8 +261,8 @@ def _check_numbers(config: Config) -> Found:
     prior = config.model.cls_prior
     if prior is not None and not 0 < prior < 1:
         yield "model.cls_prior", f"must lie between 0 and 1, got {prior:g}"
-    if config.training.up_fraction >= 1:
-        yield "training.up_fraction", f"must be below 1, got {config.training.up_fraction:g}"
+    if config.training.pct_start >= 1:
+        yield "training.pct_start", f"must be below 1, got {config.training.pct_start:g}"
 
 
 # Each check with the keys it reads: it runs when they are sound.
@@ -278,14 +278,14 @@ CHECKS = (
     (("model.hidden_dim", "model.num_heads"), _check_widths),
     (
         (
-            "model.start",
+            "model.init",
             "model.hidden_dim",
             "model.num_heads",
             "model.depth_bins",
             "model.lidar",
             "model.camera",
         ),
-        _check_local_start,
+        _check_local_init,
     ),
     (("model.lidar", "model.camera"), _check_sensors),
     (("model.camera", "model.point_range"), _check_camera_range),
@@ -307,5 +307,5 @@ CHECKS = (
     ),
     (("model.aqr", "model.lidar", "model.camera"), _check_aqr_windows),
     (("model.aqr", "training.decay_mult"), _check_scale_decay),
-    (("loss.code_weights", "model.cls_prior", "training.up_fraction"), _check_numbers),
+    (("loss.code_weights", "model.cls_prior", "training.pct_start"), _check_numbers),
 )

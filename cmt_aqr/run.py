@@ -21,7 +21,7 @@ from cmt_aqr.losses.matcher import NonFiniteError
 from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.models.grid_mask import draw_grid_mask, grid_mask
-from cmt_aqr.models.local_start import start_reference_points
+from cmt_aqr.models.local_init import init_reference_points
 from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.predictions import DenoisingQueries
 from cmt_aqr.strict_yaml import to_yaml
@@ -179,8 +179,8 @@ def initialise(model: nn.Module, path: str) -> str:
 
 def set_first_weights(model: Detector, config: Config, index: FrameIndex) -> list[str]:
     """Reference points and weights that a new run starts from; returns what there is to say about them."""
-    if config.model.start == "local":
-        start_reference_points(model, training_centres(index, config.data.train_boxes), config.model.point_range)
+    if config.model.init == "local":
+        init_reference_points(model, training_centres(index, config.data.train_boxes), config.model.point_range)
     if config.training.init_from is None:
         return []
     return [initialise(model, config.training.init_from)]
@@ -201,8 +201,8 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 def set_rates(run: Run) -> None:
     """Learning rate and momentum of the current step, from the step alone."""
     training, step, total = run.config.training, run.step, run.total_steps
-    rate = cyclic(step, total, up_fraction=training.up_fraction, top=training.lr_peak, end=training.lr_end)
-    momentum = cyclic(step, total, up_fraction=training.up_fraction, top=training.momentum_dip, end=1.0)
+    rate = cyclic(step, total, pct_start=training.pct_start, top=training.lr_peak, end=training.lr_end)
+    momentum = cyclic(step, total, pct_start=training.pct_start, top=training.min_momentum_ratio, end=1.0)
     set_schedule(run.optimizer, lr=training.lr * rate, momentum=BETA1 * momentum)
 
 
@@ -242,7 +242,7 @@ def make_denoising_queries(run: Run, batch: Batch) -> DenoisingQueries | None:
         num_queries=run.config.model.num_queries,
         num_dn=settings.num_dn,
         point_range=run.config.model.point_range,
-        settings=DenoisingSettings(settings.max_groups, settings.noise_scale, settings.split),
+        settings=DenoisingSettings(settings.max_groups, settings.noise_scale, settings.positive_threshold),
         max_boxes=reduce_max(max(len(targets.labels) for targets in batch.targets), run.rank_info.device),
         noise=denoising_noise(run.config.seed, run.step, positions, settings.num_dn),
     )

@@ -63,7 +63,7 @@ class Criterion(nn.Module):
         dn_weight: factor on the denoising terms.
         cls_cost, box_cost: weights of the matching cost.
         background_weight: part of a background query in the class normaliser (*Quirk Q9*).
-        dn_split: of the denoising queries, enters their class normaliser (*Quirk Q8*).
+        positive_threshold: of the denoising queries, enters their class normaliser (*Quirk Q8*).
         alpha, gamma: of the focal loss and cost.
         reduce_mean: averages a float64 tensor over processes; None keeps local counts.
         num_processes: K; the lower limits of the normalisers are 1 / K, so that they are 1 for the whole batch.
@@ -80,7 +80,7 @@ class Criterion(nn.Module):
         cls_cost: float = 2.0,
         box_cost: float = 0.25,
         background_weight: float = 0.1,
-        dn_split: float = 0.75,
+        positive_threshold: float = 0.75,
         alpha: float = ALPHA,
         gamma: float = GAMMA,
         reduce_mean: Callable[[Tensor], Tensor] | None = None,
@@ -97,7 +97,7 @@ class Criterion(nn.Module):
         self.cls_cost = cls_cost
         self.box_cost = box_cost
         self.background_weight = background_weight
-        self.dn_split = dn_split
+        self.positive_threshold = positive_threshold
         self.alpha = alpha
         self.gamma = gamma
         self.reduce_mean = reduce_mean
@@ -197,7 +197,7 @@ class Criterion(nn.Module):
         """
         task_of, local_of = class_table(self.classes, device=denoising.labels.device)
         codes_wanted = encode_boxes(denoising.boxes.to(predictions.codes(0).dtype))
-        cls_normaliser = self._at_least_one(num_known * ROUNDED_PI / 6 * self.dn_split**3)
+        cls_normaliser = self._at_least_one(num_known * ROUNDED_PI / 6 * self.positive_threshold**3)
         box_normaliser = self._at_least_one(num_known)
         cls_loss = box_loss = 0
         for task, members in enumerate(self.classes):

@@ -24,12 +24,12 @@ class DenoisingSettings:
     Attributes:
         max_groups: upper limit of groups (see :func:`group_sizes`).
         noise_scale: factor on the shift of the centres.
-        split: a row whose noise vector is longer than this becomes background.
+        positive_threshold: a row whose noise vector is longer than this becomes background.
     """
 
     max_groups: int = 10
     noise_scale: float = 1.0
-    split: float = 0.75
+    positive_threshold: float = 0.75
 
 
 _OFFICIAL = DenoisingSettings()
@@ -138,7 +138,7 @@ def make_denoising(
     clean_labels = clean_labels.masked_fill(~is_known, BACKGROUND)
     centres = noised_centres(boxes, noise, noise_scale=settings.noise_scale)
     reference_points = to_unit(centres, point_range).clamp(0, 1).masked_fill(~is_known[..., None], 0)
-    is_far = torch.linalg.vector_norm(noise, dim=-1) > settings.split
+    is_far = torch.linalg.vector_norm(noise, dim=-1) > settings.positive_threshold
     return DenoisingQueries(
         reference_points=reference_points,
         attention_mask=denoising_mask(groups, slots, num_dn=num_dn, num_queries=num_queries, device=boxes.device),

@@ -189,7 +189,7 @@ def empty_state(config: ModelConfig) -> dict[str, Tensor]:
     Without AQR, which no official file has.
     """
     with torch.device("meta"):
-        return build_detector(replace(config, start="official", aqr=None)).state_dict()
+        return build_detector(replace(config, init="official", aqr=None)).state_dict()
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

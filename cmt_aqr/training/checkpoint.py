@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cmt_aqr.config import current_names
 from cmt_aqr.errors import describe_os_error
 from cmt_aqr.files import atomic_path
 from cmt_aqr.training.checkpoint_checks import (
@@ -132,13 +133,14 @@ def load_into(model: nn.Module, weights: dict[str, Tensor], source: str | Path) 
 
 
 def _check_content(state: dict[str, Any], path: str | Path) -> None:
-    """The parts of a checkpoint of this project that can be checked without a model."""
+    """Check what can be checked without a model; keys of the configuration get their names of today."""
     if state.get("format") not in (FORMAT, FORMAT_WITHOUT_CHECKSUM):
         raise CheckpointError(
             f"{path}: not a checkpoint of this project (format: {show(state.get('format'))}, expected {FORMAT!r}); "
             "official weights go through python -m cmt_aqr.tools.import_checkpoint"
         )
     check_config(state.get("config"), str(path))
+    state["config"] = current_names(state["config"])
     check_named_tensors(state.get("model"), f"{path}: model")
     if "step" in state:
         check_step(state["step"], str(path))

@@ -118,16 +118,16 @@ def make_optimizer(
     )
 
 
-def cyclic(step: int, total_steps: int, *, up_fraction: float, top: float, end: float) -> float:
+def cyclic(step: int, total_steps: int, *, pct_start: float, top: float, end: float) -> float:
     """Factor of the one-cycle schedule: cosine from 1 to ``top``, then cosine from ``top`` to ``end``.
 
     Args:
         step: in [0, total_steps).
-        up_fraction: part of the steps that goes to the top.
+        pct_start: part of the steps that goes to the top.
 
     *Source*: mmcv's cyclic hooks with one cycle, as the original's configs use them for rate and momentum.
     """
-    up_steps = max(1, int(up_fraction * total_steps))
+    up_steps = max(1, int(pct_start * total_steps))
     if step < up_steps:
         start, stop, progress = 1.0, top, step / up_steps
     else:

@@ -376,5 +376,5 @@ def test_flex_without_a_gpu(train, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     expected = "model.attention.backend: 'flex' needs a CUDA GPU, this run is on cpu; use 'auto'"
-    sentence(train("model.attention.backend=flex", "model.num_heads=1", "model.start=official"), expected)
+    sentence(train("model.attention.backend=flex", "model.num_heads=1", "model.init=official"), expected)
     assert not (tmp_path / "run").exists()

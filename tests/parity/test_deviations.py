@@ -27,9 +27,13 @@ def test_settings_of_the_official_configurations(official):
     data = official.data
     assert (data.train_boxes, data.balance_boxes, data.skip_empty_frames) == ("lidar", "all", True)  # F33
     assert model.dropout == 0.1  # Q15
-    assert model.cls_prior is None and model.start == "official"  # fact 14
+    assert model.cls_prior is None and model.init == "official"  # fact 14
     assert model.head_kernel == (3 if model.camera is None else 1)  # fact 13
-    assert (model.denoising.max_groups, model.denoising.noise_scale, model.denoising.split) == (10, 1.0, 0.75)
+    assert (model.denoising.max_groups, model.denoising.noise_scale, model.denoising.positive_threshold) == (
+        10,
+        1.0,
+        0.75,
+    )
     assert model.denoising.num_dn == model.num_queries  # room for every row the original makes
     assert tuple(loss.code_weights) == (2.0, 2.0, *(1.0,) * 6, 0.2, 0.2)
     assert (loss.cls_weight, loss.box_weight, loss.cls_cost, loss.box_cost) == (2.0, 0.25, 2.0, 0.25)

@@ -52,7 +52,7 @@ class Step:
             dn_weight=meta["dn_weight"],
             cls_cost=meta["cost_cls_weight"],
             box_cost=meta["cost_reg_weight"],
-            dn_split=meta["split"],
+            positive_threshold=meta["split"],
         )
         case.detector.train()
         case.bev_map.requires_grad_()

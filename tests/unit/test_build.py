@@ -80,7 +80,7 @@ def test_activation_checkpointing_reaches_the_decoder():
 
 
 def test_the_class_prior_reaches_the_heads():
-    config = shipped("synthetic_tiny", "model.cls_prior=0.02", "model.start=official")
+    config = shipped("synthetic_tiny", "model.cls_prior=0.02", "model.init=official")
     model = build_detector(config.model)
     (task,) = model.head.tasks
     bias = task.branches[CLASS_BRANCH].out.bias
@@ -89,11 +89,13 @@ def test_the_class_prior_reaches_the_heads():
 
 
 def test_the_criterion_has_the_weights_of_the_configuration():
-    config = shipped("synthetic_tiny", "loss.cls_weight=3.5", "loss.box_cost=0.75", "model.denoising.split=0.5")
+    config = shipped(
+        "synthetic_tiny", "loss.cls_weight=3.5", "loss.box_cost=0.75", "model.denoising.positive_threshold=0.5"
+    )
     criterion = build_criterion(config, reduce_mean=None, num_processes=4)
     assert criterion.cls_weight == 3.5 and criterion.box_weight == config.loss.box_weight
     assert criterion.box_cost == 0.75 and criterion.cls_cost == config.loss.cls_cost
-    assert criterion.dn_split == 0.5 and criterion.num_processes == 4
+    assert criterion.positive_threshold == 0.5 and criterion.num_processes == 4
     assert criterion.code_weights == config.loss.code_weights
     assert [CLASSES[i] for task in criterion.classes for i in task] == [n for task in config.model.tasks for n in task]
 

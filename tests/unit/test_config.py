@@ -72,7 +72,7 @@ def test_every_kind_of_problem_is_reported_at_once():
         ("data.drop_lidar=0.9", "data.drop_lidar: 0.9 and data.drop_cameras 0.25 add up"),
         ("data.gt_sampling.per_class={cat: 1}", "data.gt_sampling.per_class.cat: no such class"),
         ("model.point_range=[54, -54, -5, -54, 54, 3]", "model.point_range: x_min 54 is not below x_max -54"),
-        ("training.up_fraction=1.0", "training.up_fraction: must be below 1"),
+        ("training.pct_start=1.0", "training.pct_start: must be below 1"),
         ("training.freeze=backbone", "training.freeze: expected a list, got str 'backbone'"),
         ("data.class_balanced=1", "data.class_balanced: expected true or false, got int 1"),
         ("model.camera=3", "model.camera: expected a block of keys, got int 3"),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from cmt_aqr.losses.criterion import Criterion, total_loss
 from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from cmt_aqr.models.detector import Detector
-from cmt_aqr.models.local_start import start_local
+from cmt_aqr.models.local_init import init_local
 from tests.unit.attention.cases import grid_of_tokens, inside_by_loops
 from tests.unit.models.test_detector import all_outputs, step
 from tests.unit.models.tiny_detector import (
@@ -313,9 +313,9 @@ def test_a_detector_with_one_sensor_refuses_aqr(sensors, only):
         Detector(**parts, aqr=make_aqr("bias"))
 
 
-def test_the_local_start_ties_the_generator_too():
+def test_the_local_init_ties_the_generator_too():
     detector = make_detector(design="bias", dtype=torch.float32)
-    start_local(detector)
+    init_local(detector)
     ours = detector.aqr.generator.layers[0].attention.in_proj_weight
     theirs = detector.decoder.layers[0].cross_attention.in_proj_weight
     dim = theirs.shape[1]

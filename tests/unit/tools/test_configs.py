@@ -114,13 +114,11 @@ def test_a_new_key_comes_where_the_schema_has_it_and_all_else_stays(folder, key,
 def test_a_key_is_put_behind_another_one(folder, monkeypatch, capsys):
     for path in folder.rglob("*.yaml"):
         path.write_text(re.sub(r"(?m)^  dropout: .*\n", "", path.read_text()))
-    command = ["add", "model.dropout", "0.1", "--after", "model.start", "--comment", "why", "--configs", folder]
+    command = ["add", "model.dropout", "0.1", "--after", "model.init", "--comment", "why", "--configs", folder]
     assert run(monkeypatch, *command) == 0
     assert capsys.readouterr().out.count("wrote ") == 16
     for path in folder.rglob("*.yaml"):
-        assert re.search(r"\n  start: \w+\n  dropout: 0.1   # why\n  activation_checkpointing: ", path.read_text()), (
-            path
-        )
+        assert re.search(r"\n  init: \w+\n  dropout: 0.1   # why\n  activation_checkpointing: ", path.read_text()), path
     check_ablation(folder)
 
 

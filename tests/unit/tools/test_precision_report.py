@@ -11,7 +11,7 @@ CONFIG = str(Path(__file__).parents[3] / "configs" / "synthetic_tiny.yaml")
 SMALL = (
     "model.num_queries=40", "model.camera.input_size=[64, 64]", "model.camera.base_channels=4",
     "model.lidar.max_voxels_train=2000", "model.lidar.max_voxels_test=2000", "model.lidar.sparse_shape=[21, 64, 64]",
-    "model.lidar.voxel_size=[1.6, 1.6, 0.4]", "model.start=official",
+    "model.lidar.voxel_size=[1.6, 1.6, 0.4]", "model.init=official",
 )  # fmt: skip
 
 

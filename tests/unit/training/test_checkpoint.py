@@ -37,6 +37,22 @@ def test_round_trip(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["latest.pt"]
 
 
+def test_keys_of_earlier_versions_get_their_names_of_today(tmp_path):
+    old = {
+        "model": {"start": "local", "denoising": {"num_dn": 4, "split": 0.75}, "aqr": None},
+        "training": {"up_fraction": 0.4, "momentum_dip": 0.9, "start": 1},
+        "data": {"split": "val"},
+    }
+    new = {
+        "model": {"init": "local", "denoising": {"num_dn": 4, "positive_threshold": 0.75}, "aqr": None},
+        "training": {"pct_start": 0.4, "min_momentum_ratio": 0.9, "start": 1},
+        "data": {"split": "val"},
+    }
+    save_checkpoint(tmp_path / "latest.pt", state(config=old))
+    assert load_checkpoint(tmp_path / "latest.pt")["config"] == new
+    assert load_weights_and_config(tmp_path / "latest.pt")[1] == new
+
+
 def test_plain_pytorch_reads_the_file(tmp_path):
     save_checkpoint(tmp_path / "a.pt", state())
     for mmap in (False, True):

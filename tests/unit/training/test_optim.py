@@ -46,7 +46,7 @@ def test_groups_carry_their_factors():
 
 def test_cycle_ends_where_the_original_does():
     def rate(step):
-        return cyclic(step, 1000, up_fraction=0.4, top=6.0, end=1e-4)
+        return cyclic(step, 1000, pct_start=0.4, top=6.0, end=1e-4)
 
     assert rate(0) == 1.0
     assert rate(200) == pytest.approx(3.5)  # half-way up a cosine
@@ -54,7 +54,7 @@ def test_cycle_ends_where_the_original_does():
     assert rate(700) == pytest.approx((6 + 1e-4) / 2)
     assert 1e-4 < rate(999) < 2e-4
     assert max(range(1000), key=rate) == 400
-    assert cyclic(0, 1, up_fraction=0.4, top=6.0, end=1e-4) == 1.0
+    assert cyclic(0, 1, pct_start=0.4, top=6.0, end=1e-4) == 1.0
 
 
 def test_freezing_leaves_the_rest():

@@ -46,7 +46,7 @@ MAX_RAY_STRETCH = 1.8
 
 
 @torch.no_grad()
-def start_local(detector: Detector) -> None:
+def init_local(detector: Detector) -> None:
     """Overwrite the position networks, the query and key projections, and the reference points of a fresh detector.
 
     The reference points are put on a square grid over the ground, half-way up the point range. AQR's weight generator,
@@ -166,7 +166,7 @@ def reference_grid(num_queries: int) -> Tensor:
 
 
 @torch.no_grad()
-def start_reference_points(detector: Detector, centres: Tensor, point_range: Sequence[float]) -> None:
+def init_reference_points(detector: Detector, centres: Tensor, point_range: Sequence[float]) -> None:
     """Put the reference points where the objects of the training frames are, by k-means.
 
     Args:

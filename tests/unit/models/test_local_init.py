@@ -1,4 +1,4 @@
-"""The local start: from the first step on, queries look at the tokens around their reference points."""
+"""Local initialisation: from the first step on, queries look at the tokens around their reference points."""
 
 import math
 
@@ -10,7 +10,7 @@ from cmt_aqr.geometry import to_metres, to_unit
 from cmt_aqr.models.decoder import Decoder, split_heads
 from cmt_aqr.models.detector import Detector, SharedConv
 from cmt_aqr.models.heads import Heads
-from cmt_aqr.models.local_start import reference_grid, start_local, start_reference_points
+from cmt_aqr.models.local_init import init_local, init_reference_points, reference_grid
 from cmt_aqr.models.position import BevEmbedding, RayEmbedding, bev_positions, pv_positions
 from cmt_aqr.models.queries import ReferencePoints, query_positions
 from cmt_aqr.predictions import task_classes
@@ -85,14 +85,14 @@ def test_queries_look_at_the_ground_around_them():
     model = detector(cameras=False)
     # Without the start, attention is nearly even: a disc of three cells holds pi 3^2 / 32^2, about 3 %.
     assert bev_mass(model, points, slice(None), 3).mean() < 0.1
-    start_local(model)
+    init_local(model)
     near = bev_mass(model, points, slice(None), 3)
     assert near.mean() > 0.7 and near.min() > 0.4
 
 
 def test_the_strongest_cell_is_the_one_of_the_reference_point():
     model = detector(cameras=False)
-    start_local(model)
+    init_local(model)
     # An uneven place: swapped axes or a mirrored one would be far away.
     for x, y in ((0.85, 0.3), (0.1, 0.55), (0.5, 0.95)):
         points = torch.tensor([[[x, y, 0.5]]])
@@ -107,7 +107,7 @@ def test_the_strongest_cell_is_the_one_of_the_reference_point():
 
 def test_queries_look_along_the_ray_to_their_pixel():
     model = detector()
-    start_local(model)
+    init_local(model)
     points = ground_points()
     cameras = make_cameras(four_cameras(), IMAGE_SIZE, dtype=torch.float32)
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_queries_look_along_the_ray_to_their_pixel():
 
 def test_half_of_the_heads_keep_to_the_ground_with_both_sensors():
     model = detector()
-    start_local(model)
+    init_local(model)
     near = bev_mass(model, ground_points(), slice(0, HEADS // 2), 3)
     assert near.mean() > 0.7
     ray_channels = slice(DIM // 2, None)
@@ -143,7 +143,7 @@ def test_half_of_the_heads_keep_to_the_ground_with_both_sensors():
 
 def test_all_heads_follow_the_only_sensor():
     model = detector(lidar=False)
-    start_local(model)
+    init_local(model)
     assert model.ray_embedding.mlp[2].weight.any(dim=1).sum() >= DIM * 3 / 4
     assert not model.bev_embedding.mlp[2].weight.any()
 
@@ -152,7 +152,7 @@ def test_all_heads_follow_the_only_sensor():
 def test_it_works_without_memory_for_the_weights(sensors):
     with torch.device("meta"):
         model = detector(**sensors)
-    start_local(model)
+    init_local(model)
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
@@ -162,7 +162,7 @@ def test_it_repeats_itself_and_leaves_the_random_numbers_alone():
     for seed, model in enumerate(models):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        start_local(model)
+        init_local(model)
         assert torch.equal(torch.get_rng_state(), before)
     for (name, left), right in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert torch.equal(left, right), name
@@ -189,7 +189,7 @@ def crowds() -> torch.Tensor:
 
 def test_reference_points_go_where_the_boxes_are():
     model = detector(num_queries=12)
-    start_reference_points(model, crowds(), POINT_RANGE)
+    init_reference_points(model, crowds(), POINT_RANGE)
     points = to_metres(model.reference_points.weight.detach(), POINT_RANGE)
     places = torch.tensor([[30.0, -10.0, -1.0], [-20.0, 25.0, 0.0], [5.0, 40.0, -2.0]])
     distance = torch.cdist(points, places)
@@ -205,19 +205,19 @@ def test_reference_points_repeat_themselves():
     models = [detector(num_queries=12), detector(num_queries=12)]
     for seed, model in enumerate(models):
         torch.manual_seed(seed)
-        start_reference_points(model, crowds(), POINT_RANGE)
+        init_reference_points(model, crowds(), POINT_RANGE)
     assert torch.equal(models[0].reference_points.weight, models[1].reference_points.weight)
 
 
 def test_fewer_boxes_than_queries_change_nothing():
     model = detector(num_queries=181)
     before = model.reference_points.weight.detach().clone()
-    start_reference_points(model, crowds(), POINT_RANGE)  # 180 inside the range
+    init_reference_points(model, crowds(), POINT_RANGE)  # 180 inside the range
     assert torch.equal(model.reference_points.weight, before)
-    start_reference_points(model, torch.zeros(0, 3), POINT_RANGE)
+    init_reference_points(model, torch.zeros(0, 3), POINT_RANGE)
     assert torch.equal(model.reference_points.weight, before)
     smaller = detector(num_queries=180)
-    start_reference_points(smaller, crowds(), POINT_RANGE)
+    init_reference_points(smaller, crowds(), POINT_RANGE)
     inside = to_unit(crowds()[:180].double(), POINT_RANGE).float()
     found = smaller.reference_points.weight.detach()
     assert (inside[:, None] - found).abs().amax(-1).min(1).values.max() < 1e-6
