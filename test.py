@@ -63,6 +63,8 @@ def test(config: Config, rank_info: RankInfo, arguments: argparse.Namespace) -> 
         prepare_data(config, talk=rank_info.is_main)
         open_split(config.data, split)
     with RunLog(folder, rank_info.is_main, tensorboard=False) as log:
+        if model.lidar_branch is not None:
+            log.print(model.lidar_branch.encoder.describe(rank_info.device))
         if model.aqr is not None:
             log.print(model.aqr.describe(rank_info.device))
         tables = Tables(config.data.root, config.data.version)

@@ -314,6 +314,8 @@ def describe(run: Run, log: RunLog, notes: list[str]) -> None:
         f"{rank_info.world_size} x {rank_info.device.type}, {config.training.precision}, "
         f"{config.training.epochs} epochs of {run.steps_per_epoch} steps, results in {run.work_dir}"
     )
+    if run.model.lidar_branch is not None:
+        log.print(run.model.lidar_branch.encoder.describe(rank_info.device))
     if run.model.aqr is not None:
         log.print(run.model.aqr.describe(rank_info.device))
     if run.step:

@@ -28,7 +28,7 @@ from cmt_aqr.models.decoder import Decoder
 from cmt_aqr.models.detector import Detector, SharedConv
 from cmt_aqr.models.heads import Heads
 from cmt_aqr.models.image import ImageBranch
-from cmt_aqr.models.lidar import LidarBranch, SparseEncoder
+from cmt_aqr.models.lidar import LidarBranch, SparseEncoder, missing_spconv
 from cmt_aqr.models.local_init import init_local
 from cmt_aqr.models.neck import CPFPN
 from cmt_aqr.models.position import BevEmbedding, RayEmbedding
@@ -170,7 +170,10 @@ def bev_cell_size(config: LidarConfig) -> tuple[float, float]:
 
 
 def build_lidar_branch(config: LidarConfig, point_range: tuple[float, ...]) -> LidarBranch:
-    """Points -> BEV map."""
+    """Points -> BEV map; ConfigError where its sparse convolutions need spconv and there is none."""
+    error = missing_spconv(config.sparse_backend, config.out_of_range)
+    if error is not None:
+        raise ConfigError([f"model.lidar.{error}"])
     encoder = SparseEncoder(
         in_channels=POINT_FEATURES,
         sparse_shape=config.sparse_shape,
@@ -179,6 +182,7 @@ def build_lidar_branch(config: LidarConfig, point_range: tuple[float, ...]) -> L
         downsample_paddings=config.downsample_paddings,
         out_channels=config.encoder_out_channels,
         out_of_range=config.out_of_range,
+        backend=config.sparse_backend,
     )
     return LidarBranch(
         voxel_size=config.voxel_size,

@@ -105,6 +105,7 @@ class LidarConfig:
     max_voxels_train: int = limits(low=1, high=10_000_000)
     max_voxels_test: int = limits(low=1, high=10_000_000)
     out_of_range: Literal["drop", "alias"]  # voxels outside sparse_shape (docs/quirks.md, Q13)
+    sparse_backend: Literal["auto", "torch", "spconv"]  # a matter of speed; auto: the faster one that is installed
     base_channels: int = limits(low=1, high=2048)
     encoder_channels: tuple[tuple[int, ...], ...] = limits(low=1, high=2048, entries=(1, 16))
     # z, y, x padding of each stage's stride-2 convolution

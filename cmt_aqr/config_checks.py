@@ -117,6 +117,16 @@ def _check_encoder_channels(config: Config) -> Found:
         channels = widths[-1]
 
 
+def _check_sparse_backend(config: Config) -> Found:
+    lidar = config.model.lidar
+    if lidar is not None and lidar.out_of_range == "alias" and lidar.sparse_backend == "torch":
+        yield (
+            "model.lidar.sparse_backend",
+            "'torch' does not alias voxels as spconv does, but model.lidar.out_of_range is 'alias'; use 'spconv' or "
+            "'auto', or out_of_range 'drop'",
+        )
+
+
 def _check_bev_map(config: Config) -> Found:
     """The maps on the way from the voxels to the BEV tokens have cells, and those of SECOND come to one size."""
     lidar = config.model.lidar
@@ -291,6 +301,7 @@ CHECKS = (
     (("model.camera", "model.point_range"), _check_camera_range),
     (("model.lidar",), _check_lidar_lengths),
     (("model.lidar",), _check_encoder_channels),
+    (("model.lidar",), _check_sparse_backend),
     (("model.lidar",), _check_bev_map),
     (("model.lidar", "model.point_range"), _check_voxels),
     (("model.tasks",), _check_classes),

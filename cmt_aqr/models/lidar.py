@@ -3,30 +3,36 @@
 Shapes: B batch, S voxels, F features of a point, C channels, (D, H, W) = cells in (z, y, x). H runs along y and W
 along x.
 
-spconv is imported when a SparseEncoder is built, so camera-only models work without it.
+The sparse convolutions are those of sparse.py or spconv's, see `choose_backend`; the weights are the same.
 """
 
-import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cmt_aqr.models import sparse, spconv_backend
 from cmt_aqr.models.second import SECOND, SECONDFPN
+from cmt_aqr.models.sparse import (
+    SparseConvolution,
+    SparseRows,
+    convolved_shape,
+    dense_map,
+    find_output_sites,
+    find_sites,
+)
 from cmt_aqr.models.voxels import VoxelBatch, voxelize_batch
 
 BATCH_NORM_EPS = 1e-3
 BATCH_NORM_MOMENTUM = 0.01
 OUT_OF_RANGE = ("drop", "alias")
-PRECISIONS = (torch.float32, torch.float16)
-
-
-def convolved_shape(
-    shape: Sequence[int], *, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> tuple[int, ...]:
-    """Cells (z, y, x) after a strided convolution: floor((n + 2 * padding - kernel) / stride) + 1 along each axis."""
-    return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape, kernel, stride, padding, strict=True))
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = ("auto", "torch", "spconv")
+# The faster backend by (device type, in training). Measured on one thread of an x86-64 CPU, 2026-11-25, for 120 000
+# voxels (docs/benchmarks.md): evaluation 3.6 s by torch and 4.3 s by spconv, a training step 12.2 and 11.4 s. CUDA: not
+# measured, spconv as before.
+FASTER = {("cpu", False): "torch", ("cpu", True): "spconv", ("cuda", False): "spconv", ("cuda", True): "spconv"}
 
 
 def encoder_output_shape(
@@ -53,33 +59,58 @@ def _triple(padding: int | Sequence[int]) -> tuple[int, ...]:
     return (padding,) * 3 if isinstance(padding, int) else tuple(padding)
 
 
-def _import_spconv():
-    # Every sparse tensor asks torch.fx a question that torch once answers with a warning about something else.
-    logging.getLogger("torch.fx._symbolic_trace").addFilter(_is_no_tracing_advice)
-    try:
-        import spconv.pytorch as spconv
-    except ImportError as error:
-        raise ImportError(
-            f"SparseEncoder needs the package spconv (setup.cfg: spconv-cu121), which cannot be imported: {error}. "
-            "Camera-only models work without it."
-        ) from error
-    return spconv
+def choose_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, *, is_training: bool, out_of_range: str = "drop"
+) -> str:
+    """The backend, "torch" or "spconv", that a name means for features of this dtype on a device.
+
+    "auto" takes spconv where only spconv can do it (voxels outside the shape are aliased), torch where spconv cannot
+    (it is not installed; float64 or bfloat16 on CUDA), otherwise the faster one.
+
+    Raises:
+        ValueError: spconv is asked for float64 or bfloat16 on CUDA, or for aliased voxels elsewhere than on the CPU.
+    """
+    if out_of_range == "alias" and device.type != "cpu":
+        raise ValueError(
+            "SparseEncoder with out_of_range='alias' repeats what spconv does on the CPU; elsewhere voxels outside the "
+            "sparse shape collide differently: use out_of_range='drop', or the CPU"
+        )
+    spconv_can = device.type != "cuda" or dtype in (torch.float32, torch.float16)
+    if backend == "spconv" and not spconv_can:
+        raise ValueError(f"spconv has no {dtype} kernels on CUDA; use the backend 'torch', or float32")
+    if backend != "auto":
+        return backend
+    if out_of_range == "alias":
+        return "spconv"
+    if not spconv_can or spconv_backend.import_error() is not None:
+        return "torch"
+    return FASTER.get((device.type, is_training), "torch")
 
 
-def _is_no_tracing_advice(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("is_fx_tracing will return true")
+def _check_choices(backend: str, out_of_range: str, precision: torch.dtype) -> None:
+    """Raise ValueError for an unknown choice, or one that this installation does not have."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {BACKENDS}")
+    if out_of_range not in OUT_OF_RANGE:
+        raise ValueError(f"out_of_range is {out_of_range!r}; expected one of {OUT_OF_RANGE}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision}; expected one of {PRECISIONS}")
+    if backend == "torch" and out_of_range == "alias":
+        raise ValueError("out_of_range is 'alias', which only spconv does, and sparse_backend is 'torch'; use 'drop'")
+    if error := missing_spconv(backend, out_of_range):
+        raise ValueError(error)
 
 
-def select_algorithm(device: torch.device):
-    """spconv's convolution algorithm for a device: only Native has CPU kernels, implicit GEMM is the fast one."""
-    algorithms = _import_spconv().ConvAlgo
-    return algorithms.MaskImplicitGemm if device.type == "cuda" else algorithms.Native
-
-
-def _convolve(convolution: nn.Module, x):
-    # spconv's own forward would choose by the module's mode, and its evaluation path on CUDA has no gradient and
-    # ignores autocast. The training path gives the same values.
-    return convolution._conv_forward(True, x, convolution.weight, None)
+def missing_spconv(backend: str, out_of_range: str) -> str | None:
+    """The sentence for settings that need spconv where it cannot be imported; None where all is well."""
+    is_needed = backend == "spconv" or out_of_range == "alias"
+    if not is_needed or (error := spconv_backend.import_error()) is None:
+        return None
+    asked = "sparse_backend: 'spconv'" if backend == "spconv" else "out_of_range: 'alias'"
+    return (
+        f"{asked} needs the package spconv, which cannot be imported ({error}); install spconv-cu121, or use "
+        "sparse_backend 'torch' and out_of_range 'drop'"
+    )
 
 
 class RowBatchNorm(nn.BatchNorm1d):
@@ -88,44 +119,69 @@ class RowBatchNorm(nn.BatchNorm1d):
     def __init__(self, channels: int):
         super().__init__(channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """X (S, C) -> (S, C)."""
+    def forward(self, x: Tensor, is_active: Tensor | None = None) -> Tensor:
+        """X (S, C) -> (S, C); is_active (S,): the rows that count, None: all."""
+        if self.training and is_active is not None:
+            return self._normalise_active(x, is_active)
         if self.training and x.shape[0] < 2:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
+
+    def _normalise_active(self, x: Tensor, is_active: Tensor) -> Tensor:
+        """Training with statistics of the active rows; their number stays on the device, so nothing waits for it."""
+        values = x if x.dtype == torch.float64 else x.float()
+        mask, count = is_active[:, None], is_active.sum()
+        divisor = count.clamp(min=1)
+        has_variance = count >= 2
+        mean = values.masked_fill(~mask, 0).sum(0) / divisor
+        var = (values - mean).masked_fill(~mask, 0).square().sum(0) / divisor
+        mean, var = mean.where(has_variance, self.running_mean), var.where(has_variance, self.running_var)
+        with torch.no_grad():
+            unbiased = var.where(~has_variance, var * divisor / (divisor - 1).clamp(min=1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked += has_variance
+        out = (values - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+        return out.to(x.dtype)
+
+
+def _convolve(convolution: SparseConvolution, x):
+    return (sparse if isinstance(x, SparseRows) else spconv_backend).convolve(convolution, x)
+
+
+def _normalise(norm: RowBatchNorm, x) -> Tensor:
+    return norm(x.features, x.sites.is_used if isinstance(x, SparseRows) else None)
 
 
 class SparseBlock(nn.Module):
     """Residual block of two submanifold convolutions: relu(x + bn(conv(relu(bn(conv(x))))))."""
 
-    def __init__(self, channels: int, *, indice_key: str):
+    def __init__(self, channels: int):
         super().__init__()
-        spconv = _import_spconv()
-        # One key per stage: all submanifold convolutions of a stage have the same sites and share one rulebook.
-        self.conv1 = spconv.SubMConv3d(channels, channels, 3, padding=1, bias=False, indice_key=indice_key)
+        self.conv1 = SparseConvolution(channels, channels, subm=True)
         self.bn1 = RowBatchNorm(channels)
-        self.conv2 = spconv.SubMConv3d(channels, channels, 3, padding=1, bias=False, indice_key=indice_key)
+        self.conv2 = SparseConvolution(channels, channels, subm=True)
         self.bn2 = RowBatchNorm(channels)
 
     def forward(self, x):
         """Sparse tensor -> sparse tensor with the same sites and channels."""
         out = _convolve(self.conv1, x)
-        out = out.replace_feature(F.relu(self.bn1(out.features)))
+        out = out.replace_feature(F.relu(_normalise(self.bn1, out)))
         out = _convolve(self.conv2, out)
-        return out.replace_feature(F.relu(self.bn2(out.features) + x.features))
+        return out.replace_feature(F.relu(_normalise(self.bn2, out) + x.features))
 
 
 class SparseConvNorm(nn.Sequential):
     """Sparse convolution (0), batch norm (1), ReLU."""
 
-    def __init__(self, convolution: nn.Module, channels: int):
-        super().__init__(convolution, RowBatchNorm(channels))
+    def __init__(self, convolution: SparseConvolution):
+        super().__init__(convolution, RowBatchNorm(convolution.weight.shape[0]))
 
     def forward(self, x):
         """Sparse tensor -> sparse tensor on the sites of the convolution's output."""
         convolution, norm = self
         out = _convolve(convolution, x)
-        return out.replace_feature(F.relu(norm(out.features)))
+        return out.replace_feature(F.relu(_normalise(norm, out)))
 
 
 class SparseEncoder(nn.Module):
@@ -144,12 +200,12 @@ class SparseEncoder(nn.Module):
         out_of_range: what happens to voxels outside `sparse_shape` (*Quirk Q13*): "drop" removes them; "alias" hands
             them to spconv as the original does, where a voxel at x >= W is hashed like (y + 1, x - W) and leaks into
             its neighbours there until the first stride-2 convolution removes it (CPU only: CUDA hashes otherwise).
-        precision: float32, or float16 on CUDA (spconv has no bfloat16 there). Autocast is off inside in the first
-            case, float16 in the second, whatever surrounds the call. On CPU the dtype of the weights is used,
-            float64 included; CUDA has no float64 kernels.
+        precision: float32, float16 or bfloat16 (which spconv lacks) on CUDA, whatever autocast surrounds the call. On
+            CPU the dtype of the weights is used, float64 included.
+        backend: "torch", "spconv", or "auto" for :func:`choose_backend`.
 
     Parameter names equal those of the official checkpoints without `pts_middle_encoder.`; weights are laid out
-    (out, kz, ky, kx, in).
+    (out, kz, ky, kx, in), whatever the backend.
 
     *Source*: mmdet3d SparseEncoder with basic blocks.
     """
@@ -165,27 +221,24 @@ class SparseEncoder(nn.Module):
         out_channels: int = 128,
         out_of_range: str = "drop",
         precision: torch.dtype = torch.float32,
+        backend: str = "auto",
     ):
         super().__init__()
-        spconv = _import_spconv()
         if len(downsample_paddings) != len(encoder_channels) - 1:
             raise ValueError(
                 f"downsample_paddings {tuple(downsample_paddings)} has {len(downsample_paddings)} entries; expected "
                 f"{len(encoder_channels) - 1}, one for every stage of encoder_channels but the last"
             )
-        if out_of_range not in OUT_OF_RANGE:
-            raise ValueError(f"out_of_range is {out_of_range!r}; expected one of {OUT_OF_RANGE}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision}; expected one of {PRECISIONS}")
+        _check_choices(backend, out_of_range, precision)
         self.sparse_shape = tuple(sparse_shape)
         self.out_of_range = out_of_range
         self.precision = precision
+        self.backend = backend
         self.output_shape = encoder_output_shape(
             sparse_shape=sparse_shape, downsample_paddings=downsample_paddings, out_channels=out_channels
         )
 
-        stem = spconv.SubMConv3d(in_channels, base_channels, 3, padding=1, bias=False, indice_key="stage1")
-        self.conv_input = SparseConvNorm(stem, base_channels)
+        self.conv_input = SparseConvNorm(SparseConvolution(in_channels, base_channels, subm=True))
         self.encoder_layers = nn.ModuleDict()
         channels = base_channels
         for i, widths in enumerate(encoder_channels):
@@ -196,27 +249,26 @@ class SparseEncoder(nn.Module):
                     f"encoder_channels[{i}] = {tuple(widths)}: residual blocks keep their width, so these entries "
                     f"must be {channels}, the channels that enter the stage"
                 )
-            stage: list[nn.Module] = [SparseBlock(channels, indice_key=f"stage{i + 1}") for _ in blocks]
+            stage: list[nn.Module] = [SparseBlock(channels) for _ in blocks]
             if not is_last:
-                padding = list(_triple(downsample_paddings[i]))
-                down = spconv.SparseConv3d(channels, widths[-1], 3, stride=2, padding=padding, bias=False)
-                stage.append(SparseConvNorm(down, widths[-1]))
+                padding = _triple(downsample_paddings[i])
+                stage.append(SparseConvNorm(SparseConvolution(channels, widths[-1], stride=(2, 2, 2), padding=padding)))
                 channels = widths[-1]
             self.encoder_layers[f"encoder_layer{i + 1}"] = nn.Sequential(*stage)
-        flatten = spconv.SparseConv3d(channels, out_channels, (3, 1, 1), stride=(2, 1, 1), bias=False)
-        self.conv_out = SparseConvNorm(flatten, out_channels)
-        self._set_algorithms()
+        self.conv_out = SparseConvNorm(
+            SparseConvolution(channels, out_channels, kernel=(3, 1, 1), stride=(2, 1, 1), padding=(0, 0, 0))
+        )
 
-    def _set_algorithms(self) -> None:
-        for module in self.modules():
-            if hasattr(module, "algo"):
-                module.algo = select_algorithm(module.weight.device)
+    def choose_backend(self, device: torch.device, *, is_training: bool) -> str:
+        """The backend, "torch" or "spconv", that works on a device."""
+        dtype = self._feature_dtype(device)
+        return choose_backend(self.backend, device, dtype, is_training=is_training, out_of_range=self.out_of_range)
 
-    def _apply(self, fn, recurse=True):
-        # Every move between devices comes through here, and the algorithm depends on the device.
-        super()._apply(fn, recurse)
-        self._set_algorithms()
-        return self
+    def describe(self, device: torch.device) -> str:
+        """A sentence for the log."""
+        training, evaluation = (self.choose_backend(device, is_training=mode) for mode in (True, False))
+        taken = training if training == evaluation else f"{training} in training, {evaluation} in evaluation"
+        return f"sparse encoder: {taken} (model.lidar.sparse_backend: {self.backend})"
 
     def forward(self, voxels: VoxelBatch) -> Tensor:
         """Voxels -> (B, out_channels * D, H, W) = (B, *output_shape); channel c of height d has index c * D + d.
@@ -225,37 +277,71 @@ class SparseEncoder(nn.Module):
         gradient.
         """
         weight = self.conv_out[0].weight
-        if weight.device.type == "cuda" and weight.dtype == torch.float64:
-            raise ValueError("SparseEncoder has no float64 kernels on CUDA; run it in float64 on the CPU")
-        if weight.device.type == "cuda" and self.out_of_range == "alias":
-            raise ValueError(
-                "SparseEncoder with out_of_range='alias' repeats what spconv does on the CPU; on CUDA voxels outside "
-                "the sparse shape collide differently: use out_of_range='drop', or the CPU"
-            )
         features, coords = voxels.features.to(weight.dtype), voxels.coords_bzyx
         if self.out_of_range == "drop":
             shape = coords.new_tensor(self.sparse_shape)
             inside = ((coords[:, 1:] >= 0) & (coords[:, 1:] < shape)).all(dim=1)
             features, coords = features[inside], coords[inside]
+        if self.choose_backend(weight.device, is_training=self.training) == "torch":
+            with torch.autocast(weight.device.type, enabled=False):
+                sites = find_sites(coords, self.sparse_shape, voxels.batch_size, is_fixed=False)
+                x = SparseRows(features.to(self._feature_dtype(weight.device)), sites)
+                return self._encode(x).to(weight.dtype)
+        x = spconv_backend.make_tensor(features, coords, self.sparse_shape, voxels.batch_size)
         is_half = weight.device.type == "cuda" and self.precision == torch.float16
         with torch.autocast(weight.device.type, dtype=torch.float16 if is_half else None, enabled=is_half):
-            return self._encode(features, coords, voxels.batch_size).to(weight.dtype)
+            return self._encode(x).to(weight.dtype)
 
-    def _encode(self, features: Tensor, coords: Tensor, batch_size: int) -> Tensor:
-        x = _import_spconv().SparseConvTensor(features, coords, list(self.sparse_shape), batch_size)
-        for layer in (self.conv_input, *self.encoder_layers.values(), self.conv_out):
+    def encode_fixed(self, voxels: VoxelBatch, capacities: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """`forward` with fixed sizes, by the torch backend: nothing waits for the GPU, so a CUDA graph can hold it.
+
+        Voxels outside the sparse shape, or of a negative frame (see `pad_voxels`), count for nothing.
+
+        Args:
+            capacities: rows of every strided convolution's output; `measure_rows` tells how many it takes.
+
+        Returns:
+            The map, NaN where a capacity was too small, and the rows that each capacity should hold (int64, on the
+            device; compare them where the result is read). Equal to `forward` up to rounding.
+        """
+        if self.out_of_range == "alias":
+            raise ValueError("fixed sizes need out_of_range='drop'")
+        dtype = self.conv_out[0].weight.dtype
+        num_strided = len(self.encoder_layers)
+        if len(capacities) != num_strided or min(capacities) < 1:
+            raise ValueError(f"capacities is {tuple(capacities)}; expected {num_strided} positive numbers")
+        with torch.autocast(voxels.features.device.type, enabled=False):
+            sites = find_sites(voxels.coords_bzyx, self.sparse_shape, voxels.batch_size, is_fixed=True)
+            features = voxels.features.to(self._feature_dtype(voxels.features.device))
+            x = SparseRows(features, sites, tuple(capacities))
+            for layer in self._layers():
+                x = layer(x)
+            return dense_map(x).to(dtype), torch.stack(x.counts)
+
+    def measure_rows(self, voxels: VoxelBatch) -> tuple[int, ...]:
+        """Rows of every strided convolution's output for these voxels."""
+        sites, rows = find_sites(voxels.coords_bzyx, self.sparse_shape, voxels.batch_size, is_fixed=True), []
+        for module in self.modules():
+            if isinstance(module, SparseConvolution) and not module.subm:
+                sites = find_output_sites(sites, module, None)
+                rows.append(sites.rows)
+        return tuple(rows)
+
+    def _feature_dtype(self, device: torch.device) -> torch.dtype:
+        dtype = self.conv_out[0].weight.dtype
+        return self.precision if device.type == "cuda" and dtype != torch.float64 else dtype
+
+    def _layers(self) -> list[nn.Module]:
+        return [self.conv_input, *self.encoder_layers.values(), self.conv_out]
+
+    def _encode(self, x) -> Tensor:
+        for layer in self._layers():
             if x.features.shape[0] == 0:
                 # Every parameter stays in the graph, which distributed training counts on.
                 zero = sum(parameter.sum() for parameter in self.parameters()) * 0
-                return features.new_zeros(batch_size, *self.output_shape) + zero
+                return x.features.new_zeros(x.batch_size, *self.output_shape) + zero
             x = layer(x)
-        return _dense(x.features, x.indices, batch_size, x.spatial_shape).flatten(1, 2)
-
-
-def _dense(features: Tensor, coords_bzyx: Tensor, batch_size: int, shape: Sequence[int]) -> Tensor:
-    """Features (S, C) at distinct cells -> grid (B, C, D, H, W), 0 elsewhere."""
-    grid = features.new_zeros(batch_size, *shape, features.shape[1])
-    return grid.index_put(coords_bzyx.long().unbind(1), features).movedim(-1, 1)
+        return dense_map(x) if isinstance(x, SparseRows) else spconv_backend.dense_map(x)
 
 
 class LidarBranch(nn.Module):

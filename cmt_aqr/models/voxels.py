@@ -26,6 +26,18 @@ class VoxelBatch(NamedTuple):
     batch_size: int
 
 
+def pad_voxels(voxels: VoxelBatch, rows: int) -> VoxelBatch:
+    """The same voxels in so many rows, for `SparseEncoder.encode_fixed`: those behind them are of frame -1.
+
+    Errors: ValueError where there are more voxels than rows.
+    """
+    missing = rows - voxels.coords_bzyx.shape[0]
+    if missing < 0:
+        raise ValueError(f"{voxels.coords_bzyx.shape[0]} voxels do not fit into {rows} rows")
+    features = F.pad(voxels.features, (0, 0, 0, missing))
+    return VoxelBatch(features, F.pad(voxels.coords_bzyx, (0, 0, 0, missing), value=-1), voxels.batch_size)
+
+
 def voxel_grid_shape(*, voxel_size: Sequence[float], point_range: Sequence[float]) -> tuple[int, int, int]:
     """Number of cells (z, y, x) of a range: round((max - min) / voxel).
 

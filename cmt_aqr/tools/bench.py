@@ -2,6 +2,7 @@
 
     python -m cmt_aqr.tools.bench data --dataroot data/nuscenes --version v1.0-mini --split mini_val
     python -m cmt_aqr.tools.bench attention
+    python -m cmt_aqr.tools.bench sparse --cloud LIDAR_FILE.bin
 
 ``data`` measures, on one thread and after a warm-up, the parts of a sample: the images of one frame to the network's
 input for both official sizes, beside a plain pipeline with the original's steps (decode, float32, resize, crop,
@@ -10,6 +11,8 @@ best of the repeats: on a shared machine the others measure the neighbours.
 
 ``attention`` times, on a GPU, the cross-attention with the bias, with gradients of the weights and the scale, beside
 attention without a bias and beside other ways to add one, with peak memory and the error against float64.
+
+``sparse`` times, on a GPU where there is one, the sparse encoder of the r50 preset by spconv and by PyTorch.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from cmt_aqr.data.readers import load_points
 from cmt_aqr.errors import report_errors
 from cmt_aqr.models.voxels import voxelize
 from cmt_aqr.tools.bench_attention import SHAPES, attention_tables
+from cmt_aqr.tools.bench_sparse import sparse_tables
 
 IMAGE_SIZES = {"r50_800x320": (320, 800), "vov_1600x640": (640, 1600)}
 NUM_CLOUDS = 10
@@ -46,6 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> int:
         if options.command == "attention":
             for table in attention_tables(tuple(options.shapes)):
+                print(table, flush=True)
+            return 0
+        if options.command == "sparse":
+            for table in sparse_tables(
+                options.cloud, batch_size=options.batch_size, repeats=options.repeats, threads=options.threads
+            ):
                 print(table, flush=True)
             return 0
         with tempfile.TemporaryDirectory() as temporary:
@@ -127,6 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     attention.add_argument(
         "--shapes", nargs="+", type=int, choices=choices, default=list(choices), help=f"{shown} (default: all)"
     )
+    sparse = commands.add_parser("sparse", help="the sparse encoder by spconv and by PyTorch")
+    sparse.add_argument("--cloud", help="a LiDAR file of nuScenes, .bin (default: a random cloud)")
+    sparse.add_argument("--batch-size", type=int, default=1, help="frames (default: %(default)s)")
+    sparse.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
+    sparse.add_argument("--repeats", type=int, default=5, help="runs of each part (default: %(default)s)")
     data.add_argument("--repeats", type=int, default=15, help="runs of each part (default: %(default)s)")
     return parser
 

@@ -21,7 +21,10 @@ PICTURE_FILES = re.compile(r"[0-9]{2,}_[^/]{1,16}\.jpg")
 # What a checkpoint must hold for a run to resume from it.
 RUN_STATE = ("config", "model", "optimizer", "scaler", "step")
 # Keys of the model that are a matter of speed and memory.
-SPEED = ("model.attention", "model.activation_checkpointing", "model.camera.activation_checkpointing")
+SPEED = (
+    "model.attention", "model.activation_checkpointing", "model.camera.activation_checkpointing",
+    "model.lidar.sparse_backend",
+)  # fmt: skip
 # Keys that may change when a run resumes: where things are, how often to look, how fast; not what is learnt.
 MAY_CHANGE = (
     *SPEED, "name", "data.root", "data.index_dir", "data.workers", "data.val_split", "data.synthetic.workers",

@@ -109,7 +109,7 @@ def run_image(golden: MeasuredGolden, prefix: str, device: torch.device, autocas
 
 
 def run_lidar(golden: MeasuredGolden, prefix: str, device: torch.device, autocast: torch.dtype | None) -> None:
-    """Sparse encoder, SECOND, SECONDFPN; skips without spconv."""
+    """Sparse encoder, SECOND, SECONDFPN."""
     from tests.parity import test_lidar_branch
 
     with autocast_to(device, autocast):
@@ -118,7 +118,7 @@ def run_lidar(golden: MeasuredGolden, prefix: str, device: torch.device, autocas
 
 
 def run_lidar_outside(golden: MeasuredGolden, prefix: str, device: torch.device, autocast: torch.dtype | None) -> None:
-    """Sparse encoder with voxels outside its shape; skips without spconv."""
+    """Sparse encoder with voxels outside its shape."""
     from tests.parity import test_lidar_branch
 
     with autocast_to(device, autocast):

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
+from cmt_aqr.models import spconv_backend
 from cmt_aqr.models.image import ImageBranch
-from cmt_aqr.models.lidar import SparseEncoder, select_algorithm
+from cmt_aqr.models.lidar import SparseEncoder
 from cmt_aqr.models.neck import CPFPN
 from cmt_aqr.models.resnet import ResNet
 from cmt_aqr.models.voxels import VoxelBatch, voxelize
@@ -18,6 +19,8 @@ pytestmark = [
 ]
 SETTINGS = {"voxel_size": (0.1, 0.1, 0.2), "point_range": (-12.8, -12.8, -5.0, 12.8, 12.8, 3.0), "max_voxels": 20_000}
 # float16 rounds to 5e-4; its errors add up over the 21 convolutions.
+needs_spconv = pytest.mark.skipif(spconv_backend.import_error() is not None, reason="spconv cannot be imported")
+BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("spconv", marks=needs_spconv)])
 FORWARD = {torch.float32: 5e-6, torch.float16: 2e-2}
 
 
@@ -61,13 +64,13 @@ def gradients_of(encoder, out):
     return {name: parameter.grad.cpu().double() for name, parameter in encoder.named_parameters()}
 
 
+@BACKENDS
 @pytest.mark.parametrize("is_training", [False, True])
-def test_encoder_in_float32(is_training):
+def test_encoder_in_float32(is_training, backend):
     torch.manual_seed(0)
     reference = SparseEncoder(in_channels=5, sparse_shape=(41, 256, 256)).double().train(is_training)
     on_cpu, on_cuda = copy.deepcopy(reference).float(), copy.deepcopy(reference).float().cuda()
-    assert on_cuda.conv_input[0].algo == select_algorithm(torch.device("cuda"))
-    assert on_cpu.conv_input[0].algo == select_algorithm(torch.device("cpu"))
+    on_cpu.backend = on_cuda.backend = backend
     voxels = random_voxels()
     expected, out_cpu = reference(voxels), on_cpu(voxels)
     with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -76,7 +79,8 @@ def test_encoder_in_float32(is_training):
     assert relative_error(out, expected) <= max(FORWARD[torch.float32], 2 * relative_error(out_cpu, expected))
 
 
-def test_encoder_gradients_in_float32():
+@BACKENDS
+def test_encoder_gradients_in_float32(backend):
     """CUDA is as far from float64 as the CPU is in float32.
 
     Batch-norm biases of 8 keep every ReLU open: one that is within rounding of 0 switches on either device and changes
@@ -88,6 +92,7 @@ def test_encoder_gradients_in_float32():
         if isinstance(module, torch.nn.BatchNorm1d):
             torch.nn.init.constant_(module.bias, 8.0)
     on_cpu, on_cuda = copy.deepcopy(reference).float(), copy.deepcopy(reference).float().cuda()
+    on_cpu.backend = on_cuda.backend = backend
     voxels = random_voxels()
     wanted = gradients_of(reference, reference(voxels))
     errors = [
@@ -97,10 +102,12 @@ def test_encoder_gradients_in_float32():
     assert max(errors[0].values()) <= 3 * max(errors[1].values())
 
 
-def test_encoder_in_float16():
+@BACKENDS
+def test_encoder_in_float16(backend):
     torch.manual_seed(0)
     reference = SparseEncoder(in_channels=5, sparse_shape=(41, 256, 256), precision=torch.float16).double().eval()
     encoder = copy.deepcopy(reference).float().cuda()
+    encoder.backend = backend
     voxels = random_voxels()
     expected, out = reference(voxels), encoder(to_cuda(voxels))
     assert relative_error(out, expected) <= FORWARD[torch.float16]
@@ -109,9 +116,10 @@ def test_encoder_in_float16():
         assert (gradient - wanted[name]).norm() <= 0.2 * wanted[name].norm(), name
 
 
+@BACKENDS
 @pytest.mark.parametrize("num_voxels", [0, 1])
-def test_hardly_any_voxel(num_voxels):
-    encoder = SparseEncoder(in_channels=5, sparse_shape=(41, 256, 256)).cuda().train()
+def test_hardly_any_voxel(num_voxels, backend):
+    encoder = SparseEncoder(in_channels=5, sparse_shape=(41, 256, 256), backend=backend).cuda().train()
     voxels = VoxelBatch(torch.ones(num_voxels, 5), torch.full((num_voxels, 4), 1, dtype=torch.int32), 2)
     out = encoder(to_cuda(voxels))
     out.sum().backward()
@@ -120,23 +128,27 @@ def test_hardly_any_voxel(num_voxels):
     assert all(parameter.grad is not None for parameter in encoder.parameters())
 
 
-def test_voxels_outside_the_sparse_shape():
+@BACKENDS
+def test_voxels_outside_the_sparse_shape(backend):
     """ "drop" equals the CPU; "alias" is spconv's behaviour on the CPU only (on CUDA 16 % off) and refused."""
     voxels = random_voxels()
     torch.manual_seed(0)
-    encoder = SparseEncoder(in_channels=5, sparse_shape=(41, 240, 240), out_of_range="drop").eval()
+    encoder = SparseEncoder(in_channels=5, sparse_shape=(41, 240, 240), out_of_range="drop", backend=backend).eval()
     with torch.no_grad():
         expected = encoder(voxels)
         out = encoder.cuda()(to_cuda(voxels))
     assert relative_error(out, expected) <= FORWARD[torch.float32]
+    if backend == "torch":
+        return
     encoder = SparseEncoder(in_channels=5, sparse_shape=(41, 240, 240), out_of_range="alias").cuda()
     with pytest.raises(ValueError, match="alias"):
         encoder(to_cuda(voxels))
 
 
-def test_float64_is_refused():
-    encoder = SparseEncoder(in_channels=5, sparse_shape=(41, 256, 256)).double().cuda()
-    with pytest.raises(ValueError, match="no float64 kernels on CUDA"):
+@needs_spconv
+def test_spconv_refuses_float64():
+    encoder = SparseEncoder(in_channels=5, sparse_shape=(41, 256, 256), backend="spconv").double().cuda()
+    with pytest.raises(ValueError, match=r"no torch\.float64 kernels on CUDA"):
         encoder(to_cuda(random_voxels()))
 
 

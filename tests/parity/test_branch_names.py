@@ -32,7 +32,6 @@ def shapes(module):
     [("fusion_voxel0100_r50_800x320", 1024), ("fusion_voxel0075_vov_1600x640", 1440), ("lidar_voxel0075", 1440)],
 )
 def test_lidar(model, cells):
-    pytest.importorskip("spconv.pytorch")
     expected = official_shapes(model, tuple(test_lidar_branch.PREFIXES), test_lidar_branch.rename)
     with torch.device("meta"):
         encoder = SparseEncoder(in_channels=5, sparse_shape=(41, cells, cells))

@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from cmt_aqr.models.lidar import LidarBranch, SparseEncoder, _import_spconv
+from cmt_aqr.models import spconv_backend
+from cmt_aqr.models.lidar import LidarBranch, SparseEncoder
 from cmt_aqr.models.second import SECOND, SECONDFPN
+from cmt_aqr.models.sparse import SparseRows, find_sites
 from cmt_aqr.models.voxels import VoxelBatch, voxel_grid_shape, voxelize, voxelize_batch
 from tests.parity.golden import load_golden, relative_error
 
-pytest.importorskip("spconv.pytorch")
-
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+needs_spconv = pytest.mark.skipif(spconv_backend.import_error() is not None, reason="spconv cannot be imported")
+BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("spconv", marks=needs_spconv)])
 PREFIXES = {"pts_middle_encoder.": "encoder.", "pts_backbone.": "backbone.", "pts_neck.": "neck."}
 
 
@@ -33,7 +35,7 @@ def voxel_settings(meta):
     }
 
 
-def build_encoder(meta, *, out_of_range="drop"):
+def build_encoder(meta, *, backend="auto", out_of_range="drop"):
     mid = meta["cfg"]["mid"]
     return SparseEncoder(
         in_channels=mid["in_channels"],
@@ -43,10 +45,11 @@ def build_encoder(meta, *, out_of_range="drop"):
         downsample_paddings=[paddings[-1] for paddings in mid["encoder_paddings"][:-1]],
         out_channels=mid["output_channels"],
         out_of_range=out_of_range,
+        backend=backend,
     )
 
 
-def build_branch(golden, *, dtype):
+def build_branch(golden, *, dtype, backend="auto"):
     second, fpn = golden.meta["cfg"]["bb"], golden.meta["cfg"]["neck"]
     vox = golden.meta["cfg"]["vox"]
     branch = LidarBranch(
@@ -55,7 +58,7 @@ def build_branch(golden, *, dtype):
         max_points=vox["max_num_points"],
         max_voxels_train=vox["max_voxels"][0],
         max_voxels_test=vox["max_voxels"][1],
-        encoder=build_encoder(golden.meta),
+        encoder=build_encoder(golden.meta, backend=backend),
         backbone=SECOND(
             in_channels=second["in_channels"],
             channels=second["out_channels"],
@@ -71,9 +74,9 @@ def build_branch(golden, *, dtype):
     return branch.to(dtype).eval()
 
 
-def build_oob_encoder(golden, *, out_of_range):
+def build_oob_encoder(golden, *, out_of_range, backend="auto"):
     """The encoder of backbone3d_oob, whose file holds no other weights."""
-    encoder = build_encoder(golden.meta, out_of_range=out_of_range)
+    encoder = build_encoder(golden.meta, out_of_range=out_of_range, backend=backend)
     state = {rename(name).removeprefix("encoder."): tensor for name, tensor in golden.state_dict().items()}
     encoder.load_state_dict(state, strict=True)
     return encoder.eval()
@@ -116,13 +119,14 @@ def test_voxels_up_to_the_cap():
     golden.check("voxels up to the cap, means (float32 there)", features, "trunc/voxel_mean", 1e-6)
 
 
+@BACKENDS
 @DTYPES
-def test_branch(dtype):
-    check_branch(load_golden("backbone3d"), dtype)
+def test_branch(dtype, backend):
+    check_branch(load_golden("backbone3d"), dtype, backend=backend)
 
 
-def check_branch(golden, dtype, *, device="cpu"):
-    branch = build_branch(golden, dtype=dtype).to(device)
+def check_branch(golden, dtype, *, device="cpu", backend="auto"):
+    branch = build_branch(golden, dtype=dtype, backend=backend).to(device)
     with torch.no_grad():
         middle = branch.encoder(golden_voxels(golden, dtype, device=device))
         maps = branch.backbone(middle)
@@ -134,31 +138,44 @@ def check_branch(golden, dtype, *, device="cpu"):
     golden.check("FPN", fpn, "out64/fpn", TOLERANCE[dtype])
 
 
-def test_branch_from_points():
-    check_branch_from_points(load_golden("backbone3d"))
+@BACKENDS
+def test_branch_from_points(backend):
+    check_branch_from_points(load_golden("backbone3d"), backend=backend)
 
 
-def check_branch_from_points(golden, *, device="cpu"):
-    branch = build_branch(golden, dtype=torch.float32).to(device)
+def check_branch_from_points(golden, *, device="cpu", backend="auto"):
+    branch = build_branch(golden, dtype=torch.float32, backend=backend).to(device)
     with torch.no_grad():
         fpn = branch([cloud.to(device) for cloud in golden_clouds(golden)])
     golden.check("points to FPN", fpn, "out64/fpn", TOLERANCE[torch.float32])
 
 
+def sparse_tensor(voxels, shape, backend):
+    if backend == "spconv":
+        return spconv_backend.make_tensor(voxels.features, voxels.coords_bzyx, shape, voxels.batch_size)
+    return SparseRows(voxels.features, find_sites(voxels.coords_bzyx, shape, voxels.batch_size, is_fixed=False))
+
+
+def shape_and_cells(x):
+    """(D, H, W) and the active cells (R, 4) of a sparse tensor of either backend."""
+    if isinstance(x, SparseRows):
+        return x.sites.grid.shape, torch.stack(x.sites.grid.cells(x.sites.numbers), dim=1)
+    return tuple(x.spatial_shape), x.indices
+
+
+@BACKENDS
 @DTYPES
-def test_encoder_stages(dtype):
+def test_encoder_stages(dtype, backend):
     golden = load_golden("backbone3d")
     encoder = build_branch(golden, dtype=dtype).encoder
-    voxels = golden_voxels(golden, dtype)
-    x = _import_spconv().SparseConvTensor(
-        voxels.features, voxels.coords_bzyx, list(encoder.sparse_shape), voxels.batch_size
-    )
+    x = sparse_tensor(golden_voxels(golden, dtype), encoder.sparse_shape, backend)
     stages = {"conv_input": encoder.conv_input, **encoder.encoder_layers}
     for name, layer in stages.items():
         with torch.no_grad():
             x = layer(x)
-        assert list(x.spatial_shape) == golden[f"out/stage/{name}/spatial_shape"].tolist()
-        indices, order = lexicographic(x.indices, x.spatial_shape)
+        shape, cells = shape_and_cells(x)
+        assert list(shape) == golden[f"out/stage/{name}/spatial_shape"].tolist()
+        indices, order = lexicographic(cells, shape)
         if f"out/stage/{name}/indices_sorted" in golden:
             expected = golden.tensor(f"out/stage/{name}/indices_sorted", torch.int64)
             golden.check_equal("sparse encoder stages, active cells", indices, expected)
@@ -181,20 +198,22 @@ def lexicographic(indices, spatial_shape):
     return indices.long()[order], order
 
 
+@BACKENDS
 @DTYPES
-def test_voxels_outside_the_sparse_shape_are_dropped(dtype):
-    check_voxels_outside_dropped(load_golden("backbone3d_oob"), dtype)
+def test_voxels_outside_the_sparse_shape_are_dropped(dtype, backend):
+    check_voxels_outside_dropped(load_golden("backbone3d_oob"), dtype, backend=backend)
 
 
-def check_voxels_outside_dropped(golden, dtype, *, device="cpu"):
+def check_voxels_outside_dropped(golden, dtype, *, device="cpu", backend="auto"):
     voxels = golden_voxels(golden, dtype, device=device)
-    encoder = build_oob_encoder(golden, out_of_range="drop").to(device, dtype)
+    encoder = build_oob_encoder(golden, out_of_range="drop", backend=backend).to(device, dtype)
     assert (voxels.coords_bzyx[:, 1:].amax(dim=0).cpu() >= torch.tensor(encoder.sparse_shape)).any()
     with torch.no_grad():
         middle = encoder(voxels)
     golden.check("sparse encoder, voxels outside dropped", middle, "out64/middle_oob_dropped", TOLERANCE[dtype])
 
 
+@needs_spconv
 def test_voxels_outside_the_sparse_shape_are_aliased():
     golden = load_golden("backbone3d_oob")
     encoder = build_oob_encoder(golden, out_of_range="alias")

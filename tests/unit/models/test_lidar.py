@@ -1,17 +1,19 @@
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from cmt_aqr.models import lidar
-from cmt_aqr.models.lidar import LidarBranch, SparseEncoder, encoder_output_shape
+from cmt_aqr.models import lidar, spconv_backend
+from cmt_aqr.models.lidar import FASTER, LidarBranch, SparseEncoder, choose_backend, encoder_output_shape
 from cmt_aqr.models.second import SECOND, SECONDFPN
 from cmt_aqr.models.voxels import VoxelBatch
 from tests.parity.golden import relative_error
 from tests.unit.models.dense_oracle import dense_encoder
 
-pytest.importorskip("spconv.pytorch")
-
+needs_spconv = pytest.mark.skipif(spconv_backend.import_error() is not None, reason="spconv cannot be imported")
+BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("spconv", marks=needs_spconv)])
 SMALL = {
     "in_channels": 5,
     "sparse_shape": (21, 16, 24),
@@ -49,10 +51,12 @@ def random_voxels(shape, frames, seed=0, dtype=torch.float64, occupancy=0.05):
     return VoxelBatch(features.to(dtype), coords, max(frames) + 1)
 
 
+@BACKENDS
 @pytest.mark.parametrize("is_training", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6)])
-def test_equals_the_dense_oracle(dtype, tolerance, is_training):
-    encoder, reference = small_encoder(dtype).train(is_training), small_encoder().train(is_training)
+def test_equals_the_dense_oracle(dtype, tolerance, is_training, backend):
+    encoder = small_encoder(dtype, backend=backend).train(is_training)
+    reference = small_encoder().train(is_training)
     voxels = random_voxels(SMALL["sparse_shape"], frames=(0, 2))
     features = voxels.features.clone().requires_grad_()
     expected = dense_encoder(reference, voxels._replace(features=features))
@@ -70,9 +74,10 @@ def test_equals_the_dense_oracle(dtype, tolerance, is_training):
         assert relative_error(actual.grad, parameter.grad) <= 20 * tolerance, name
 
 
+@BACKENDS
 @pytest.mark.parametrize("is_training", [False, True])
-def test_frames_without_voxels_are_zero_and_frames_do_not_mix(is_training):
-    encoder = small_encoder().train(is_training)
+def test_frames_without_voxels_are_zero_and_frames_do_not_mix(is_training, backend):
+    encoder = small_encoder(backend=backend).train(is_training)
     voxels = random_voxels(SMALL["sparse_shape"], frames=(1,))
     out = encoder(voxels._replace(batch_size=3))
     assert out.shape == (3, *encoder.output_shape)
@@ -83,10 +88,11 @@ def test_frames_without_voxels_are_zero_and_frames_do_not_mix(is_training):
     torch.testing.assert_close(out[1], alone[0], rtol=0, atol=1e-12)
 
 
+@BACKENDS
 @pytest.mark.parametrize("num_voxels", [0, 1])
 @pytest.mark.parametrize("is_training", [False, True])
-def test_hardly_any_voxel(num_voxels, is_training):
-    encoder = small_encoder().train(is_training)
+def test_hardly_any_voxel(num_voxels, is_training, backend):
+    encoder = small_encoder(backend=backend).train(is_training)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     voxels = VoxelBatch(
         torch.ones(num_voxels, 5, dtype=torch.float64), torch.full((num_voxels, 4), 3, dtype=torch.int32), 4
@@ -102,9 +108,10 @@ def test_hardly_any_voxel(num_voxels, is_training):
         assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
 
 
-def test_voxels_that_no_window_reaches_leave_an_empty_grid():
+@BACKENDS
+def test_voxels_that_no_window_reaches_leave_an_empty_grid(backend):
     # An even number of cells without padding: the last one lies in no window of the stride-2 convolution.
-    encoder = small_encoder(sparse_shape=(20, 16, 24), downsample_paddings=(0, 1))
+    encoder = small_encoder(sparse_shape=(20, 16, 24), downsample_paddings=(0, 1), backend=backend)
     coords = torch.tensor([[0, 19, 4, x] for x in (3, 4, 5)], dtype=torch.int32)
     voxels = VoxelBatch(torch.ones(3, 5, dtype=torch.float64), coords, 1)
     for is_training in (False, True):
@@ -152,8 +159,9 @@ def test_branch_on_a_small_grid():
     assert all(parameter.grad is not None for parameter in branch.parameters())
 
 
-def test_autocast_around_the_encoder_does_not_reach_it():
-    encoder = small_encoder(torch.float32).eval()
+@BACKENDS
+def test_autocast_around_the_encoder_does_not_reach_it(backend):
+    encoder = small_encoder(torch.float32, backend=backend).eval()
     voxels = random_voxels(SMALL["sparse_shape"], frames=(0,), dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = encoder(voxels)
@@ -161,13 +169,31 @@ def test_autocast_around_the_encoder_does_not_reach_it():
     assert torch.equal(out, encoder(voxels))
 
 
-def test_algorithm_follows_the_device():
-    encoder = small_encoder()
-    native = lidar.select_algorithm(torch.device("cpu"))
-    assert {module.algo for module in encoder.modules() if hasattr(module, "algo")} == {native}
-    encoder.to("meta")
-    assert {module.algo for module in encoder.modules() if hasattr(module, "algo")} == {native}
-    assert lidar.select_algorithm(torch.device("cuda")) != native
+@needs_spconv
+def test_the_backend_follows_device_mode_and_dtype():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for (device, is_training), faster in FASTER.items():
+        assert choose_backend("auto", torch.device(device), torch.float32, is_training=is_training) == faster
+    for dtype in (torch.float64, torch.bfloat16):
+        assert choose_backend("auto", cuda, dtype, is_training=False) == "torch"
+        with pytest.raises(ValueError, match=f"spconv has no {dtype} kernels on CUDA"):
+            choose_backend("spconv", cuda, dtype, is_training=False)
+    assert choose_backend("torch", cpu, torch.float32, is_training=True) == "torch"
+    assert choose_backend("spconv", cpu, torch.float64, is_training=True) == "spconv"
+    assert choose_backend("auto", cpu, torch.float32, is_training=True, out_of_range="alias") == "spconv"
+    with pytest.raises(ValueError, match="out_of_range='alias' repeats what spconv does on the CPU"):
+        choose_backend("auto", cuda, torch.float32, is_training=False, out_of_range="alias")
+
+
+def test_the_log_says_which_backend_is_taken(monkeypatch):
+    monkeypatch.setattr(lidar, "FASTER", {("cpu", True): "spconv", ("cpu", False): "torch"})
+    monkeypatch.setattr(spconv_backend, "import_error", lambda: None)
+    cpu = torch.device("cpu")
+    assert SparseEncoder(**SMALL).describe(cpu) == (
+        "sparse encoder: spconv in training, torch in evaluation (model.lidar.sparse_backend: auto)"
+    )
+    said = SparseEncoder(**SMALL, backend="torch").describe(cpu)
+    assert said == "sparse encoder: torch (model.lidar.sparse_backend: torch)"
 
 
 @pytest.mark.parametrize(
@@ -176,7 +202,9 @@ def test_algorithm_follows_the_device():
         ({"downsample_paddings": (1,)}, r"has 1 entries; expected 2"),
         ({"encoder_channels": ((4, 6), (7, 8), (8, 8))}, r"encoder_channels\[1\] = \(7, 8\).*must be 6"),
         ({"out_of_range": "wrap"}, r"out_of_range is 'wrap'"),
-        ({"precision": torch.bfloat16}, r"precision is torch.bfloat16"),
+        ({"precision": torch.float64}, r"precision is torch.float64"),
+        ({"backend": "cuda"}, r"backend is 'cuda'; expected one of"),
+        ({"backend": "torch", "out_of_range": "alias"}, r"out_of_range is 'alias', which only spconv does"),
         ({"sparse_shape": (4, 16, 16)}, r"too small"),
     ],
 )
@@ -185,10 +213,37 @@ def test_errors(changes, message):
         SparseEncoder(**(SMALL | changes))
 
 
-def test_missing_spconv_is_one_sentence(monkeypatch):
+@pytest.mark.parametrize("changes", [{"backend": "spconv"}, {"out_of_range": "alias"}])
+def test_missing_spconv_is_one_sentence_where_it_is_asked_for(monkeypatch, changes):
     monkeypatch.setitem(sys.modules, "spconv.pytorch", None)
-    with pytest.raises(ImportError, match="SparseEncoder needs the package spconv"):
-        SparseEncoder(**SMALL)
+    key, value = next(iter(changes.items()))
+    key = {"backend": "sparse_backend"}.get(key, key)
+    with pytest.raises(ValueError, match=f"^{key}: '{value}' needs the package spconv, which .*; install"):
+        SparseEncoder(**SMALL, **changes)
+
+
+WITHOUT_SPCONV = """
+import sys
+sys.modules["spconv"] = None
+import torch
+from cmt_aqr.build import build_detector
+from cmt_aqr.config import load_config
+config = load_config({config!r}, ["model.lidar.sparse_shape=[21,64,64]"])
+torch.manual_seed(0)
+branch = build_detector(config.model).lidar_branch
+print(branch.encoder.describe(torch.device("cpu")))
+out = branch([torch.rand(500, 5) * 4 - torch.tensor([51, 51, 5, 0, 0])])
+out.square().sum().backward()
+assert branch.encoder.conv_input[0].weight.grad.any()
+"""
+
+
+def test_everything_works_without_spconv():
+    repository = Path(__file__).parents[3]
+    script = WITHOUT_SPCONV.format(config=str(repository / "configs" / "synthetic_tiny.yaml"))
+    done = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "sparse encoder: torch (model.lidar.sparse_backend: auto)\n"
 
 
 def test_second_and_neck_settings():

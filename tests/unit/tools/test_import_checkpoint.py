@@ -28,8 +28,6 @@ from tests.unit.tools.official_files import (
     to_spconv1,
 )
 
-pytest.importorskip("spconv.pytorch")
-
 # A few tensors of every part, by hand.
 LANDMARKS = {
     "pts_middle_encoder.conv_input.0.weight": "lidar_branch.encoder.conv_input.0.weight",

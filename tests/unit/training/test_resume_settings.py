@@ -34,6 +34,7 @@ def resume(tmp_path, monkeypatch):
         "model.activation_checkpointing=true",
         "model.camera.activation_checkpointing=true",
         "model.attention.backend=dense",
+        "model.lidar.sparse_backend=torch",
     ),
 )
 def test_how_it_is_computed_may_change(resume, change):
