@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from cmt_aqr.build import build_detector, check_device, open_split
-from cmt_aqr.config import Config, load_config, to_tree
+from cmt_aqr.config import Config, load_config, naming_source, to_tree
 from cmt_aqr.errors import report_errors
 from cmt_aqr.evaluation.nuscenes_eval import Tables, format_table
 from cmt_aqr.jobs import evaluate_split, prepare_data
@@ -54,7 +54,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def test(config: Config, rank_info: RankInfo, arguments: argparse.Namespace) -> int:
     """Load, predict, evaluate, print; returns the exit status."""
-    check_device(config.model, rank_info.device)
+    with naming_source(arguments.config, arguments.set):
+        check_device(config.model, rank_info.device)
     model = build_detector(config.model)
     load_model(model, config, arguments.checkpoint)
     split = arguments.split or config.data.val_split

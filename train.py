@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cmt_aqr.build import check_splits, count_parameters, open_split
-from cmt_aqr.config import Config, load_config
+from cmt_aqr.config import Config, load_config, naming_source
 from cmt_aqr.data.loader import explain_killed_worker
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.errors import UserError, report_errors
@@ -80,7 +80,8 @@ def main() -> int:
             config = load_config(arguments.config, arguments.set)
             work_dir = arguments.work_dir or Path("runs") / config.name
             with process_group(arguments.device) as rank_info:
-                check_settings(config, rank_info)
+                with naming_source(arguments.config, arguments.set):
+                    check_settings(config, rank_info)
                 if arguments.replay is not None:
                     replay(build_run(config, rank_info, work_dir), arguments.replay)
                 return train(config, rank_info, work_dir, arguments, stop)

@@ -5,14 +5,15 @@ A file in ``configs/`` is complete: every key below appears in it, there are no 
 problem at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cmt_aqr.boxes import BoxChoice
 from cmt_aqr.config_checks import CHECKS
-from cmt_aqr.strict_yaml import apply_overrides, build, limits, to_tree
+from cmt_aqr.strict_yaml import apply_overrides, build, limits, name_source, to_tree
 from cmt_aqr.yaml_reader import ConfigError, read_yaml
 
 # Keys that earlier versions wrote into checkpoints, and their names now.
@@ -271,6 +272,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return build(Config, tree, str(path), CHECKS, apply_overrides(tree, overrides))
 
 
+@contextmanager
+def naming_source(path: str | Path, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Let the problems of keys that are found later, from the model or the machine, begin as those of load_config do.
+
+    Args:
+        path, overrides: those of :func:`load_config`.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        origins = apply_overrides({}, overrides)
+        keys = [problem.partition(": ")[0] for problem in error.problems]
+        names = [name_source(key, (key,), str(path), origins) for key in keys]
+        problems = [f"{name}: {problem}" for name, problem in zip(names, error.problems, strict=True)]
+        raise ConfigError(problems) from None
+
+
 def config_from_tree(tree: dict[str, Any], source: str) -> Config:
     """Check a nested dictionary, such as the one in a checkpoint, and turn it into a :class:`Config`."""
     return build(Config, tree, source, CHECKS)
@@ -286,4 +304,4 @@ def current_names(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     }
 
 
-__all__ = ["Config", "ConfigError", "config_from_tree", "current_names", "load_config", "to_tree"]
+__all__ = ["Config", "ConfigError", "config_from_tree", "current_names", "load_config", "naming_source", "to_tree"]

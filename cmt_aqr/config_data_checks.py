@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from cmt_aqr.classes import CLASSES
+from cmt_aqr.yaml_reader import show_key
 
 if TYPE_CHECKING:
     from cmt_aqr.config import Config
@@ -48,7 +49,7 @@ def check_sampling(config: Config) -> Found:
     """Names of the classes to paste."""
     sampling = config.data.gt_sampling
     for name in sorted(set(sampling.per_class if sampling else ()) - set(CLASSES)):
-        yield f"data.gt_sampling.per_class.{name}", f"no such class; the classes are {', '.join(CLASSES)}"
+        yield f"data.gt_sampling.per_class.{show_key(name)}", f"no such class; the classes are {', '.join(CLASSES)}"
 
 
 def check_dropout(config: Config) -> Found:

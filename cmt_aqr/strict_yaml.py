@@ -66,7 +66,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             place = inner
         else:
             place[keys[-1]] = value
-            origins[".".join(keys)] = shown
+            origins[".".join(map(show_key, keys))] = shown
     if problems:
         raise ConfigError(problems)
     return origins
@@ -105,15 +105,22 @@ def build(
             found += [(path, text, reads) for path, text in check(value)]
     if found:
         lines = [
-            f"{_blame(path, reads, source, origins)}: {path or 'top level'}: {text}" for path, text, reads in found
+            f"{name_source(path, reads, source, origins)}: {path or 'top level'}: {text}" for path, text, reads in found
         ]
         hidden = len(lines) - MAX_PROBLEMS
         raise ConfigError(lines if hidden <= 0 else [*lines[:MAX_PROBLEMS], f"{source}: and {hidden} more problems"])
     return value
 
 
-def _blame(path: str, reads: Sequence[str], source: str, origins: Mapping[str, str]) -> str:
-    """What a problem at a key comes from: entries of ``--set``, the source, or both."""
+def name_source(path: str, reads: Sequence[str], source: str, origins: Mapping[str, str]) -> str:
+    """What a problem at a key comes from: entries of ``--set``, the source, or both.
+
+    Args:
+        path: the dotted key.
+        reads: the keys that the problem depends on.
+        source: what the configuration was read from.
+        origins: what :func:`apply_overrides` returns.
+    """
     own = [entry for key, entry in origins.items() if _overlap(path, key)]
     if own:
         return ", ".join(own)
@@ -254,7 +261,7 @@ def _check_limits(bounds: Any, value: Any, path: str, problems: Problems) -> Non
         return
     if isinstance(value, dict):
         for key, item in value.items():
-            _check_limits(bounds, item, f"{path}.{key}", problems)
+            _check_limits(bounds, item, f"{path}.{show_key(key)}", problems)
         return
     if bounds["low"] is not None and value < bounds["low"]:
         problems.append((path, f"must be at least {bounds['low']}, got {value}"))

@@ -67,7 +67,8 @@ def test_training_through_an_approximation_without_gradient_is_refused(world, ca
     settings = ("model.attention.backend=lowrank",)
     result = call("train", *world.arguments("--work-dir", tmp_path / "run", settings=settings))
     assert result.status == 2
-    assert result.err == "error: model.attention.backend: 'lowrank' gives AQR no gradient; it is for test.py only\n"
+    sentence = "model.attention.backend: 'lowrank' gives AQR no gradient; it is for test.py only"
+    assert result.err == f"error: --set {settings[0]}: {sentence}\n"
 
 
 def test_weights_that_are_missing_are_named_before_anything_is_prepared(call, tmp_path):

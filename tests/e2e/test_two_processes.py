@@ -134,4 +134,6 @@ def test_a_batch_that_cannot_be_shared(world, tmp_path):
     settings = ("training.batch_size=3",)
     result = world.run("train.py", "--work-dir", tmp_path / "run", settings=settings, processes=2)
     assert result.status != 0
-    assert "error: training.batch_size: 3 is not a multiple of the 2 processes" in result.err
+    assert (
+        "error: --set training.batch_size=3: training.batch_size: 3 is not a multiple of the 2 processes" in result.err
+    )

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from cmt_aqr import config as schema
-from cmt_aqr.config import ConfigError, config_from_tree, load_config
+from cmt_aqr.classes import CLASSES
+from cmt_aqr.config import ConfigError, config_from_tree, load_config, naming_source
 from cmt_aqr.config_checks import encoder_cells
 from cmt_aqr.config_data_checks import SYNTHETIC_SPLITS, SYNTHETIC_VERSION
 from cmt_aqr.models.lidar import encoder_output_shape
@@ -15,6 +16,7 @@ from cmt_aqr.strict_yaml import apply_overrides
 from cmt_aqr.synthetic.recording import World
 from cmt_aqr.synthetic.tables import VERSION
 from cmt_aqr.synthetic.writer import check_arguments
+from cmt_aqr.yaml_reader import show
 
 FOLDER = Path(__file__).parents[2] / "configs"
 R50, TINY = FOLDER / "cmt_aqr_r50_800x320.yaml", FOLDER / "synthetic_tiny.yaml"
@@ -157,6 +159,14 @@ def test_every_number_has_an_upper_limit():
             ["model.num_heads=6"],
             [f"{R50} with --set model.num_heads=6: model.hidden_dim: 256 is not a multiple of model.num_heads 6"],
         ),
+        (
+            [f"training.lr_mult={{{'x' * 300}: -1}}"],
+            [f"--set training.lr_mult={{{'x' * 39}...: training.lr_mult.{'x' * 57}...: must be at least 0, got -1.0"],
+        ),
+        (
+            [f"training.{'x' * 300}=-1"],
+            [f"--set training.{'x' * 48}...: training.{'x' * 57}...: unknown key"],
+        ),
         (["training.lr=[1"], ["--set training.lr=[1: '[1' is not a YAML value: not valid YAML at line 1: expected ',' "
                              "or ']', but got '<stream end>'"]),
     ],
@@ -168,3 +178,89 @@ def test_a_problem_of_an_override_names_the_override(overrides, expected):
         assert all(line.startswith("--set model.lidar={}: model.lidar.") for line in caught.value.problems)
     else:
         assert list(caught.value.problems) == expected
+
+
+WITHOUT_AQR = ("model.aqr=null", "training.decay_mult={}")
+LIDAR_ONLY = (*WITHOUT_AQR, "model.camera=null", "data.drop_lidar=0", "data.drop_cameras=0")
+
+
+@pytest.mark.parametrize(("shape", "cells"), [([41, 8, 8], "1 x 1"), ([41, 8, 16], "1 x 2"), ([41, 16, 16], "2 x 2")])
+def test_a_map_of_one_cell_is_refused_because_batch_norm_cannot_train_on_it(shape, cells):
+    assert problems_of(f"model.lidar.sparse_shape={shape}", *WITHOUT_AQR) == [
+        f"model.lidar.second_strides: [1, 2] leave a map of one cell out of {cells}; use more cells in "
+        "model.lidar.sparse_shape or smaller strides"
+    ]
+    load_config(R50, ["model.lidar.sparse_shape=[41, 16, 32]", *WITHOUT_AQR])  # 2 x 4, then 1 x 2
+
+
+def test_the_range_ends_behind_the_first_depth_of_a_camera_ray():
+    assert problems_of("model.point_range=[-107, -54, -5, 1, 54, 3]") == [
+        "model.point_range: x_max must be above 1 m, where a camera's rays begin, got 1"
+    ]
+    load_config(R50, ["model.point_range=[-106.8, -54, -5, 1.2, 54, 3]"])
+    load_config(R50, ["model.point_range=[-107, -54, -5, 1, 54, 3]", *LIDAR_ONLY])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.num_heads=1"], "model.num_heads: model.init 'local' needs 2 or more, one a sensor, got 1"),
+        (["model.num_heads=128", "model.attention.backend=dense"],
+         "model.init: 'local' needs heads of 4 channels or more, got 2"),
+        (["model.depth_bins=1"], "model.depth_bins: model.init 'local' needs 2 or more, got 1"),
+    ],
+)  # fmt: skip
+def test_what_local_attention_at_the_start_needs(overrides, expected):
+    assert problems_of("model.init=local", *overrides) == [expected]
+    load_config(R50, ["model.init=official", *overrides])
+
+
+def test_local_attention_at_the_start_at_its_limits():
+    load_config(R50, ["model.init=local", "model.num_heads=64", "model.attention.backend=dense", "model.depth_bins=2"])
+    load_config(R50, ["model.init=local", "model.num_heads=1", "model.depth_bins=1", *LIDAR_ONLY])
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ("x" * 5000, "x" * 57 + "..."), ("x" * 240, "x" * 240), (1, "1"), (1.5, "1.5"), (None, "None"), (True, "True"),
+        ("", "''"), ("a\nb", "'a\\nb'"), ("a\0b", "'a\\x00b'"), (("a",), "('a',)"),
+    ],
+)  # fmt: skip
+def test_keys_of_every_length_and_kind_are_shown_in_one_line(key, shown):
+    tree = yaml.safe_load(R50.read_text())
+    tree["model"][key] = 0
+    tree["training"]["lr_mult"][key] = -1.0
+    tree["data"]["gt_sampling"]["per_class"][key] = 1
+    with pytest.raises(ConfigError) as caught:
+        config_from_tree(tree, "file")
+    if isinstance(key, str):
+        lr, sampling = "must be at least 0, got -1.0", f"no such class; the classes are {', '.join(CLASSES)}"
+    else:
+        lr = sampling = f"expected text as a key, got {show(key)}"
+    assert sorted(caught.value.problems) == sorted(
+        [
+            f"file: model.{shown}: unknown key",
+            f"file: training.lr_mult.{shown}: {lr}",
+            f"file: data.gt_sampling.per_class.{shown}: {sampling}",
+        ]
+    )
+
+
+def test_problems_that_are_found_from_the_model_name_the_file_or_the_override():
+    overrides = ["model.num_layers=2", "training.freeze=[nothing]"]
+    with pytest.raises(ConfigError) as caught, naming_source("file.yaml", overrides):
+        raise ConfigError(
+            [
+                "training.freeze: no such",
+                "training.lr_mult: no such",
+                "model: too large",
+                "model.lidar.out_of_range: no",
+            ]
+        )
+    assert caught.value.problems == (
+        "--set training.freeze=[nothing]: training.freeze: no such",
+        "file.yaml: training.lr_mult: no such",
+        "--set model.num_layers=2: model: too large",
+        "file.yaml: model.lidar.out_of_range: no",
+    )
