@@ -1,8 +1,9 @@
-"""The configuration files as a set: the ablation's files, and a new key in all files.
+"""The configuration files as a set: the ablation's files, a new key in all files, and the page about all keys.
 
     python -m cmt_aqr.tools.configs ablation            # write configs/ablation/*.yaml as patches.yml says
     python -m cmt_aqr.tools.configs ablation --check    # only compare; exit status 2 where they differ
     python -m cmt_aqr.tools.configs add model.dropout 0.1 --comment "of self-attention"
+    python -m cmt_aqr.tools.configs doc                 # write docs/config.md from cmt_aqr/config.py; also --check
 
 Comments and layout stay. Files are written when all of them are right, else none is.
 """
@@ -18,6 +19,7 @@ from typing import Any
 from cmt_aqr.config import Config, ConfigError, config_from_tree
 from cmt_aqr.errors import report_errors
 from cmt_aqr.files import atomic_path, write_bytes
+from cmt_aqr.tools.config_doc import block_of, page
 from cmt_aqr.tools.yaml_text import Keys, add_key, block_text, get, merge_text, tree_of
 from cmt_aqr.yaml_reader import parse_yaml, read_yaml, suggest
 
@@ -162,8 +164,7 @@ def _fields_before(keys: Keys, after: str | None) -> list[str]:
             raise ConfigError(
                 [f"{'.'.join(keys[: depth + 1])}: no field of {where}: add the field first{suggest(key, names)}"]
             )
-        hint = typing.get_type_hints(schema)[key]
-        schema = next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+        schema = block_of(typing.get_type_hints(schema)[key])
     if after is None:
         return names[: names.index(keys[-1])]
     *parent, sibling = after.split(".")
@@ -228,6 +229,9 @@ def _write(folder: Path, files: Texts) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run a sub-command; returns the exit status."""
+    if options.command == "doc":
+        _run_doc(options)
+        return 0
     folder = options.configs
     if options.command == "add":
         files, skipped = with_new_key(folder, options.key, options.value, after=options.after, comment=options.comment)
@@ -240,6 +244,14 @@ def run(options: argparse.Namespace) -> int:
     else:
         _write(folder, changed_ablation(folder))
     return 0
+
+
+def _run_doc(options: argparse.Namespace) -> None:
+    is_same = options.page.is_file() and _read(options.page) == page()
+    if options.check and not is_same:
+        raise ConfigError([f"{options.page}: is not what cmt_aqr/config.py gives; run {COMMAND} doc"])
+    if not is_same:
+        _write(options.page.parent, {options.page.name: page()})
 
 
 def main() -> int:
@@ -270,6 +282,11 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("value", help="as YAML, such as 0.1, '[1, 2]' or '{a: 1, b: 2}' for a block of keys")
     add.add_argument("--after", metavar="KEY", help="put it behind this key (default: as in cmt_aqr/config.py)")
     add.add_argument("--comment", default="", help="text of a comment behind the value")
+    doc = commands.add_parser(
+        "doc", help="write docs/config.md", description="Write the page about all keys from cmt_aqr/config.py."
+    )
+    doc.add_argument("--check", action="store_true", help="write nothing; exit status 2 where the page differs")
+    doc.add_argument("--page", type=Path, default=Path("docs/config.md"), help="default: docs/config.md")
     for command in (ablation, add):
         command.add_argument("--configs", type=Path, default=Path("configs"), help="folder (default: configs)")
     return parser
