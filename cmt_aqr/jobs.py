@@ -15,7 +15,7 @@ from cmt_aqr.evaluation.nuscenes_eval import Metrics, Tables
 from cmt_aqr.evaluation.run import Decoding, evaluate, predict
 from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.precision import PRECISIONS
-from cmt_aqr.synthetic import generate_world
+from cmt_aqr.synthetic import WorldSettings, generate_world
 from cmt_aqr.training.distributed import RankInfo, gather
 from cmt_aqr.training.logs import RunLog
 from cmt_aqr.viz.callback import PictureWriter
@@ -32,13 +32,15 @@ def prepare_data(config: Config, *, talk: bool) -> None:
         print(f"{root} does not exist: writing the synthetic world of this configuration", flush=True)
     generate_world(
         root,
-        scenes=world.train_scenes,
-        val_scenes=world.val_scenes,
-        seed=world.seed,
-        samples_per_scene=world.samples_per_scene,
-        image_size=world.image_size,
-        sweeps_per_keyframe=world.sweeps_per_keyframe,
-        lidar_columns=world.lidar_columns,
+        WorldSettings(
+            scenes=world.train_scenes,
+            val_scenes=world.val_scenes,
+            seed=world.seed,
+            samples_per_scene=world.samples_per_scene,
+            image_size=world.image_size,
+            sweeps_per_keyframe=world.sweeps_per_keyframe,
+            lidar_columns=world.lidar_columns,
+        ),
         workers=world.workers,
         progress=talk and not root.exists(),
     )
@@ -79,11 +81,7 @@ def evaluate_split(
                     loader,
                     device=rank_info.device,
                     precision=PRECISIONS[config.evaluation.precision],
-                    decoding=Decoding(
-                        max_detections=config.evaluation.max_detections,
-                        post_range=config.evaluation.post_range,
-                        score_threshold=config.evaluation.score_threshold,
-                    ),
+                    decoding=decoding_of(config),
                     on_batch=after_batch,
                 )
         except Exception as error:  # raised below: the other processes wait for this one
@@ -117,6 +115,12 @@ def draw(pictures: PictureWriter, batch: Batch, detections: list[Detections], lo
     except (PictureError, OSError) as error:
         pictures.tokens = ()
         log.print(f"no more pictures of this evaluation: {error}")
+
+
+def decoding_of(config: Config) -> Decoding:
+    """How an evaluation of this configuration turns predictions into detections."""
+    evaluation = config.evaluation
+    return Decoding(evaluation.max_detections, evaluation.post_range, evaluation.score_threshold)
 
 
 def spread(tokens: Sequence[str], count: int) -> tuple[str, ...]:

@@ -112,8 +112,7 @@ def make_denoising(
     Returns:
         See :class:`DenoisingQueries`; reference points are clamped to the unit cube.
 
-    *Source*: original `CmtHead.prepare_for_dn`. *Quirk Q8*. Unlike there, ``noise_scale=0`` gives the clean centres in
-    unit coordinates (there they stay in metres).
+    *Source*: original `CmtHead.prepare_for_dn`, where a ``noise_scale`` of 0 leaves centres in metres. *Quirk Q8*.
     """
     if num_dn < 0:
         raise ValueError(f"num_dn must not be negative, got {num_dn}")
@@ -124,13 +123,12 @@ def make_denoising(
     boxes, labels = pad_targets(targets, min(max_boxes, num_dn), dtype=targets[0].boxes.dtype)
     groups, slots = group_sizes(max_boxes, num_queries=num_queries, num_dn=num_dn, max_groups=settings.max_groups)
     num_dead = num_dn - groups * slots
-
-    shape = (len(targets), num_dn, 3)
     if noise is None:
         device = boxes.device if generator is None else generator.device
-        noise = torch.rand(shape, generator=generator, dtype=boxes.dtype, device=device)
-    elif tuple(noise.shape) != shape:
-        raise ValueError(f"noise must have shape {shape} (samples, num_dn, 3), got {tuple(noise.shape)}")
+        noise = torch.rand((len(targets), num_dn, 3), generator=generator, dtype=boxes.dtype, device=device)
+    if noise.shape != (len(targets), num_dn, 3):
+        expected = (len(targets), num_dn, 3)
+        raise ValueError(f"noise must have shape {expected} (samples, num_dn, 3), got {tuple(noise.shape)}")
     noise = 2 * noise.to(boxes) - 1
 
     boxes, clean_labels, is_known = (_to_rows(x, groups, num_dead) for x in (boxes, labels, labels != BACKGROUND))

@@ -6,6 +6,7 @@ import signal
 import sys
 
 from cmt_aqr.errors import report_errors
+from cmt_aqr.synthetic.recording import WorldSettings
 from cmt_aqr.synthetic.writer import generate_world
 
 
@@ -18,13 +19,15 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         generate_world(
             options.out,
-            scenes=options.scenes,
-            val_scenes=options.val_scenes,
-            seed=options.seed,
-            samples_per_scene=options.samples_per_scene,
-            image_size=options.image_size,
-            sweeps_per_keyframe=options.sweeps,
-            lidar_columns=options.lidar_columns,
+            WorldSettings(
+                scenes=options.scenes,
+                val_scenes=options.val_scenes,
+                seed=options.seed,
+                samples_per_scene=options.samples_per_scene,
+                image_size=options.image_size,
+                sweeps_per_keyframe=options.sweeps,
+                lidar_columns=options.lidar_columns,
+            ),
             workers=options.workers,
         )
         return 0

@@ -30,16 +30,23 @@ _JPEG_QUALITY = 85
 
 
 @dataclass(frozen=True)
-class World:
-    """What a world's content depends on (and nothing else does)."""
+class WorldSettings:
+    """What the bytes of a world depend on; nothing else does.
+
+    Attributes:
+        scenes, val_scenes: scenes of the splits "synthetic_train" and "synthetic_val".
+        image_size: width, height in pixels.
+        sweeps_per_keyframe: LiDAR sweeps between two key frames; 9 is nuScenes' 20 Hz.
+        lidar_columns: firings of a sweep; nuScenes has 1084.
+    """
 
     scenes: int
     val_scenes: int
     seed: int
-    samples_per_scene: int
-    image_size: tuple[int, int]
-    sweeps_per_keyframe: int
-    lidar_columns: int
+    samples_per_scene: int = 20
+    image_size: tuple[int, int] = (1600, 900)
+    sweeps_per_keyframe: int = 9
+    lidar_columns: int = 1084
 
     def scene_indices(self) -> dict[str, list[int]]:
         """Scene indices of the two splits."""
@@ -98,7 +105,7 @@ class Block:
 class _Recorder:
     """Writes sensor files and collects rows for samples of one scene."""
 
-    def __init__(self, world: World, index: int, root: Path):
+    def __init__(self, world: WorldSettings, index: int, root: Path):
         self.world, self.index, self.root = world, index, root
         self.scene: Scene = build_scene(world.seed, index, world.samples_per_scene)
         self._rig = CameraRig(self.scene, world.image_size, world.seed)
@@ -288,7 +295,7 @@ def _ghosts_in_boxes(scan: Scan, size: np.ndarray, poses: np.ndarray, sensor: tu
 
 
 @lru_cache(maxsize=1)
-def _recorder(world: World, index: int, root: Path) -> _Recorder:
+def _recorder(world: WorldSettings, index: int, root: Path) -> _Recorder:
     """One block after another of a scene need not build it again."""
     return _Recorder(world, index, root)
 
@@ -299,7 +306,7 @@ def release() -> None:
     backdrop.release()
 
 
-def record_block(world: World, index: int, first: int, end: int, root: Path, tick=None) -> Block:
+def record_block(world: WorldSettings, index: int, first: int, end: int, root: Path, tick=None) -> Block:
     """Write the files of samples first..end - 1 of scene index under root; tick() is called after each sample."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)

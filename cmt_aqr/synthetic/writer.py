@@ -17,7 +17,7 @@ from cmt_aqr.files import atomic_path, write_bytes
 from cmt_aqr.locks import exclusive_lock
 from cmt_aqr.synthetic.calibration import CAMERA_CHANNELS, LIDAR_CHANNEL, yaw_quaternion
 from cmt_aqr.synthetic.objects import CATEGORIES
-from cmt_aqr.synthetic.recording import Block, Sighting, World, record_block, release, scene_name
+from cmt_aqr.synthetic.recording import Block, Sighting, WorldSettings, record_block, release, scene_name
 from cmt_aqr.synthetic.tables import (
     LOG_NAME,
     MAP_FILE,
@@ -47,44 +47,29 @@ class WorldError(UserError):
     """A world that cannot be written: an argument out of range, a folder that holds something else, a full disk."""
 
 
-def generate_world(
-    out: str | Path,
-    *,
-    scenes: int,
-    val_scenes: int,
-    seed: int,
-    samples_per_scene: int = 20,
-    image_size: tuple[int, int] = (1600, 900),
-    sweeps_per_keyframe: int = 9,
-    lidar_columns: int = 1084,
-    workers: int = 0,
-    progress: bool = True,
-) -> None:
+def generate_world(out: str | Path, settings: WorldSettings, *, workers: int = 0, progress: bool = True) -> None:
     """Write a synthetic dataset in nuScenes' format that nuscenes-devkit loads and evaluates.
 
-    out: folder to make; version "v1.0-synthetic", splits "synthetic_train" (scenes scenes) and "synthetic_val"
-    (val_scenes more). seed: the same arguments give the same bytes, whatever the number of workers. image_size: width,
-    height (px). sweeps_per_keyframe: LiDAR turns between two key frames (9 is nuScenes' 20 Hz). lidar_columns: firings
-    per turn (1084 in nuScenes). workers: processes; 0 records in this one. progress: report on standard error.
+    out: folder to make; version "v1.0-synthetic". settings: equal ones give equal bytes, whatever the number of
+    workers. workers: processes; 0 records in this one. progress: report on standard error.
 
-    Nothing happens when out already holds a world of the same arguments; where another process is writing it, that one
-    is waited for. Raises WorldError when an argument is out of range, out holds anything else, the disk is full or a
+    Nothing happens when out already holds a world of the same settings; where another process is writing it, that one
+    is waited for. Raises WorldError when a setting is out of range, out holds anything else, the disk is full or a
     worker is killed; out then is as before. Several workers are started by "spawn": a script that calls this needs the
     usual ``if __name__ == "__main__":``.
     """
     out = Path(out)
-    world = World(scenes, val_scenes, seed, samples_per_scene, tuple(image_size), sweeps_per_keyframe, lidar_columns)
-    check_arguments(world, workers)
-    if _is_there_already(out, world):
+    check_arguments(settings, workers)
+    if _is_there_already(out, settings):
         _say(progress, f"{out} is there already, with the same parameters")
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(out.with_name(f".{out.name}.lock"), on_wait=lambda holder: _say_waiting(out, holder)):
-            if _is_there_already(out, world):
+            if _is_there_already(out, settings):
                 _say(progress, f"{out} is there now, with the same parameters")
             else:
-                _write(out, world, workers, progress)
+                _write(out, settings, workers, progress)
     except OSError as error:
         raise WorldError(f"{out}: the world cannot be written: {describe_os_error(error)}; nothing is kept") from None
     except BrokenProcessPool:
@@ -98,7 +83,7 @@ def _say_waiting(out: Path, holder: str) -> None:
     logger.warning("%s is being written by %s: waiting for it", out, holder)
 
 
-def _write(out: Path, world: World, workers: int, progress: bool) -> None:
+def _write(out: Path, world: WorldSettings, workers: int, progress: bool) -> None:
     """Write a world under another name beside out, then rename it."""
     started = time.perf_counter()
     with atomic_path(out) as partial:
@@ -114,7 +99,7 @@ def _write(out: Path, world: World, workers: int, progress: bool) -> None:
     )
 
 
-def check_arguments(world: World, workers: int) -> None:
+def check_arguments(world: WorldSettings, workers: int) -> None:
     """Raise WorldError, one sentence, when an argument is out of range."""
     if len(world.image_size) != 2:
         raise WorldError(f"image_size must be (width, height), got {world.image_size!r}")
@@ -136,7 +121,7 @@ def check_arguments(world: World, workers: int) -> None:
         raise WorldError("scenes and val_scenes are both 0: there is nothing to write")
 
 
-def _parameters(world: World) -> dict:
+def _parameters(world: WorldSettings) -> dict:
     return {
         "generator": "cmt_aqr.synthetic",
         "generator_version": GENERATOR_VERSION,
@@ -151,7 +136,7 @@ def _parameters(world: World) -> dict:
     }
 
 
-def _is_there_already(out: Path, world: World) -> bool:
+def _is_there_already(out: Path, world: WorldSettings) -> bool:
     """Whether out is this very world; an empty folder or none is not, and anything else is an error."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -170,7 +155,7 @@ def _is_there_already(out: Path, world: World) -> bool:
     return True
 
 
-def _record(world: World, root: Path, workers: int, progress: bool) -> list[Block]:
+def _record(world: WorldSettings, root: Path, workers: int, progress: bool) -> list[Block]:
     """Record all samples; the blocks come back in the order of scenes and samples, whoever made them."""
     for folder in [
         VERSION,
@@ -220,7 +205,7 @@ def _say(progress: bool, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _write_tables(world: World, root: Path, blocks: list[Block]) -> dict[str, int]:
+def _write_tables(world: WorldSettings, root: Path, blocks: list[Block]) -> dict[str, int]:
     """Write all tables, the splits and the blank map; returns the number of rows of each table."""
     tables = {name: [] for name in TABLES} | fixed_tables(world.image_size)
     by_scene: dict[int, list[Block]] = {}
@@ -243,7 +228,7 @@ def _write_tables(world: World, root: Path, blocks: list[Block]) -> dict[str, in
     return {name: len(tables[name]) for name in TABLES}
 
 
-def _scene_row(world: World, index: int, description: str) -> dict:
+def _scene_row(world: WorldSettings, index: int, description: str) -> dict:
     count = world.samples_per_scene
     return {
         "token": world.token("scene", index),
@@ -256,7 +241,7 @@ def _scene_row(world: World, index: int, description: str) -> dict:
     }
 
 
-def _annotation_rows(world: World, index: int, sightings: list[Sighting]) -> tuple[list[dict], list[dict]]:
+def _annotation_rows(world: WorldSettings, index: int, sightings: list[Sighting]) -> tuple[list[dict], list[dict]]:
     """Rows of instance and sample_annotation of one scene: sightings of an actor in order of time make a chain."""
     chains: dict[int, list[Sighting]] = {}
     for sighting in sightings:

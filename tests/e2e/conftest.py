@@ -12,7 +12,7 @@ import pytest
 
 import test as test_script
 import train as train_script
-from cmt_aqr.synthetic import generate_world
+from cmt_aqr.synthetic import WorldSettings, generate_world
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = REPOSITORY / "configs" / "synthetic_tiny.yaml"
@@ -22,7 +22,6 @@ WORLD = {
     "image_size": [128, 72],
     "sweeps_per_keyframe": 1,
     "lidar_columns": 128,
-    "workers": 0,
 }
 SMALL = (
     "data.num_sweeps=1",
@@ -30,6 +29,7 @@ SMALL = (
     "data.synthetic.train_scenes=2",
     "data.synthetic.val_scenes=1",
     *(f"data.synthetic.{key}={value}" for key, value in WORLD.items()),
+    "data.synthetic.workers=0",
     "model.hidden_dim=16",
     "model.num_queries=80",
     "model.num_layers=2",
@@ -113,13 +113,17 @@ def read_lines(path: Path, kind: str) -> list[dict]:
     return [line for line in lines if line["kind"] == kind]
 
 
+def world_settings() -> WorldSettings:
+    """Two scenes to train on, one to validate on."""
+    return WorldSettings(scenes=2, val_scenes=1, **WORLD | {"image_size": tuple(WORLD["image_size"])})
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> World:
     """The world of this session; tests do not change it."""
     folder = tmp_path_factory.mktemp("e2e")
     root = folder / "world"
-    arguments = WORLD | {"image_size": tuple(WORLD["image_size"])}
-    generate_world(root, scenes=2, val_scenes=1, progress=False, **arguments)
+    generate_world(root, world_settings(), progress=False)
     return World(root, (*SMALL, f"data.root={root}", f"data.index_dir={folder / 'index'}"))
 
 

@@ -24,7 +24,7 @@ import torch
 
 import train as train_script
 from cmt_aqr.synthetic import generate_world
-from tests.e2e.conftest import SMALL, WORLD, World, one_thread
+from tests.e2e.conftest import SMALL, World, one_thread, world_settings
 
 SEED = 2026
 # Four epochs of three steps, saved and pruned after each, evaluated after the second and the fourth.
@@ -45,8 +45,7 @@ def preload() -> None:
 
 def make_world(folder: Path) -> World:
     """The world of the end-to-end tests in a folder of its own."""
-    arguments = WORLD | {"image_size": tuple(WORLD["image_size"])}
-    generate_world(folder / "world", scenes=2, val_scenes=1, progress=False, **arguments)
+    generate_world(folder / "world", world_settings(), progress=False)
     settings = (*SMALL, *SETTINGS, f"data.root={folder / 'world'}", f"data.index_dir={folder / 'index'}")
     return World(folder / "world", settings)
 

@@ -24,7 +24,7 @@ from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.nuscenes import load_index
 from cmt_aqr.data.readers import MAX_VALUE
 from cmt_aqr.data.sample import Sample
-from cmt_aqr.synthetic import generate_world
+from cmt_aqr.synthetic import WorldSettings, generate_world
 from tests.e2e.faults.outcomes import Outcome, failures, observe, summary
 
 IMAGE_SIZE = (256, 144)
@@ -43,10 +43,11 @@ class Base:
 def make_base(folder: Path) -> Base:
     """Write the world and read its first frame."""
     root = folder / "world"
-    generate_world(
-        root, scenes=1, val_scenes=0, seed=6, samples_per_scene=1, image_size=IMAGE_SIZE, sweeps_per_keyframe=0,
-        lidar_columns=180, workers=0, progress=False,
+    settings = WorldSettings(
+        scenes=1, val_scenes=0, seed=6, samples_per_scene=1, image_size=IMAGE_SIZE, sweeps_per_keyframe=0,
+        lidar_columns=180,
     )  # fmt: skip
+    generate_world(root, settings, progress=False)
     index = load_index(dataroot=root, version="v1.0-synthetic", split="synthetic_train", cache_dir=folder / "cache")
     return Base(index, _read(index))
 

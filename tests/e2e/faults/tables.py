@@ -23,7 +23,7 @@ from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.nuscenes import load_index
 from cmt_aqr.evaluation.nuscenes_eval import evaluate_submission
 from cmt_aqr.evaluation.submission import write_submission
-from cmt_aqr.synthetic import generate_world
+from cmt_aqr.synthetic import WorldSettings, generate_world
 from tests.e2e.faults.outcomes import WORST_FIRST, Outcome, failures, observe, summary
 
 VERSION = "v1.0-synthetic"
@@ -68,10 +68,11 @@ class Base:
 def make_base(folder: Path) -> Base:
     """Write the world, and measure what it gives undamaged."""
     root = folder / "world"
-    generate_world(
-        root, scenes=2, val_scenes=1, seed=5, samples_per_scene=3, image_size=IMAGE_SIZE, sweeps_per_keyframe=1,
-        lidar_columns=40, workers=0, progress=False,
+    settings = WorldSettings(
+        scenes=2, val_scenes=1, seed=5, samples_per_scene=3, image_size=IMAGE_SIZE, sweeps_per_keyframe=1,
+        lidar_columns=40,
     )  # fmt: skip
+    generate_world(root, settings, progress=False)
     tables = {path.stem: json.loads(path.read_text()) for path in sorted((root / VERSION).glob("*.json"))}
     submission = _perfect_submission(folder / "submission.json", tables)
     base = Base(root, tables, [], "", submission)

@@ -16,7 +16,7 @@ from cmt_aqr.data.readers import load_points
 from cmt_aqr.data.sampling import TrainingSampler
 from cmt_aqr.data.scene_transforms import ModalityDropout, SceneAugmentation
 from cmt_aqr.geometry import homogeneous
-from cmt_aqr.synthetic import generate_world
+from cmt_aqr.synthetic import WorldSettings, generate_world
 
 POINT_RANGE = (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)
 
@@ -26,12 +26,7 @@ def synthetic(tmp_path_factory) -> FrameIndex:
     folder = tmp_path_factory.mktemp("synthetic")
     generate_world(
         folder / "world",
-        scenes=2,
-        val_scenes=1,
-        seed=3,
-        samples_per_scene=3,
-        image_size=(400, 225),
-        lidar_columns=540,
+        WorldSettings(scenes=2, val_scenes=1, seed=3, samples_per_scene=3, image_size=(400, 225), lidar_columns=540),
         progress=False,
     )
     options = {"dataroot": folder / "world", "version": "v1.0-synthetic", "cache_dir": folder / "cache"}

@@ -1,6 +1,6 @@
 import pytest
 
-from cmt_aqr.synthetic import generate_world
+from cmt_aqr.synthetic import WorldSettings, generate_world
 
 SIZE = (320, 180)
 SETTINGS = {
@@ -11,14 +11,13 @@ SETTINGS = {
     "image_size": SIZE,
     "sweeps_per_keyframe": 9,
     "lidar_columns": 1084,
-    "progress": False,
 }
 
 
 @pytest.fixture(scope="session")
 def world_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("synthetic") / "world"
-    generate_world(root, **SETTINGS)
+    generate_world(root, WorldSettings(**SETTINGS), progress=False)
     return root
 
 

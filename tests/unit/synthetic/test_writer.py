@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from cmt_aqr.locks import exclusive_lock
+from cmt_aqr.synthetic import WorldSettings, generate_world, writer
 from cmt_aqr.synthetic import __main__ as command
-from cmt_aqr.synthetic import generate_world, writer
 
 TINY = {
     "scenes": 1,
@@ -23,7 +23,6 @@ TINY = {
     "image_size": (96, 54),
     "sweeps_per_keyframe": 1,
     "lidar_columns": 90,
-    "progress": False,
 }
 SMALLEST = [
     "--val-scenes",
@@ -51,15 +50,15 @@ def digest(root):
 
 
 def test_same_bytes_whatever_the_number_of_workers(tmp_path):
-    generate_world(tmp_path / "a", **TINY)
-    generate_world(tmp_path / "b", **TINY, workers=2)
+    generate_world(tmp_path / "a", WorldSettings(**TINY), progress=False)
+    generate_world(tmp_path / "b", WorldSettings(**TINY), workers=2, progress=False)
     first, second = digest(tmp_path / "a"), digest(tmp_path / "b")
     assert first == second
     assert sum(name.endswith(".jpg") for name in first) == 2 * 11 * 6
     assert sum(name.endswith(".bin") for name in first) == 2 * 21
     assert sum(name.startswith("v1.0-synthetic/") for name in first) == 14
 
-    generate_world(tmp_path / "c", **{**TINY, "seed": 5})
+    generate_world(tmp_path / "c", WorldSettings(**{**TINY, "seed": 5}), progress=False)
     third = digest(tmp_path / "c")
     tables = ("sample", "sample_data", "ego_pose", "sample_annotation", "instance", "scene")
     assert all(first[f"v1.0-synthetic/{name}.json"] != third[f"v1.0-synthetic/{name}.json"] for name in tables)
@@ -72,13 +71,13 @@ def test_same_bytes_whatever_the_number_of_workers(tmp_path):
 def test_nothing_wakes_the_threads_of_linear_algebra(tmp_path, monkeypatch, name):
     """On a matrix of any size they start one thread a core, which then waits by spinning: half the samples a second."""
     monkeypatch.setattr(f"numpy.linalg.{name}", None)
-    generate_world(tmp_path / "w", **{**TINY, "samples_per_scene": 1})
+    generate_world(tmp_path / "w", WorldSettings(**{**TINY, "samples_per_scene": 1}), progress=False)
 
 
 def test_validation_scenes_do_not_depend_on_the_number_of_training_scenes(tmp_path):
     small = {**TINY, "samples_per_scene": 2}
-    generate_world(tmp_path / "a", **small)
-    generate_world(tmp_path / "b", **{**small, "scenes": 0})
+    generate_world(tmp_path / "a", WorldSettings(**small), progress=False)
+    generate_world(tmp_path / "b", WorldSettings(**{**small, "scenes": 0}), progress=False)
     a, b = digest(tmp_path / "a"), digest(tmp_path / "b")
     val = [name for name in a if "synthetic-val" in name]
     assert len(val) == 2 * 6 + 3 and all(a[name] == b[name] for name in val)
@@ -189,7 +188,8 @@ def test_a_world_that_another_process_writes_is_waited_for(tmp_path, caplog):
         raise AssertionError(holder)
 
     with exclusive_lock(tmp_path / ".w.lock", on_wait=never):
-        waiting = threading.Thread(target=generate_world, args=(out,), kwargs={**TINY, "samples_per_scene": 1})
+        settings = WorldSettings(**{**TINY, "samples_per_scene": 1})
+        waiting = threading.Thread(target=generate_world, args=(out, settings), kwargs={"progress": False})
         waiting.start()
         while not caplog.text:
             time.sleep(0.01)
