@@ -106,7 +106,6 @@ def voxelize(
     keys = keys.index_select(0, starts)
     plane = torch.div(keys, width, rounding_mode="floor")
     coords = torch.stack((plane // height, plane % height, keys - plane * width), dim=1).int()
-
     # One segment per voxel: the position of each kept point among the sorted points.
     shift = torch.repeat_interleave(starts - counts.cumsum(0) + counts, counts)
     position = shift.add_(torch.arange(shift.numel(), device=shift.device))

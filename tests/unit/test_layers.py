@@ -30,7 +30,7 @@ ALLOWED = {
 # The only places where an optional or heavy library appears.
 LIBRARIES = {
     "nuscenes": ("nuscenes_tables.py", "data/", "evaluation/"),
-    "spconv": ("models/lidar.py", "models/sparse.py"),
+    "spconv": ("models/spconv_backend.py",),
     "scipy": ("losses/matcher.py",),
     "torch.distributed": ("training/distributed.py",),
     "matplotlib": ("viz/",),
