@@ -37,7 +37,7 @@ def token_table(layout: TokenLayout, device: torch.device) -> Tensor:
 
 def make_score_mod(bias: AttentionBias, token_mask: Tensor | None = None) -> ScoreMod:
     """score -> score + bias[b, q, k], and -inf where token_mask (B, K) is False; the same for all heads."""
-    windows, values = bias.windows, bias.values
+    windows, values, is_local = bias.windows, bias.values, bias.windows.settings.is_local
     grid, view, row, col = token_table(windows.layout, values.device)
     num_windows = max(cells.shape[2] for cells in windows.cells)
     # One table (B, Q, G, N, 3) for all grids; those with fewer windows have none in the last places.
@@ -50,7 +50,7 @@ def make_score_mod(bias: AttentionBias, token_mask: Tensor | None = None) -> Sco
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         g = grid[k]
         added = values[b, q, g]
-        if windows.settings.is_local:
+        if is_local:
             inside = torch.zeros_like(k, dtype=torch.bool)
             for n in range(num_windows):
                 rows_away, cols_away = row[k] - centre_row[b, q, g, n], col[k] - centre_col[b, q, g, n]
@@ -75,8 +75,14 @@ def attention_with_score_mod(
     leaves = (q, k, v, bias.values)
     if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
         raise ValueError("the score_mod backend has no backward pass on a CPU; use dense, or torch.no_grad()")
-    evaluate = _attend if torch.compiler.is_compiling() else _compiled_attend
-    return evaluate(q, k, v, bias, token_mask)
+    # The tables are made outside the compiled function: on CUDA, torch 2.11 cannot compile a score_mod whose captured
+    # tensors are computed in the same graph. So there this backend does not go inside a larger compiled graph.
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention
+    score_mod = make_score_mod(bias, token_mask)
+    if q.device.type == "cpu":
+        return attend(q, k, v, score_mod), None
+    out, aux = attend(q, k, v, score_mod, return_aux=AuxRequest(lse=True))
+    return out, aux.lse
 
 
 def check_flex_input(q: Tensor, backend: str) -> None:
@@ -87,16 +93,6 @@ def check_flex_input(q: Tensor, backend: str) -> None:
         )
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"the {backend} backend computes in float32, bfloat16 or float16, got {q.dtype}; use dense")
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias, token_mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    score_mod = make_score_mod(bias, token_mask)
-    if q.device.type == "cpu":
-        return flex_attention(q, k, v, score_mod), None
-    out, aux = flex_attention(q, k, v, score_mod, return_aux=AuxRequest(lse=True))
-    return out, aux.lse
 
 
 def compile_for_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,4 +108,4 @@ def compile_for_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # Once for the module, so that all callers share what has been compiled.
-_compiled_attend = compile_for_shapes(_attend)
+_compiled_flex_attention = compile_for_shapes(flex_attention)

@@ -139,7 +139,6 @@ def ways(problem: Problem) -> list[Way]:
         bias = AttentionBias(p.windows, bias_values(weights, scale, MAX_BIAS))
         return flex_attention_with_bias(q, k, v, bias, schedule)[0]
 
-    @torch.compile(dynamic=False, fullgraph=True)
     def score_mod(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
         bias = AttentionBias(p.windows, bias_values(weights, scale, MAX_BIAS))
         return attention_with_score_mod(q, k, v, bias)[0]

@@ -62,8 +62,8 @@ def test_gradients_of_the_values(settings):
     assert (grads[0].abs().amax(dim=(0, 1)) > 0.1).all()
 
 
-def float32_case():
-    windows = random_windows(THREE, sized(3, 4))
+def float32_case(seed=0):
+    windows = random_windows(THREE, sized(3, 4), seed=seed)
     bias = random_bias(windows, dtype=torch.float32)
     return [x.float() for x in random_qkv(windows, dim=16)], bias
 
@@ -78,8 +78,27 @@ def outputs_of_the_backend():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_the_backend_on_a_cpu_gives_outputs_alone(monkeypatch):
-    monkeypatch.setattr(score_mod, "_compiled_attend", score_mod._attend)
+    monkeypatch.setattr(score_mod, "_compiled_flex_attention", flex_attention)
     outputs_of_the_backend()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_other_windows_do_not_compile_anew(monkeypatch):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(flex_attention, backend=count, dynamic=False, fullgraph=True)
+    monkeypatch.setattr(score_mod, "_compiled_flex_attention", compiled)
+    torch._dynamo.reset()
+    for seed in range(3):
+        qkv, bias = float32_case(seed)
+        out, _ = attend(*qkv, bias, backend="score_mod")
+        torch.testing.assert_close(out, dense_attention(*qkv, bias)[0], rtol=1e-5, atol=1e-6)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.e2e  # a minute of C++ compiler
