@@ -75,14 +75,14 @@ class Predictions:
 class DenoisingQueries:
     """Noised ground truth as extra queries, padded to a constant number of rows.
 
-    Rows: [dead rows, group 0, group 1, ...]; the matching queries follow them on the query axis. Every group has one
-    slot per box of the fullest frame. A slot without a box in its frame is alive: it is a query at (0, 0, 0) that its
-    group sees (*Quirk Q8*). A dead row is only there to make the shape constant: nobody sees it, no loss reads it.
+    Rows: [padding rows, group 0, group 1, ...]; the matching queries follow them on the query axis. Every group has one
+    slot per box of the fullest frame. A slot without a box in its frame is valid: it is a query at (0, 0, 0) that its
+    group sees (*Quirk Q8*). A padding row is only there to make the shape constant: nobody sees it, no loss reads it.
 
     Attributes:
         reference_points: (B, num_dn, 3) in [0, 1].
         attention_mask: (Q, Q) bool, True = row may attend to column, Q = num_dn + num_queries.
-        is_live: (num_dn,) bool, False for dead rows.
+        is_valid: (num_dn,) bool, False for padding rows.
         is_known: (B, num_dn) bool, True where the row stands for a box and enters the loss.
         boxes: (B, num_dn, 9) clean boxes, LiDAR frame; a unit box where not ``is_known``.
         labels: (B, num_dn) int64 class index, ``len(CLASSES)`` (background) where the noise was too large.
@@ -91,7 +91,7 @@ class DenoisingQueries:
 
     reference_points: Tensor
     attention_mask: Tensor
-    is_live: Tensor
+    is_valid: Tensor
     is_known: Tensor
     boxes: Tensor
     labels: Tensor
@@ -99,7 +99,7 @@ class DenoisingQueries:
 
     @property
     def num_dn(self) -> int:
-        """Number of rows, dead ones included."""
+        """Number of rows, padding included."""
         return self.reference_points.shape[1]
 
 

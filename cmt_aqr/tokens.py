@@ -35,11 +35,11 @@ class Queries:
         positions: (B, Q, C) position embeddings, at least float32.
         num_dn: number of denoising rows at the front of Q.
         attention_mask: (Q, Q) bool, True = may attend, or None when every query sees every other.
-        is_live: (Q,) bool, False for the dead denoising rows, or None when there are none.
+        is_valid: (Q,) bool, False for the padding rows, or None when there are none.
     """
 
     reference_points: Tensor
     positions: Tensor
     num_dn: int = 0
     attention_mask: Tensor | None = None
-    is_live: Tensor | None = None
+    is_valid: Tensor | None = None

@@ -73,16 +73,16 @@ def denoising_mask(
 ) -> Tensor:
     """Self-attention mask (Q, Q) bool, True = row may attend to column.
 
-    A group sees itself, padding slots included (*Quirk Q8*), and all matching queries; matching queries see only each
-    other; a dead row sees only itself, which keeps its softmax finite, and nobody sees it.
+    A group sees itself, empty slots included (*Quirk Q8*), and all matching queries; matching queries see only each
+    other; a padding row sees only itself, which keeps its softmax finite, and nobody sees it.
     """
     first = num_dn - groups * slots
     index = torch.arange(num_dn + num_queries, device=device)
     is_matching = index >= num_dn
-    is_dead = index < first
+    is_padding = index < first
     group = (index - first).div(max(slots, 1), rounding_mode="floor").masked_fill(is_matching, groups)
-    same_group = (group[:, None] == group[None, :]) & ~is_dead[:, None] & ~is_dead[None, :]
-    sees_matching = ~is_dead[:, None] & is_matching[None, :]
+    same_group = (group[:, None] == group[None, :]) & ~is_padding[:, None] & ~is_padding[None, :]
+    sees_matching = ~is_padding[:, None] & is_matching[None, :]
     return same_group | sees_matching | (index[:, None] == index[None, :])
 
 
@@ -122,7 +122,7 @@ def make_denoising(
         raise ValueError(f"max_boxes is {max_boxes}, but a frame of the batch has {fullest} boxes")
     boxes, labels = pad_targets(targets, min(max_boxes, num_dn), dtype=targets[0].boxes.dtype)
     groups, slots = group_sizes(max_boxes, num_queries=num_queries, num_dn=num_dn, max_groups=settings.max_groups)
-    num_dead = num_dn - groups * slots
+    num_padding = num_dn - groups * slots
     if noise is None:
         device = boxes.device if generator is None else generator.device
         noise = torch.rand((len(targets), num_dn, 3), generator=generator, dtype=boxes.dtype, device=device)
@@ -131,8 +131,8 @@ def make_denoising(
         raise ValueError(f"noise must have shape {expected} (samples, num_dn, 3), got {tuple(noise.shape)}")
     noise = 2 * noise.to(boxes) - 1
 
-    boxes, clean_labels, is_known = (_to_rows(x, groups, num_dead) for x in (boxes, labels, labels != BACKGROUND))
-    boxes[:, :num_dead, 3:6] = 1
+    boxes, clean_labels, is_known = (_to_rows(x, groups, num_padding) for x in (boxes, labels, labels != BACKGROUND))
+    boxes[:, :num_padding, 3:6] = 1
     clean_labels = clean_labels.masked_fill(~is_known, BACKGROUND)
     centres = noised_centres(boxes, noise, noise_scale=settings.noise_scale)
     reference_points = to_unit(centres, point_range).clamp(0, 1).masked_fill(~is_known[..., None], 0)
@@ -140,7 +140,7 @@ def make_denoising(
     return DenoisingQueries(
         reference_points=reference_points,
         attention_mask=denoising_mask(groups, slots, num_dn=num_dn, num_queries=num_queries, device=boxes.device),
-        is_live=torch.arange(num_dn, device=boxes.device) >= num_dead,
+        is_valid=torch.arange(num_dn, device=boxes.device) >= num_padding,
         is_known=is_known,
         boxes=boxes,
         labels=clean_labels.masked_fill(is_far, BACKGROUND),
@@ -148,7 +148,7 @@ def make_denoising(
     )
 
 
-def _to_rows(padded: Tensor, groups: int, num_dead: int) -> Tensor:
-    """(B, slots, ...) -> (B, num_dn, ...): zeros for the dead rows, then the slots once per group."""
-    dead = padded.new_zeros(padded.shape[0], num_dead, *padded.shape[2:])
-    return torch.cat((dead, *[padded] * groups), dim=1)
+def _to_rows(padded: Tensor, groups: int, num_padding: int) -> Tensor:
+    """(B, slots, ...) -> (B, num_dn, ...): zeros for the padding rows, then the slots once per group."""
+    rows = padded.new_zeros(padded.shape[0], num_padding, *padded.shape[2:])
+    return torch.cat((rows, *[padded] * groups), dim=1)

@@ -145,7 +145,7 @@ class Detector(nn.Module):
             attention_mask=queries.attention_mask,
             attend=routed.attend,
         )
-        predictions = self.head(hidden, queries.reference_points, num_dn=queries.num_dn, is_live=queries.is_live)
+        predictions = self.head(hidden, queries.reference_points, num_dn=queries.num_dn, is_valid=queries.is_valid)
         return replace(predictions, aqr_weights=self.matching_weights(routed))
 
     def clamp_parameters(self) -> None:
@@ -232,9 +232,9 @@ class Detector(nn.Module):
                 f"the denoising attention mask must have shape {(size, size)} (num_dn + num_queries), "
                 f"got {tuple(denoising.attention_mask.shape)}"
             )
-        matching = denoising.is_live.new_ones(self.reference_points.num_queries)
-        is_live = torch.cat((denoising.is_live, matching))
-        return Queries(points, positions, denoising.num_dn, denoising.attention_mask, is_live)
+        matching = denoising.is_valid.new_ones(self.reference_points.num_queries)
+        is_valid = torch.cat((denoising.is_valid, matching))
+        return Queries(points, positions, denoising.num_dn, denoising.attention_mask, is_valid)
 
     def route(self, queries: Queries, tokens: Tokens, cameras: Cameras | None) -> Routed:
         """What the decoder reads: AQR's tokens and attention, or without AQR the tokens and plain attention."""

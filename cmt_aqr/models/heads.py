@@ -105,21 +105,21 @@ class Branch(nn.Module):
         self.norm = LayerwiseNorm(num_layers=num_layers, channels=hidden)
         self.out = LayerwiseConv(num_layers=num_layers, in_channels=hidden, width=width, kernel=kernel, has_bias=True)
 
-    def forward(self, x: Tensor, is_live: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, is_valid: Tensor | None) -> Tensor:
         """Apply to all layers at once.
 
         Args:
             x: (L, B, Q, C).
-            is_live: (Q,) bool. Rows where it is False are zeroed before each convolution along the query axis; they
-                stand at the front, so to the others they are the zero padding. None: all rows are live.
+            is_valid: (Q,) bool. Rows where it is False are zeroed before each convolution along the query axis; they
+                stand at the front, so to the others they are the zero padding. None: all rows are valid.
 
         Returns:
             (L, B, Q, width).
         """
-        is_dead = None if is_live is None or self.kernel == 1 else ~is_live[:, None]
-        x = x if is_dead is None else x.masked_fill(is_dead, 0)
+        is_padding = None if is_valid is None or self.kernel == 1 else ~is_valid[:, None]
+        x = x if is_padding is None else x.masked_fill(is_padding, 0)
         x = torch.relu(self.norm(self.conv(x)))
-        x = x if is_dead is None else x.masked_fill(is_dead, 0)
+        x = x if is_padding is None else x.masked_fill(is_padding, 0)
         return self.out(x)
 
 
@@ -149,9 +149,9 @@ class TaskHead(nn.Module):
         if cls_prior is not None:
             nn.init.constant_(self.branches[CLASS_BRANCH].out.bias, -math.log((1 - cls_prior) / cls_prior))
 
-    def forward(self, x: Tensor, is_live: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, is_valid: Tensor | None) -> dict[str, Tensor]:
         """(L, B, Q, C) -> raw branches (L, B, Q, width)."""
-        return {name: branch(x, is_live) for name, branch in self.branches.items()}
+        return {name: branch(x, is_valid) for name, branch in self.branches.items()}
 
 
 def place_boxes(raw: dict[str, Tensor], reference_points: Tensor, point_range: Sequence[float]) -> dict[str, Tensor]:
@@ -215,7 +215,7 @@ class Heads(nn.Module):
         )
 
     def forward(
-        self, hidden: Tensor, reference_points: Tensor, *, num_dn: int = 0, is_live: Tensor | None = None
+        self, hidden: Tensor, reference_points: Tensor, *, num_dn: int = 0, is_valid: Tensor | None = None
     ) -> Predictions:
         """Predict from every layer's output, in at least float32 whatever autocast says.
 
@@ -225,9 +225,9 @@ class Heads(nn.Module):
             hidden: (L, B, Q, C) decoder output.
             reference_points: (B, Q, 3) in [0, 1].
             num_dn: denoising rows at the front of Q.
-            is_live: (Q,) bool, False for dead denoising rows; None: all rows are live.
+            is_valid: (Q,) bool, False for padding rows; None: all rows are valid.
         """
         hidden, points = at_least_float32(hidden), at_least_float32(reference_points)
         with torch.autocast(hidden.device.type, enabled=False):
-            tasks = tuple(place_boxes(task(hidden, is_live), points, self.point_range) for task in self.tasks)
+            tasks = tuple(place_boxes(task(hidden, is_valid), points, self.point_range) for task in self.tasks)
         return Predictions(tasks, self.classes, num_dn)

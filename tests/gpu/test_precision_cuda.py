@@ -21,7 +21,7 @@ def stages(detector, features, targets, noise, hidden):
     tokens = detector.make_tokens(*features[:2], cameras)
     queries = detector.make_queries(2, cameras, denoising)
     windows = detector.route(queries, tokens, cameras).windows
-    predictions = detector.head(hidden, queries.reference_points, num_dn=queries.num_dn, is_live=queries.is_live)
+    predictions = detector.head(hidden, queries.reference_points, num_dn=queries.num_dn, is_valid=queries.is_valid)
     outputs = {f"{i} {name}": x for i, task in enumerate(predictions.tasks) for name, x in task.items()}
     outputs |= {"tokens": tokens.positions, "queries": queries.positions, "points": queries.reference_points}
     outputs |= Criterion(classes=TWO_TASKS)(predictions, targets, denoising)

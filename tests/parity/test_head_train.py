@@ -91,7 +91,7 @@ def test_denoising_queries_equal_the_original(step):
     )
     step.case.check("denoising, reference points", points, "dn/padded_reference_points")
     golden.check_equal("denoising, mask", denoising.attention_mask, ~golden.tensor("out/dn/attn_mask"))
-    assert denoising.is_live.all()
+    assert denoising.is_valid.all()
     assert denoising.is_known.sum() == len(step.rows)
     chosen = (step.samples, step.rows)
     assert denoising.is_known[chosen].all()

@@ -137,15 +137,15 @@ def test_no_gradient_flows_between_denoising_groups_or_from_them_to_matching_que
     query_positions, tokens, token_positions = make_inputs(num_dn + num_queries)
     query_positions.requires_grad_()
     output = decoder(query_positions, tokens, token_positions, attention_mask=mask)[-1]
-    parts = {"dead": range(2), "group 0": range(2, 5), "group 1": range(5, 8), "matching": range(8, 12)}
+    parts = {"padding": range(2), "group 0": range(2, 5), "group 1": range(5, 8), "matching": range(8, 12)}
     influences = {
-        "dead": set(),
+        "padding": set(),
         "group 0": {"group 0", "matching"},
         "group 1": {"group 1", "matching"},
         "matching": {"matching"},
     }
     for receiver, rows in parts.items():
-        if receiver == "dead":
+        if receiver == "padding":
             continue
         weight = torch.randn(2, len(rows), DIM, dtype=torch.float64)
         (grad,) = torch.autograd.grad((output[:, list(rows)] * weight).sum(), query_positions, retain_graph=True)

@@ -47,7 +47,7 @@ def test_rows_are_dead_then_groups_of_slots():
     targets = make_targets((3, 1))
     denoising = make_denoising(targets, **SETTINGS, settings=DenoisingSettings(max_groups=5))
     assert denoising.num_dn == 24
-    assert denoising.is_live.tolist() == [False] * 9 + [True] * 15
+    assert denoising.is_valid.tolist() == [False] * 9 + [True] * 15
     slots = denoising.boxes[:, 9:].unflatten(1, (5, 3))
     assert torch.equal(slots[0], targets[0].boxes.expand(5, 3, 9))
     assert torch.equal(slots[1, :, 0], targets[1].boxes.expand(5, 9))
@@ -93,9 +93,9 @@ def test_scale_zero_gives_the_clean_centres_in_unit_coordinates():
 def test_a_frame_without_boxes_and_a_batch_without_boxes():
     mixed = make_denoising(make_targets((0, 2)), **SETTINGS)
     assert not mixed.is_known[0].any()
-    assert mixed.is_live.any()
+    assert mixed.is_valid.any()
     empty = make_denoising(make_targets((0, 0)), **SETTINGS)
-    assert not empty.is_live.any()
+    assert not empty.is_valid.any()
     assert not empty.is_known.any()
     assert torch.equal(empty.attention_mask[:24, :24], torch.eye(24, dtype=torch.bool))
     assert empty.reference_points.shape == mixed.reference_points.shape
@@ -111,7 +111,7 @@ def test_more_boxes_than_rows_keeps_the_first_ones():
 def test_max_boxes_of_other_processes_decides_the_groups():
     targets = make_targets((3, 1))
     shared = make_denoising(targets, **SETTINGS, max_boxes=8)
-    assert shared.is_live.sum() == 24  # three groups of eight slots
+    assert shared.is_valid.sum() == 24  # three groups of eight slots
     assert shared.is_known.sum(1).tolist() == [9, 3]
     with pytest.raises(ValueError, match="max_boxes is 2, but a frame of the batch has 3 boxes"):
         make_denoising(targets, **SETTINGS, max_boxes=2)

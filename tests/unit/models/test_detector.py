@@ -1,4 +1,4 @@
-"""The whole detector behind the branches: batching, padding, dead rows, autocast, compilation, bad input."""
+"""The whole detector behind the branches: batching, padding, padding rows, autocast, compilation, bad input."""
 
 import pytest
 import torch

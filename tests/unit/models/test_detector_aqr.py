@@ -98,7 +98,7 @@ def test_the_bias_is_in_the_scores_of_all_layers():
     hidden = detector.decoder(
         queries.positions, tokens.values, tokens.positions, attention_mask=queries.attention_mask, attend=attend
     )
-    expected = detector.head(hidden, queries.reference_points, num_dn=NUM_DN, is_live=queries.is_live)
+    expected = detector.head(hidden, queries.reference_points, num_dn=NUM_DN, is_valid=queries.is_valid)
     assert difference(actual, expected) < 1e-12
     assert torch.equal(actual.aqr_weights, weights[:, NUM_DN:])  # what is logged: matching queries only
 
@@ -127,8 +127,8 @@ def test_windows_lie_where_the_reference_points_are():
         assert windows.cells[1][b, q, 0].tolist() == expected
         seen += bool(hits)
     assert seen > 8
-    live = denoising.is_live
-    torch.testing.assert_close(points[:, :NUM_DN][:, live], denoising.reference_points[:, live].double())
+    valid = denoising.is_valid
+    torch.testing.assert_close(points[:, :NUM_DN][:, valid], denoising.reference_points[:, valid].double())
 
 
 @pytest.mark.parametrize("design", DESIGNS)

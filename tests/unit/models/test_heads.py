@@ -1,4 +1,4 @@
-"""Task heads: one independent network per decoder layer, box placement, dead rows."""
+"""Task heads: one independent network per decoder layer, box placement, padding rows."""
 
 import pytest
 import torch
@@ -46,9 +46,9 @@ def test_dead_rows_in_front_change_nothing_not_even_through_the_kernel(branch):
     x.requires_grad_()
     weight = torch.randn(LAYERS, 2, 7, 2, dtype=torch.float64)
     results = []
-    for features, is_live in ((x, None), (padded, torch.arange(11) >= 4)):
+    for features, is_valid in ((x, None), (padded, torch.arange(11) >= 4)):
         branch.zero_grad()
-        output = branch(features, is_live)[:, :, -7:]
+        output = branch(features, is_valid)[:, :, -7:]
         (output * weight).sum().backward()
         results.append({"output": output, "input": features.grad[:, :, -7:], **gradients(branch)})
     for name, expected in results[0].items():

@@ -54,10 +54,10 @@ def test_heads(half, kernel, rounds_input):
     hidden, points = heads_inputs(layers=2, queries=20, dim=32)
     heads = Heads(classes=TWO_TASKS, num_layers=2, dim=32, point_range=POINT_RANGE, kernel=kernel)
     hidden = hidden.to(half) if rounds_input else hidden
-    is_live = torch.arange(20) >= 4
+    is_valid = torch.arange(20) >= 4
     with autocast(half):
-        actual = heads(hidden, points, is_live=is_live)
-    expected = heads(hidden.float(), points, is_live=is_live)
+        actual = heads(hidden, points, is_valid=is_valid)
+    expected = heads(hidden.float(), points, is_valid=is_valid)
     for left, right in zip(actual.tasks, expected.tasks, strict=True):
         for name, tensor in left.items():
             assert_same(tensor, right[name])
