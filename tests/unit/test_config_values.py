@@ -13,7 +13,7 @@ from cmt_aqr.config_checks import encoder_cells
 from cmt_aqr.config_data_checks import SYNTHETIC_SPLITS, SYNTHETIC_VERSION
 from cmt_aqr.models.lidar import encoder_output_shape
 from cmt_aqr.strict_yaml import apply_overrides
-from cmt_aqr.synthetic.recording import World
+from cmt_aqr.synthetic.recording import WorldSettings
 from cmt_aqr.synthetic.tables import VERSION
 from cmt_aqr.synthetic.writer import check_arguments
 from cmt_aqr.yaml_reader import show
@@ -86,7 +86,7 @@ def test_the_generator_takes_what_the_configuration_allows_and_nothing_more(fiel
             config.data.synthetic, **{field: (value, value) if field == "image_size" else value}
         )
         check_arguments(
-            World(
+            WorldSettings(
                 world.train_scenes, world.val_scenes, world.seed, world.samples_per_scene, world.image_size,
                 world.sweeps_per_keyframe, world.lidar_columns,
             ),
@@ -110,7 +110,7 @@ def test_the_synthetic_world_has_one_version_and_two_splits():
         "data.version: the synthetic world has the version 'v1.0-synthetic', got 'v1.0-mini'",
         "data.val_split: the synthetic world has the splits synthetic_train and synthetic_val, got 'val'",
     ]
-    world = World(1, 1, 0, 1, (16, 16), 0, 16)
+    world = WorldSettings(1, 1, 0, 1, (16, 16), 0, 16)
     assert tuple(world.scene_indices()) == SYNTHETIC_SPLITS
 
 
