@@ -68,7 +68,7 @@ def weights():
 
 
 def test_denoising_normalisers_count_the_boxes_of_all_tasks():
-    # Quirk Q8: known rows * 3.14159 / 6 * threshold^3 for the class, known rows for the box; no padding, no empty slots.
+    # Quirk Q8: known rows * 3.14159 / 6 * threshold^3 for the class, known rows for the box; no padding or empty slots.
     targets = make_targets((3, 1))
     predictions = make_predictions(batch=2, queries=6, layers=1, classes=TWO_TASKS, num_dn=12)
     denoising = denoise(targets)

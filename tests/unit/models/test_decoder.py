@@ -153,7 +153,7 @@ def test_no_gradient_flows_between_denoising_groups_or_from_them_to_matching_que
         assert seen == influences[receiver]
 
 
-def test_dead_rows_see_only_themselves_and_stay_finite():
+def test_padding_rows_see_only_themselves_and_stay_finite():
     decoder = make_decoder()
     mask = denoising_mask(0, 0, num_dn=3, num_queries=4)
     query_positions, tokens, token_positions = make_inputs(7)

@@ -65,7 +65,7 @@ def step(detector, features, targets, *, num_dn, noise):
 
 
 @pytest.mark.parametrize("kernel", (1, 3))
-def test_dead_rows_change_no_output_no_loss_and_no_gradient(sensors, kernel):
+def test_padding_rows_change_no_output_no_loss_and_no_gradient(sensors, kernel):
     detector = make_detector(**sensors, kernel=kernel, classes=TWO_TASKS)
     features, targets = make_features(2, **sensors), make_targets((3, 5))
     noise = torch.rand(2, 10, 3, dtype=torch.float64)

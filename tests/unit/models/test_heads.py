@@ -40,7 +40,7 @@ def test_a_branch_is_one_separate_network_per_layer(branch):
         torch.testing.assert_close(actual[layer], x.transpose(1, 2), rtol=1e-12, atol=1e-12)
 
 
-def test_dead_rows_in_front_change_nothing_not_even_through_the_kernel(branch):
+def test_padding_rows_in_front_change_nothing_not_even_through_the_kernel(branch):
     x = torch.randn(LAYERS, 2, 7, DIM, dtype=torch.float64)
     padded = torch.cat((torch.randn(LAYERS, 2, 4, DIM, dtype=torch.float64), x), dim=2).requires_grad_()
     x.requires_grad_()
