@@ -38,12 +38,13 @@ def token_table(layout: TokenLayout, device: torch.device) -> Tensor:
 def make_score_mod(bias: AttentionBias, token_mask: Tensor | None = None) -> ScoreMod:
     """score -> score + bias[b, q, k], and -inf where token_mask (B, K) is False; the same for all heads."""
     windows, values, is_local = bias.windows, bias.values, bias.windows.settings.is_local
-    grid, view, row, col = token_table(windows.layout, values.device)
+    # Contiguous: the compiler for CPUs takes no views as captured tensors.
+    grid, view, row, col = (x.contiguous() for x in token_table(windows.layout, values.device))
     num_windows = max(cells.shape[2] for cells in windows.cells)
     # One table (B, Q, G, N, 3) for all grids; those with fewer windows have none in the last places.
     missing = [(0, 0, 0, num_windows - cells.shape[2]) for cells in windows.cells]
     padded = [torch.nn.functional.pad(x, pad, value=NO_WINDOW) for x, pad in zip(windows.cells, missing, strict=True)]
-    centre_view, centre_row, centre_col = torch.stack(padded, dim=2).unbind(-1)
+    centre_view, centre_row, centre_col = (x.contiguous() for x in torch.stack(padded, dim=2).unbind(-1))
     radii = [torch.full_like(row[:1], windows.settings.radius(g)) for g in windows.layout.grids]
     radius = torch.cat(radii)
 
