@@ -60,7 +60,7 @@ class RunLog:
             plain_period: seconds between progress lines where stderr is no terminal.
 
         Raises:
-            LogError: the log cannot be written, or a line of the log to go on with is not JSON.
+            LogError: the log cannot be written, or a line of the log to append to is not JSON.
         """
         self.path = Path(work_dir) / LOG_FILE
         self._is_main = is_main
