@@ -79,7 +79,7 @@ def main() -> int:
         with stop_signals() as stop:
             config = load_config(arguments.config, arguments.set)
             work_dir = arguments.work_dir or Path("runs") / config.name
-            with process_group(arguments.device) as rank_info:
+            with process_group(arguments.device, advice=resume_hint(work_dir)) as rank_info:
                 with naming_source(arguments.config, arguments.set):
                     check_settings(config, rank_info)
                 if arguments.replay is not None:
@@ -220,13 +220,15 @@ def train_step(run: Run, batch: Batch) -> dict[str, Tensor | float]:
     set_training_mode(run.model, (*training.freeze, *training.norm_eval))
     set_rates(run)
     moved = batch.to(run.rank_info.device, non_blocking=True)
+    terms, reason = {}, None
     try:
         terms, aqr_metrics = compute_losses(run, moved)
+        loss = total_loss(terms)
+        reason = None if math.isfinite(loss.item()) else f"the loss is {loss.item()}"
     except NonFiniteError as error:
-        stop_at_failed_step(run, batch, str(error), {})
-    loss = total_loss(terms)
-    if any_process(not math.isfinite(loss.item()), run.rank_info.device):
-        stop_at_failed_step(run, batch, f"the loss is {loss.item()}", terms)
+        reason = str(error)
+    if any_process(reason is not None, run.rank_info.device):
+        stop_at_failed_step(run, batch, reason, terms)
 
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()

@@ -1,8 +1,12 @@
 """Errors that a user can fix: one sentence on stderr, exit status 2, no traceback."""
 
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -45,4 +49,17 @@ def _report(sentence: str) -> int:
     process = f" (process {rank})" if rank not in (None, "0") else ""
     sys.stderr.write(f"error{process}: {sentence}\n")  # one write: lines of several processes must not run together
     sys.stderr.flush()
+    _tell_torchrun(sentence)
     return 2
+
+
+def _tell_torchrun(sentence: str) -> None:
+    """Leave the sentence for the summary of torchrun, which prints it in the place of an advice about tracebacks.
+
+    ``torch.distributed.elastic.multiprocessing.errors.record`` would leave a traceback of 20 lines.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        failure = {"message": {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps(failure), encoding="utf-8")

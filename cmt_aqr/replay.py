@@ -32,12 +32,12 @@ class TrainingStopped(UserError):
     """The run cannot continue: a loss or a gradient is not finite."""
 
 
-def stop_at_failed_step(run: Run, batch: Batch, reason: str, terms: dict[str, Tensor]) -> NoReturn:
+def stop_at_failed_step(run: Run, batch: Batch, reason: str | None, terms: dict[str, Tensor]) -> NoReturn:
     """Keep the batch of a step that was not applied and end the run; to be called in all processes.
 
     Args:
         batch: of this process.
-        reason: what is not finite, with its value.
+        reason: what is not finite in this process, with its value; None where all is finite, but not in another one.
         terms: loss terms of this process; empty where there is no loss.
 
     Raises:
@@ -46,8 +46,12 @@ def stop_at_failed_step(run: Run, batch: Batch, reason: str, terms: dict[str, Te
         SystemExit: in the others.
     """
     batches = gather([asdict(batch.to("cpu"))])
+    reasons = gather([reason])
     path = run.work_dir / f"failed_step_{run.step}.pt"
-    facts = [f"step {run.step}: {reason}", "samples " + ", ".join(token for one in batches for token in one["tokens"])]
+    facts = [
+        f"step {run.step}: {describe_reasons(reasons)}",
+        "samples " + ", ".join(token for one in batches for token in one["tokens"]),
+    ]
     if terms:
         facts.append(", ".join(f"{name} {value.item():.4g}" for name, value in terms.items()))
     if run.rank_info.is_main:
@@ -63,6 +67,13 @@ def stop_at_failed_step(run: Run, batch: Batch, reason: str, terms: dict[str, Te
     if not run.rank_info.is_main:
         leave_after_main()
     raise TrainingStopped("; ".join(facts))
+
+
+def describe_reasons(reasons: list[str | None]) -> str:
+    """What the processes found: said once where all found the same, else for each process that found something."""
+    if reasons[0] is not None and len(set(reasons)) == 1:
+        return reasons[0]
+    return ", ".join(f"{reason} in process {rank}" for rank, reason in enumerate(reasons) if reason is not None)
 
 
 def describe_whole_checkpoint(run: Run) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cmt_aqr.boxes import CODE_SIZE, Targets, encode_boxes
 from cmt_aqr.geometry import constant_like
 from cmt_aqr.losses.focal import ALPHA, GAMMA, focal_loss, one_hot
-from cmt_aqr.losses.matcher import UNMATCHED, PaddedTargets, class_table, encode_targets, match
+from cmt_aqr.losses.matcher import UNMATCHED, NonFiniteError, PaddedTargets, class_table, encode_targets, match
 from cmt_aqr.precision import at_least_float32
 from cmt_aqr.predictions import DenoisingQueries, Predictions, TaskClasses
 
@@ -129,7 +129,12 @@ class Criterion(nn.Module):
         like = predictions.tasks[0]["center"]
         with torch.autocast(like.device.type, enabled=False):
             padded = encode_targets(targets, dtype=like.dtype)
-            assigned = self.assign(predictions, padded)
+            try:
+                assigned = self.assign(predictions, padded)
+            except NonFiniteError:
+                if self.reduce_mean is not None:  # the other processes wait for the counts of this one
+                    self.reduce_mean(like.new_zeros(2 * len(self.classes) + 1, dtype=torch.float64))
+                raise
             counts = self._counts(assigned, denoising, device=like.device)
             assigned = assigned.to(like.device, non_blocking=True)
             terms = self._matched_terms(predictions, padded, assigned, counts)

@@ -53,11 +53,12 @@ class RankInfo:
 
 
 @contextmanager
-def process_group(device: str | None = None) -> Iterator[RankInfo]:
+def process_group(device: str | None = None, *, advice: str = "start again") -> Iterator[RankInfo]:
     """Join the process group that ``torchrun`` describes in the environment, and leave it at the end.
 
     Args:
         device: ``cpu`` or ``cuda``; None takes CUDA when there is one. ``nccl`` joins GPUs, ``gloo`` CPUs.
+        advice: what to do after a lost connection.
 
     Raises:
         ConfigError: CUDA was asked for and there is none, or there are fewer GPUs than processes on this host.
@@ -88,18 +89,23 @@ def process_group(device: str | None = None) -> Iterator[RankInfo]:
             raise
         raise DistributedError(
             f"process {rank} of {world_size} lost the connection to another process, which was killed or failed; its "
-            "own message, if it left one, is above; start again with --resume"
+            f"own message, if it left one, is above; {advice}"
         ) from None
     finally:
         dist.destroy_process_group()
 
 
 def _join(rank: int, world_size: int) -> dist.Store:
-    """Meet the other processes at MASTER_ADDR:MASTER_PORT; init_process_group alone would wait for TIMEOUT."""
+    """Meet the other processes at MASTER_ADDR:MASTER_PORT; init_process_group alone would wait for TIMEOUT.
+
+    The store outlives the processes that torchrun starts again: without a prefix of their own they would take the
+    addresses of the dead for each other's.
+    """
     keys = [f"joined/{each}" for each in range(world_size)]
     missing = ""
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        shared, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
         store.set(keys[rank], "")
         try:
             store.wait(keys, JOIN_TIMEOUT)
@@ -110,7 +116,7 @@ def _join(rank: int, world_size: int) -> dist.Store:
         return store
     except (dist.DistError, ValueError) as error:
         address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
-        reason = missing or f": {str(error).splitlines()[0]}"
+        reason = missing or f": {str(error).splitlines()[0].rstrip('.')}"
         raise DistributedError(
             f"process {rank} could not join the {world_size} processes expected at {address} within "
             f"{JOIN_TIMEOUT.total_seconds():.0f} s{reason}; start all of them with the same address, port and "
@@ -154,6 +160,8 @@ def wrap(model: nn.Module, rank_info: RankInfo) -> nn.Module:
         return model
     # Said of weights whose last side is 1, for which the two layouts are the same.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # Its successor does not exist in PyTorch 2.11.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     ids = [rank_info.device.index] if rank_info.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 

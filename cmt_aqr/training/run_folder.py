@@ -48,7 +48,7 @@ def find_checkpoint(work_dir: Path, config: Config, *, resume: bool, overwrite: 
     if not resume:
         at_step = f" at step {state['step']}" if "step" in state else ""
         raise CheckpointError(
-            f"{latest}: this work dir holds a run{at_step}; --resume goes on with it, --overwrite starts anew, "
+            f"{latest}: this work dir holds a run{at_step}; --resume continues it, --overwrite starts anew, "
             "--work-dir names another folder"
         )
     if missing := [key for key in RUN_STATE if key not in state]:

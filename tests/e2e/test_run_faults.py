@@ -1,6 +1,7 @@
 """Stops, lost processes and full disks during a training, as a user meets them."""
 
 import errno
+import json
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from cmt_aqr import jobs
 from cmt_aqr.training import distributed
 from cmt_aqr.viz.pictures import PictureError
 from tests.e2e.conftest import REPOSITORY, one_thread, read_lines
+from tests.e2e.faults import failing_rank
 
 pytestmark = pytest.mark.e2e
 
@@ -69,6 +71,37 @@ def test_sigterm_in_an_evaluation_loses_nothing(world, tmp_path):
     assert torch.load(run / "latest.pt", weights_only=True)["step"] >= 3  # saved although only every second epoch is
     assert f"resume with --resume --work-dir {run}" in out
     assert err in ("", "interrupted\n")
+
+
+def test_what_a_stop_in_an_evaluation_says(world, tmp_path, call, monkeypatch):
+    def stop_signal(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal was deferred")
+
+    monkeypatch.setattr(train_script, "evaluate_split", stop_signal)
+    run = tmp_path / "run"
+    result = call("train", *world.arguments("--work-dir", run, settings=("training.eval_every=1",)))
+    sentence = f"stopped in the evaluation after step 3, which is saved; resume with --resume --work-dir {run}"
+    assert (result.status, result.err) == (130, "interrupted\n")
+    assert result.out.splitlines()[-1] == sentence
+    assert torch.load(run / "latest.pt", weights_only=True)["step"] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_the_data_are_prepared(world, tmp_path, number):
+    root = tmp_path / "world"
+    settings = (f"data.root={root}", f"data.index_dir={tmp_path / 'index'}", "data.synthetic.train_scenes=500")
+    with start(world, "--work-dir", tmp_path / "run", settings=settings) as process:
+        wait_for(lambda: any(tmp_path.glob(".world.part/samples/*/*")), process)
+        process.send_signal(number)
+        begin = time.monotonic()
+        out, err = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 10
+    assert (process.returncode, err) == (130, "interrupted\n")
+    sentence = "stopped before the first step; nothing is lost, start again with the same command"
+    assert out.splitlines()[-1] == sentence
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
 
 
 def test_trouble_in_an_evaluation_never_ends_the_training(world, tmp_path, call, monkeypatch):
@@ -157,13 +190,64 @@ def test_a_failed_step_is_replayed_by_the_command_of_its_message(world, tmp_path
     assert math.isfinite(float(norm)) and "gradients that are not finite: none" in done.stdout
 
 
+def test_a_killed_process_of_two(world, tmp_path):
+    run = tmp_path / "run"
+    settings = ("training.epochs=50", "training.eval_every=50")
+    with start(world, "--work-dir", run, settings=settings, processes=2) as launcher:
+        wait_for(lambda: (run / "latest.pt").exists(), launcher, seconds=240)
+        ranks = [child for child in children_of(launcher.pid) if b"train.py" in command_line(child)]
+        os.kill(max(ranks), signal.SIGKILL)
+        begin = time.monotonic()
+        _, err = launcher.communicate(timeout=60)
+    assert time.monotonic() - begin < 20
+    sentence = (
+        "process 0 of 2 lost the connection to another process, which was killed or failed; its own message, if it "
+        f"left one, is above; resume with --resume --work-dir {run}"
+    )
+    before, report = err.split("Traceback (most recent call last):\n")
+    # One sentence is ours, the rest is torchrun's: two notes, its own traceback, a summary with our sentence.
+    ours = [line for line in before.splitlines() if "torch/distributed/elastic/" not in line]
+    assert ours == [f"error: {sentence}"]
+    assert f"traceback : {sentence}\n" in report and "Signal 9 (SIGKILL)" in report
+    assert len(err.splitlines()) < 60
+
+
+def test_what_is_not_finite_in_one_process_stops_both(world, tmp_path):
+    command = [sys.executable, "-m", "tests.e2e.faults.failing_rank", str(tmp_path), *world.arguments()]
+    done = subprocess.run(command, cwd=REPOSITORY, env=one_thread(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reasons = {
+        "gradient": "the gradient norm is nan",
+        "loss": "the loss is inf in process 1",
+        "matching": f"{failing_rank.MATCHING_ERROR} in process 1",
+    }
+    for case in failing_rank.CASES:
+        result = json.loads((tmp_path / f"{case}.json").read_text())
+        assert result["statuses"] == [2, 2] and result["untouched"] == [True, True], case
+        assert result["seconds"] < 10, case
+        messages = [(tmp_path / f"{case}.{rank}.err").read_text() for rank in range(2)]
+        path = tmp_path / case / "failed_step_4.pt"
+        assert re.fullmatch(
+            rf"error: step 4: {re.escape(reasons[case])}; samples \w+, \w+; .*the step was not applied; \S+/latest\.pt "
+            rf"\(step 3\) is whole; replay it with python train.py \S+ --work-dir \S+ --replay {path}\n",
+            messages[0],
+        ), messages[0]
+        assert messages[1] == "", case
+        assert torch.load(tmp_path / case / "latest.pt", weights_only=True)["step"] == 3
+        kept = torch.load(path, weights_only=True)
+        assert [len(batch["tokens"]) for batch in kept["batches"]] == [1, 1]
+
+
 def test_a_process_that_never_comes(world, tmp_path, call, monkeypatch):
     monkeypatch.setattr(distributed, "JOIN_TIMEOUT", distributed.timedelta(seconds=3))
     for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}.items():
         monkeypatch.setenv(key, value)
     result = call("train", *world.arguments("--work-dir", tmp_path / "run"))
     assert result.status == 2
-    assert result.err.startswith(
-        "error: process 0 could not join the 2 processes expected at MASTER_ADDR=127.0.0.1 MASTER_PORT=29871 within 3 s"
+    assert re.fullmatch(
+        r"error: process 0 could not join the 2 processes expected at MASTER_ADDR=127\.0\.0\.1 MASTER_PORT=29871 "
+        r"within 3 s: Timed out after \d seconds waiting for clients\. 1/2 clients joined; start all of them with "
+        r"the same address, port and number of processes\n",
+        result.err,
     )
     assert not (tmp_path / "run").exists()

@@ -132,7 +132,7 @@ def test_a_second_start_is_refused(world, whole_run, call):
     result = call("train", *world.arguments("--work-dir", whole_run, settings=ONE_AT_A_TIME))
     assert result.status == 2
     assert result.err == (
-        f"error: {whole_run / 'latest.pt'}: this work dir holds a run at step 12; --resume goes on with it, "
+        f"error: {whole_run / 'latest.pt'}: this work dir holds a run at step 12; --resume continues it, "
         "--overwrite starts anew, --work-dir names another folder\n"
     )
     assert (whole_run / "latest.pt").read_bytes() == before

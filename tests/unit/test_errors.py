@@ -129,3 +129,16 @@ def test_statuses(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert report_errors(raising(DataError("a sentence"))) == 2
     assert capsys.readouterr().err == "error (process 3): a sentence\n"
+
+
+def test_torchrun_finds_the_sentence(tmp_path, monkeypatch):
+    errors = pytest.importorskip("torch.distributed.elastic.multiprocessing.errors")
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    report_errors(raising(DataError("a sentence")))
+    failure = errors.ProcessFailure(local_rank=0, pid=7, exitcode=2, error_file=str(path))
+    summary = errors.ChildFailedError("train.py", {0: failure}).format_msg()
+    assert "  traceback : a sentence\n" in summary
+    # A file that cannot be written changes nothing.
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "missing" / "error.json"))
+    assert report_errors(raising(DataError("a sentence"))) == 2

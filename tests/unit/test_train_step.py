@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from cmt_aqr.losses.matcher import NonFiniteError
-from cmt_aqr.replay import TrainingStopped, replay_batch
+from cmt_aqr.replay import TrainingStopped, describe_reasons, replay, replay_batch
 from cmt_aqr.run import write_config
 from cmt_aqr.training.checkpoint_checks import CheckpointError
-from tests.unit.tiny_run import make_batch, make_run
-from train import save_run, train_step
+from cmt_aqr.training.logs import RunLog, read_log
+from tests.unit.tiny_run import harmless, make_batch, make_run
+from train import log_step, save_run, train_step
 
 
 def zero_with_infinite_slope(output):
@@ -92,6 +93,35 @@ def test_half_precision_skips_the_step_and_counts_it(tmp_path):
     assert (run.step, run.skipped_steps) == (9, 1)
 
 
+def test_the_log_counts_the_skipped_steps_since_its_last_line(tmp_path):
+    outcomes = iter((zero_with_infinite_slope, zero_with_infinite_slope, harmless, zero_with_infinite_slope, harmless))
+    run = make_run(tmp_path, lambda output: next(outcomes)(output), scaler=torch.amp.GradScaler("cpu"))
+    with RunLog(tmp_path, True, tensorboard=False) as log:
+        for number_of_steps in (3, 1, 1):
+            for _ in range(number_of_steps):
+                metrics = train_step(run, make_batch())
+            log_step(run, log, metrics)
+    lines = read_log(tmp_path / "log.jsonl")
+    assert [(line["step"], line["skipped_steps"]) for line in lines] == [(10, 2), (11, 1), (12, 0)]
+    run = make_run(tmp_path)
+    with RunLog(tmp_path, True, tensorboard=False) as log:
+        log_step(run, log, train_step(run, make_batch()))
+    assert "skipped_steps" not in read_log(tmp_path / "log.jsonl")[0]  # only fp16 skips
+
+
+@pytest.mark.parametrize(
+    ("reasons", "text"),
+    [
+        (["the loss is nan"], "the loss is nan"),
+        (["the gradient norm is inf"] * 2, "the gradient norm is inf"),
+        ([None, "the loss is nan"], "the loss is nan in process 1"),
+        (["the loss is nan", None, "the loss is inf"], "the loss is nan in process 0, the loss is inf in process 2"),
+    ],
+)
+def test_the_report_says_which_process_failed(reasons, text):
+    assert describe_reasons(reasons) == text
+
+
 def test_half_precision_does_not_skip_for_ever(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-9)
     run = make_run(tmp_path, zero_with_infinite_slope, scaler=scaler)
@@ -133,6 +163,20 @@ def test_a_replay_names_the_gradients(tmp_path, capsys):
     assert replay_batch(make_run(tmp_path), make_batch())
 
 
+def test_a_replay_that_fails_again_says_so(tmp_path, capsys):
+    with pytest.raises(TrainingStopped):
+        train_step(make_run(tmp_path, zero_with_infinite_slope), make_batch())
+    file = tmp_path / "failed_step_7.pt"
+    for box_loss, outcome in (
+        (zero_with_infinite_slope, "it fails again, see above"),
+        (harmless, "everything is finite this time"),
+    ):
+        with pytest.raises(TrainingStopped) as stop:
+            replay(make_run(tmp_path, box_loss, step=0), file)
+        assert str(stop.value) == f"{file}: step 7 was replayed: {outcome}"
+    assert capsys.readouterr().out.count("step 7, process 0 of 1, samples a1\n") == 2
+
+
 def test_a_full_disk_keeps_the_old_configuration(tmp_path, monkeypatch):
     run = make_run(tmp_path)
     write_config(tmp_path, run.config)
@@ -143,6 +187,10 @@ def test_a_full_disk_keeps_the_old_configuration(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_text", full)
-    with pytest.raises(CheckpointError, match=r"config\.yaml: could not be written: No space left on device; the"):
+    with pytest.raises(CheckpointError) as error:
         write_config(tmp_path, run.config)
+    assert str(error.value) == (
+        f"{tmp_path / 'config.yaml'}: could not be written: No space left on device; "
+        "the checkpoints of this work dir are untouched"
+    )
     assert (tmp_path / "config.yaml").read_bytes() == before

@@ -1,235 +1,206 @@
 """kill -9 of trainings on the CPU: whatever the moment, the resumed run ends with the weights of an uninterrupted one.
 
-    python -m tests.e2e.faults.kill --moments 50 --torchrun-moments 10
+    python -m tests.e2e.faults.kill --moments 50 --save-phases --torchrun-moments 10
 
-Three tables: random moments of one process, every file operation of the saves of one process, and random moments of
-one of two processes under torchrun with --max-restarts. Exit status 1 if one of them differs.
+Three tables: random moments of one process, spread over the phases of a run; every file operation of its saves; and
+random moments of one of two processes under torchrun with --max-restarts. A run is good when the weights, the optimizer
+state and the step of latest.pt equal the reference to the last bit and log.jsonl has every step and evaluation once.
+Exit status 1 if one is not.
 """
 
 import argparse
-import importlib
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
 
-import train as train_script
-from cmt_aqr.synthetic import generate_world
-from tests.e2e.conftest import SMALL, World, one_thread, world_settings
+from tests.e2e.conftest import World, one_thread
+from tests.e2e.faults.kill_phases import AFTER, BEFORE, BETWEEN, EVALUATION, SAVE, START, Watch, label
+from tests.e2e.faults.kill_runs import (
+    finish,
+    is_same_run,
+    make_world,
+    preload,
+    reached_step,
+    start,
+    start_forking_torchrun,
+    start_plain,
+    start_torchrun,
+    wait,
+)
+from tests.e2e.faults.kill_saves import kill_at_operation
 
 SEED = 2026
-# Four epochs of three steps, saved and pruned after each, evaluated after the second and the fourth.
-SETTINGS = ("training.epochs=4", "training.keep_checkpoints=1", "evaluation.num_pictures=0")
-PARTS = ("model", "optimizer", "scaler", "step")
+# How many of twenty moments fall into each phase.
+SHARES = {START: 2, BEFORE: 2, AFTER: 8, SAVE: 3, BETWEEN: 2, EVALUATION: 3}
+# Longest wait for a run to come to a phase, seconds.
+LIMIT = 300
+# The run was faster than the uninterrupted one, and was not killed.
+ENDED = "had ended"
+# More file operations than a run has.
+ALL = 1000
 
 
-def preload() -> None:
-    """Import once what every forked process would import for itself."""
-    for name in (
-        "nuscenes.eval.detection.evaluate",
-        "tensorboard.compat.proto.event_pb2",
-        "tensorboard.summary.writer.record_writer",
-        "torch._dynamo",
-    ):
-        importlib.import_module(name)
-
-
-def make_world(folder: Path) -> World:
-    """The world of the end-to-end tests in a folder of its own."""
-    generate_world(folder / "world", world_settings(), progress=False)
-    settings = (*SMALL, *SETTINGS, f"data.root={folder / 'world'}", f"data.index_dir={folder / 'index'}")
-    return World(folder / "world", settings)
-
-
-def start(world: World, work_dir: Path, *settings: str, prepare: Callable[[], None] = lambda: None) -> int:
-    """Fork a process that trains or resumes; returns its id. A fork saves the seconds that importing PyTorch takes.
+def plan(moments: int, timeline: list[tuple[str, float]], rng: random.Random) -> list[tuple[int, float]]:
+    """Random moments: (number of the phase in the timeline, seconds after its begin).
 
     Args:
-        prepare: called in the new process before the training.
+        timeline: label and duration of every phase of an uninterrupted run.
     """
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        output = os.open(f"{work_dir}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.argv = ["train.py", *world.arguments("--work-dir", str(work_dir), "--resume", settings=settings)]
-        prepare()
-        status = train_script.main()
-    finally:
-        os._exit(status)
-
-
-def wait(process: int) -> int:
-    """Exit status of a process, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def state(work_dir: Path) -> dict:
-    """What must be equal in latest.pt."""
-    content = torch.load(work_dir / "latest.pt", weights_only=True)
-    return {part: content[part] for part in PARTS}
-
-
-def same(left, right) -> bool:
-    """Whether two trees of tensors and values are equal to the last bit."""
-    if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(map(same, left, right))
-    return left == right
-
-
-def finish(world: World, work_dir: Path, reference: dict) -> bool:
-    """Resume a killed run; whether it ends like the reference."""
-    status = wait(start(world, work_dir))
-    return status == 0 and same(state(work_dir), reference)
-
-
-def at_random_moments(world: World, folder: Path, moments: int) -> int:
-    """Number of runs that were killed after a random time and ended like an uninterrupted one."""
-    begin = time.monotonic()
-    assert wait(start(world, folder / "whole")) == 0, (folder / "whole.out").read_text()
-    duration = time.monotonic() - begin
-    reference, rng, good = state(folder / "whole"), random.Random(SEED), 0
-    print(f"an uninterrupted run takes {duration:.1f} s and {reference['step']} steps")
+    pool = [name for name, share in SHARES.items() for _ in range(share)]
+    rng.shuffle(pool)
+    drawn = []
     for moment in range(moments):
-        work_dir, delay = folder / f"moment_{moment}", rng.uniform(0, duration)
-        workers = int(moment % 5 == 4)  # some runs leave an orphaned data worker behind
-        process = start(world, work_dir, f"data.workers={workers}")
-        time.sleep(delay)
-        os.kill(process, signal.SIGKILL)
-        status = wait(process)
-        reached = state(work_dir)["step"] if (work_dir / "latest.pt").exists() else 0
-        is_good = finish(world, work_dir, reference)
-        good += is_good
-        end = "killed" if status == -signal.SIGKILL else f"had ended with status {status}"
-        print(
-            f"moment {moment}: {delay:.2f} s, {workers} workers, {end}, resumed at step {reached}: {verdict(is_good)}"
-        )
-        clean(work_dir, is_good)
-    return good
+        wanted = pool[moment % len(pool)]
+        numbers = [number for number, (name, _) in enumerate(timeline) if name == wanted]
+        (number,) = rng.choices(numbers, [timeline[number][1] for number in numbers])
+        drawn.append((number, rng.random() * timeline[number][1]))
+    return drawn
 
 
-def at_file_operations(world: World, folder: Path) -> tuple[int, int]:
-    """Runs killed right before each file operation of the checkpoints: (ended like the reference, all)."""
-    reference, good, count = state(folder / "whole"), 0, 0
-    while True:
-        work_dir = folder / f"operation_{count}"
-        status = wait(start(world, work_dir, prepare=partial(kill_before_operation, count)))
-        if status == 0:  # the run has no more operations
-            clean(work_dir, True)
-            return good, count
-        reached = state(work_dir)["step"] if (work_dir / "latest.pt").exists() else 0
+def kill_at(watch: Watch, rank: int, number: int, delay: float, is_over) -> str:
+    """Wait for a phase of a process, then for a while, and kill the process; the phase that it was in."""
+    deadline = time.monotonic() + LIMIT
+    while watch.number(rank) < number and not is_over():
+        assert time.monotonic() < deadline, "the run does not get to the phase"
+        time.sleep(0.001)
+    time.sleep(delay)
+    if is_over():
+        return ENDED
+    os.kill(watch.process(rank), signal.SIGKILL)
+    return label(watch, rank)
+
+
+class Tally:
+    """Counts of good and bad runs by phase, printed as the rows of a Markdown table."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self.good: Counter[str] = Counter()
+        self.all: Counter[str] = Counter()
+
+    def add(self, phase: str, good: bool, work_dir: Path, note: str) -> None:
+        """Count a run and print a line on it; remove its work dir unless it is of use to find out what went wrong."""
+        self.good[phase] += good
+        self.all[phase] += 1
+        print(f"{self.title} {self.all.total()}: {phase}, {note}: {'identical' if good else 'DIFFERENT'}")
+        if good:
+            remove(work_dir)
+
+    def is_perfect(self) -> bool:
+        """Whether all runs were good."""
+        return self.good == self.all
+
+    def table(self) -> str:
+        """Rows: phase, killed, identical."""
+        rows = [f"| {phase} | {count} | {self.good[phase]} |" for phase, count in self.all.items()]
+        total = f"{self.title}: {self.good.total()} of {self.all.total()} identical"
+        return "\n".join([total, "| killed | runs | identical |", "|---|---|---|", *sorted(rows)])
+
+
+def remove(work_dir: Path) -> None:
+    """Remove a work dir and the files beside it."""
+    shutil.rmtree(work_dir)
+    for ending in (".out", ".watch"):
+        Path(f"{work_dir}{ending}").unlink(missing_ok=True)
+
+
+def check_fork(world: World, folder: Path) -> list[tuple[str, float]]:
+    """Run once without a kill, as plain ``python train.py`` and in a fork; both must be the same. Phases of the run."""
+    assert wait(start_plain(world, folder / "whole")) == 0, (folder / "whole.out").read_text()
+    watch, begin = Watch(folder / "fork.watch"), time.monotonic()
+    assert wait(start(world, folder / "fork", prepare=watch.install)) == 0, (folder / "fork.out").read_text()
+    print(f"a run of {reached_step(folder / 'fork')} steps takes {time.monotonic() - begin:.1f} s")
+    assert is_same_run(folder / "fork", folder / "whole"), "a forked run differs from python train.py"
+    return watch.timeline(0)
+
+
+def at_random_moments(world: World, folder: Path, moments: int, timeline: list[tuple[str, float]]) -> Tally:
+    """Runs of one process, killed at random moments and resumed."""
+    tally, pending = Tally("moment"), plan(moments, timeline, random.Random(SEED))
+    while pending:
+        number, delay = pending.pop()
+        work_dir = folder / f"moment_{tally.all.total()}"
+        watch = Watch(Path(f"{work_dir}.watch"))
+        workers = int(tally.all.total() % 5 == 4)  # some runs leave an orphaned data worker behind
+        process = start(world, work_dir, f"data.workers={workers}", prepare=watch.install)
+        ended = []
+        phase = kill_at(watch, 0, number, delay, partial(has_ended, process, ended))
+        if phase == ENDED:
+            pending.append((number, delay / 2))
+            remove(work_dir)
+            continue
+        wait(process)
+        note = f"phase {number} + {delay:.3f} s, {workers} workers, resumed at step {reached_step(work_dir)}"
+        tally.add(phase, finish(world, work_dir, folder / "whole"), work_dir, note)
+    return tally
+
+
+def has_ended(process: int, ended: list[int]) -> bool:
+    """Whether a forked process has ended; it is waited for only once."""
+    if not ended and os.waitpid(process, os.WNOHANG)[0]:
+        ended.append(process)
+    return bool(ended)
+
+
+def at_file_operations(world: World, folder: Path, limit: int) -> Tally:
+    """Runs killed at each file operation of their saves, until a run has no more of them, or at the first ``limit``."""
+    tally = Tally("operation")
+    for number in range(limit):
+        work_dir = folder / f"operation_{number}"
+        status = wait(start(world, work_dir, prepare=partial(kill_at_operation, number)))
+        if status == 0:
+            break
         operation = Path(f"{work_dir}.out").read_text().splitlines()[-1]
-        is_good = status == -signal.SIGKILL and finish(world, work_dir, reference)
-        good, count = good + is_good, count + 1
-        print(f"before {operation}, resumed at step {reached}: {verdict(is_good)}")
-        clean(work_dir, is_good)
+        note = f"resumed at step {reached_step(work_dir)}"
+        good = status == -signal.SIGKILL and finish(world, work_dir, folder / "whole")
+        tally.add(operation, good, work_dir, note)
+    return tally
 
 
-def kill_before_operation(number: int) -> None:
-    """Make this process kill itself before the file operation of this number on a checkpoint."""
-    seen = 0
+def under_torchrun(world: World, folder: Path, moments: int, plain_moments: int) -> Tally:
+    """Runs of two processes of which one is killed; torchrun starts both again and they resume by themselves.
 
-    def watch(module, name: str, kind: str, path_of: Callable, leave: Callable = lambda *arguments: None) -> None:
-        """Count the calls of a function on checkpoints; before the chosen one, ``leave`` something and end."""
-        original = getattr(module, name)
-
-        def watched(*arguments, **options):
-            nonlocal seen
-            path = str(path_of(*arguments))
-            if ".pt" in path:
-                if seen == number:
-                    leave(*arguments)
-                    print(f"\n{kind} {Path(path).name}", flush=True)
-                    os.kill(os.getpid(), signal.SIGKILL)
-                seen += 1
-            return original(*arguments, **options)
-
-        setattr(module, name, watched)
-
-    def leave_half(_, writer) -> None:
-        writer._file.write(b"PK half of a checkpoint")
-        writer.flush()
-
-    watch(torch, "save", "the second half of", lambda _, writer: writer._file.name, leave_half)
-    watch(os, "fsync", "fsync of", path_of_descriptor)
-    watch(os, "replace", "renaming to", lambda source, target: target)
-    watch(Path, "unlink", "removing", lambda path, **_: path)
-
-
-def path_of_descriptor(file) -> str:
-    """Path of an open file or its number."""
-    return os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}")
-
-
-def under_torchrun(world: World, folder: Path, moments: int) -> int:
-    """Runs of two processes of which one was killed; torchrun restarts both. Number that ended like the reference."""
-    rng, good = random.Random(SEED + 1), 0
-    begin = time.monotonic()
-    assert torchrun(world, folder / "whole_2").wait() == 0, (folder / "whole_2.out").read_text()
-    duration, reference = time.monotonic() - begin, state(folder / "whole_2")
-    print(f"two processes: an uninterrupted run takes {duration:.1f} s")
+    Args:
+        plain_moments: so many of them, the last, are started by the command torchrun, which takes a minute; the others
+            and the uninterrupted run by torchrun's code in forks.
+    """
+    whole, tally, rng = folder / "whole_2", Tally("torchrun moment"), random.Random(SEED + 1)
+    watch = Watch(Path(f"{whole}.watch"))
+    assert wait(start_forking_torchrun(world, whole, watch)) == 0, Path(f"{whole}.out").read_text()
+    plans = [plan(moments, watch.timeline(rank), random.Random(SEED + 1)) for rank in range(2)]
     for moment in range(moments):
-        work_dir, delay, victim = folder / f"torchrun_{moment}", rng.uniform(0.2, 0.95) * duration, rng.randrange(2)
-        launcher = torchrun(world, work_dir)
-        time.sleep(delay)
-        children = sorted(children_of(launcher.pid))
-        if len(children) > victim:
-            os.kill(children[victim], signal.SIGKILL)
-        reached = state(work_dir)["step"] if (work_dir / "latest.pt").exists() else 0
-        is_good = launcher.wait() == 0 and same(state(work_dir), reference)
-        good += is_good
-        end = f"process {victim} killed" if len(children) > victim else "had ended"
-        print(f"moment {moment}: {delay:.1f} s, {end}, restarted at step {reached}: {verdict(is_good)}")
-        clean(work_dir, is_good)
-    return good
-
-
-def torchrun(world: World, work_dir: Path) -> subprocess.Popen:
-    """Start two processes that torchrun starts again when one dies."""
-    command = world.command("train.py", "--work-dir", str(work_dir), "--resume", processes=2)
-    command.insert(command.index("--standalone"), "--max-restarts=3")
-    with open(f"{work_dir}.out", "w") as output:
-        return subprocess.Popen(command, env=one_thread(), stdout=output, stderr=output)
-
-
-def children_of(parent: int) -> list[int]:
-    """Ids of the processes that a process has started."""
-    return [int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-
-
-def verdict(is_good: bool) -> str:
-    """One word for a table."""
-    return "identical" if is_good else "DIFFERENT"
-
-
-def clean(work_dir: Path, is_good: bool) -> None:
-    """Remove a run that ended well; others stay for inspection."""
-    if is_good:
-        shutil.rmtree(work_dir, ignore_errors=True)
-        Path(f"{work_dir}.out").unlink(missing_ok=True)
+        work_dir, rank = folder / f"torchrun_{moment}", rng.randrange(2)
+        watch, (number, delay) = Watch(Path(f"{work_dir}.watch")), plans[rank][moment]
+        ended = []
+        is_plain = moment >= moments - plain_moments
+        process = (start_torchrun if is_plain else start_forking_torchrun)(world, work_dir, watch)
+        phase = kill_at(watch, rank, number, delay, partial(has_ended, process, ended))
+        reached = reached_step(work_dir)
+        status = 0 if ended else wait(process)
+        good = status == 0 and watch.restarts() == 1 and is_same_run(work_dir, whole)
+        note = f"process {rank}, phase {number} + {delay:.3f} s, step {reached}, {watch.restarts()} restart"
+        tally.add(phase, good, work_dir, note)
+    return tally
 
 
 def main() -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=50, help="random moments of one process")
+    parser.add_argument(
+        "--save-phases", nargs="?", type=int, const=ALL, default=0, help="the first file operations of saves, or all"
+    )
     parser.add_argument("--torchrun-moments", type=int, default=0, help="random moments of one of two processes")
+    parser.add_argument("--plain-torchrun", type=int, default=2, help="so many of these by the command torchrun")
     parser.add_argument("--folder", type=Path, help="where runs go (default: a temporary folder)")
     arguments = parser.parse_args()
     os.environ.update(one_thread())
@@ -238,16 +209,18 @@ def main() -> int:
     sys.stdout.reconfigure(line_buffering=True)
     folder = Path(tempfile.mkdtemp(prefix="kill_", dir=arguments.folder))
     world = make_world(folder)
-    results = {"random moments": (at_random_moments(world, folder, arguments.moments), arguments.moments)}
-    results["file operations of the saves"] = at_file_operations(world, folder)
+    timeline = check_fork(world, folder)
+    tallies = [at_random_moments(world, folder, arguments.moments, timeline)]
+    if arguments.save_phases:
+        tallies.append(at_file_operations(world, folder, arguments.save_phases))
     if arguments.torchrun_moments:
-        good = under_torchrun(world, folder, arguments.torchrun_moments)
-        results["random moments, two processes"] = good, arguments.torchrun_moments
-    for name, (good, count) in results.items():
-        print(f"{name}: {good} of {count} identical")
-    is_good = all(good == count for good, count in results.values())
-    clean(folder, is_good)
-    return 0 if is_good else 1
+        tallies.append(under_torchrun(world, folder, arguments.torchrun_moments, arguments.plain_torchrun))
+    for tally in tallies:
+        print(f"\n{tally.table()}")
+    is_perfect = all(tally.is_perfect() for tally in tallies)
+    if is_perfect:
+        shutil.rmtree(folder)
+    return 0 if is_perfect else 1
 
 
 if __name__ == "__main__":

@@ -164,6 +164,19 @@ def test_two_processes_give_the_loss_and_gradient_of_one(counts):
         torch.testing.assert_close(joined, grad, rtol=1e-12, atol=1e-14)
 
 
+def test_a_process_that_cannot_match_lets_the_other_one_count():
+    targets, reduced = make_targets((3, 2)), []
+    predictions = make_predictions(batch=2, queries=6, classes=TWO_TASKS)
+    criterion = Criterion(classes=TWO_TASKS, reduce_mean=lambda counts: reduced.append(counts) or counts)
+    criterion(predictions, targets)
+    targets[1].boxes[0, 3] = torch.nan
+    with pytest.raises(NonFiniteError):
+        criterion(predictions, targets)
+    healthy, failed = reduced  # one reduction each, of the same kind
+    assert (failed.shape, failed.dtype) == (healthy.shape, healthy.dtype)
+    assert healthy[:2].sum() == 5 and not failed.any()
+
+
 def test_more_boxes_than_queries_counts_the_matched_ones():
     predictions, targets = make_predictions(batch=1, queries=3, layers=1), make_targets((8,))
     terms = Criterion(classes=ONE_TASK, background_weight=1e6)(predictions, targets)

@@ -114,7 +114,7 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         find_checkpoint(tmp_path, CONFIG, resume=False, overwrite=False)
     assert str(caught.value) == (
-        f"{tmp_path / LATEST}: this work dir holds a run at step 6; --resume goes on with it, --overwrite starts anew, "
+        f"{tmp_path / LATEST}: this work dir holds a run at step 6; --resume continues it, --overwrite starts anew, "
         "--work-dir names another folder"
     )
     (tmp_path / "epoch_2.pt").rename(tmp_path / LATEST)
