@@ -26,7 +26,7 @@ import yaml
 from cmt_aqr.build import build_criterion, build_on_meta, check_device, check_training
 from cmt_aqr.config import Config, ConfigError, config_from_tree, load_config, naming_source
 from cmt_aqr.yaml_reader import show_value
-from tests.e2e.faults.outcomes import Outcome, failures, observe, summary
+from tests.e2e.faults.outcomes import Outcome, failures, observe, report, summary
 
 FOLDER = Path(__file__).parents[3] / "configs"
 SHIPPED = tuple(sorted(FOLDER.rglob("*.yaml")))
@@ -311,12 +311,7 @@ def main() -> int:
         return 1 if failures(outcomes) else 0
     with tempfile.TemporaryDirectory() as folder:
         outcomes = run(Path(folder), count=options.count, seed=options.seed, first=options.first)
-        print(summary(outcomes, Path(folder)))
-    failed = failures(outcomes)
-    for number, outcome in enumerate(outcomes, options.first):
-        if outcome in failed:
-            print(f"\nnumber {number}: {outcome.kind}: {outcome.what}: {outcome.result}\n{outcome.text}")
-    return 1 if failed else 0
+        return report(outcomes, Path(folder), first=options.first)
 
 
 if __name__ == "__main__":

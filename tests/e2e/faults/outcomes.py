@@ -96,3 +96,13 @@ def summary(outcomes: Iterable[Outcome], root: Path) -> str:
 def failures(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """The outcomes that must not be."""
     return [outcome for outcome in outcomes if outcome.result in FAILURES]
+
+
+def report(outcomes: list[Outcome], root: Path, *, first: int) -> int:
+    """Print the summary, then every failure with its number, from ``first``; returns the exit status."""
+    print(summary(outcomes, root))
+    failed = failures(outcomes)
+    for number, outcome in enumerate(outcomes, first):
+        if outcome in failed:
+            print(f"\nnumber {number}: {outcome.kind}: {outcome.what}: {outcome.result}\n{outcome.text}")
+    return 1 if failed else 0

@@ -25,7 +25,7 @@ from cmt_aqr.data.nuscenes import load_index
 from cmt_aqr.data.readers import MAX_VALUE
 from cmt_aqr.data.sample import Sample
 from cmt_aqr.synthetic import WorldSettings, generate_world
-from tests.e2e.faults.outcomes import Outcome, failures, observe, summary
+from tests.e2e.faults.outcomes import Outcome, observe, report
 
 IMAGE_SIZE = (256, 144)
 FINAL_SIZE = (128, 256)
@@ -162,12 +162,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         base = make_base(Path(folder))
         outcomes = run(base, count=options.count, seed=options.seed, first=options.first)
-        print(summary(outcomes, Path(folder)))
-    failed = failures(outcomes)
-    for number, outcome in enumerate(outcomes, options.first):
-        if outcome in failed:
-            print(f"\nnumber {number}: {outcome.kind}: {outcome.what}: {outcome.result}\n{outcome.text}")
-    return 1 if failed else 0
+        return report(outcomes, Path(folder), first=options.first)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from cmt_aqr.data.nuscenes import load_index
 from cmt_aqr.evaluation.nuscenes_eval import evaluate_submission
 from cmt_aqr.evaluation.submission import write_submission
 from cmt_aqr.synthetic import WorldSettings, generate_world
-from tests.e2e.faults.outcomes import WORST_FIRST, Outcome, failures, observe, summary
+from tests.e2e.faults.outcomes import WORST_FIRST, Outcome, observe, report
 
 VERSION = "v1.0-synthetic"
 SPLITS = ("synthetic_train", "synthetic_val")
@@ -320,12 +320,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         base = make_base(Path(folder) / "base")
         outcomes = run(base, Path(folder), count=options.count, seed=options.seed, first=options.first)
-        print(summary(outcomes, Path(folder)))
-    failed = failures(outcomes)
-    for number, outcome in enumerate(outcomes, options.first):
-        if outcome in failed:
-            print(f"\nnumber {number}: {outcome.kind}: {outcome.what}: {outcome.result}\n{outcome.text}")
-    return 1 if failed else 0
+        return report(outcomes, Path(folder), first=options.first)
 
 
 if __name__ == "__main__":
