@@ -154,7 +154,7 @@ class BiasRouter(nn.Module):
         return f"AQR bias in the cross-attention, computed by {picked}"
 
     def metrics(self, weights: Tensor) -> dict[str, Tensor]:
-        """Numbers for the log, 0-dim: :func:`mean_weights`, and the scale."""
+        """Numbers for the log, 0-dim: :func:`mean_weights`, and the scale of this forward pass."""
         return mean_weights(weights, self.settings) | {"aqr_scale": self.scale().detach()[0]}
 
 

@@ -25,12 +25,15 @@ def train(world, call, tmp_path):
     return run
 
 
-def test_the_log_has_scale_and_weights(train):
+def test_the_log_has_scale_and_weights(train, tmp_path):
+    """A line holds the scale that made its losses, the checkpoint the one after the step."""
     out, lines = train()
     assert out.count("AQR bias in the cross-attention, computed by dense\n") == 1
     assert len(lines) == 2
-    scales = [2.5, lines[0]["aqr_scale"], lines[1]["aqr_scale"]]
-    assert len(set(scales)) == 3 and all(abs(scale - 2.5) < 0.1 for scale in scales)
+    saved = load_weights(tmp_path / "run" / "latest.pt")["aqr.scale.value"].item()
+    scales = [lines[0]["aqr_scale"], lines[1]["aqr_scale"], saved]
+    assert scales[0] == 2.5
+    assert len(set(scales)) == 3 and all(abs(scale - 2.5) < 0.01 for scale in scales)
     for line in lines:
         assert 0 < line["aqr_weight_lidar"] < 0.2 and 0 < line["aqr_weight_camera"] < 0.2
 
