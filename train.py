@@ -44,6 +44,7 @@ from cmt_aqr.run import (
     set_rates,
     write_config,
 )
+from cmt_aqr.tools.config_doc import HelpConfig
 from cmt_aqr.training.distributed import (
     RankInfo,
     any_process,
@@ -94,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("config", help="YAML file, such as configs/synthetic_tiny.yaml")
+    parser.add_argument("config", help="YAML file, or the name of one in configs/, such as synthetic_tiny")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys, e.g. training.epochs=3"
     )
@@ -108,6 +109,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="replaces the configuration's seed")
     parser.add_argument("--deterministic", action="store_true", help="repeat a run bit for bit; slower")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
+    parser.add_argument(
+        "--help-config", action=HelpConfig, metavar="KEY", help="what a key, such as training.lr, means"
+    )
     parser.add_argument("--max-steps", type=int, help="stop (resumable) after this many steps in all; for trials")
     arguments = parser.parse_args()
     if arguments.max_steps is not None and arguments.max_steps < 1:

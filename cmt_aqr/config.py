@@ -14,7 +14,7 @@ from typing import Any, Literal
 from cmt_aqr.boxes import BoxChoice
 from cmt_aqr.config_checks import CHECKS
 from cmt_aqr.strict_yaml import apply_overrides, build, limits, name_source, to_tree
-from cmt_aqr.yaml_reader import ConfigError, read_yaml
+from cmt_aqr.yaml_reader import ConfigError, find_config, read_yaml
 
 # Keys that earlier versions wrote into checkpoints, and their names now.
 RENAMED = {
@@ -106,7 +106,7 @@ class LidarConfig:
     sparse_shape: tuple[int, int, int] = limits(low=1, high=4096)  # cells along z, y, x
     max_points_per_voxel: int = limits(low=1, high=1000)  # later points of a voxel are dropped
     max_voxels_train: int = limits(low=1, high=10_000_000)  # later voxels of a frame are dropped, in training
-    max_voxels_test: int = limits(low=1, high=10_000_000)  # the same in evaluation
+    max_voxels_test: int = limits(low=1, high=10_000_000)  # later voxels of a frame are dropped, in evaluation
     out_of_range: Literal["drop", "alias"]  # voxels outside sparse_shape (docs/quirks.md, Q13)
     sparse_backend: Literal["auto", "torch", "spconv"]  # a matter of speed; auto: the faster one that is installed
     base_channels: int = limits(low=1, high=2048)  # of the sparse encoder's first convolution
@@ -169,8 +169,8 @@ class AqrConfig:
     design: Literal["bias", "v1", "v2"]  # a bias of the cross-attention, or the earlier maps on token features
     num_layers: int = limits(low=1, high=4)  # of the weight generator
     activation: Literal["tanh", "sigmoid"]  # weights in [-1, 1] or in [0, 1]
-    bev_window: int = limits(low=1, high=1000)  # cells; size w reaches w // 2 cells to every side
-    camera_window: int = limits(low=1, high=1000)  # the same in the grid of a camera
+    bev_window: int = limits(low=1, high=1000)  # cells of the BEV grid; size w reaches w // 2 cells to every side
+    camera_window: int = limits(low=1, high=1000)  # cells in the grid of a camera, size as in bev_window
     camera_assignment: Literal["first", "all"]  # a window in the first camera that sees the point, or in every one
     unseen: Literal["none", "corner"]  # corner: a point that no camera sees has one at view 0, cell 0 (Quirk Q11)
     local: bool  # false: the bias acts on the whole modality
@@ -276,14 +276,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply overrides, check everything.
 
     Args:
-        path: a file that names every key of :class:`Config`.
+        path: a file that names every key of :class:`Config`, or the bare name of one in ``configs``.
         overrides: ``a.b=c`` entries, applied in order.
 
     Raises:
         ConfigError: lists every unknown, missing, mistyped and out-of-range key and every contradiction between keys.
     """
-    tree = read_yaml(path)
-    return build(Config, tree, str(path), CHECKS, apply_overrides(tree, overrides))
+    file = find_config(path)
+    tree = read_yaml(file)
+    return build(Config, tree, str(file), CHECKS, apply_overrides(tree, overrides))
 
 
 @contextmanager
@@ -298,7 +299,7 @@ def naming_source(path: str | Path, overrides: Sequence[str] = ()) -> Iterator[N
     except ConfigError as error:
         origins = apply_overrides({}, overrides)
         keys = [problem.partition(": ")[0] for problem in error.problems]
-        names = [name_source(key, (key,), str(path), origins) for key in keys]
+        names = [name_source(key, (key,), str(find_config(path)), origins) for key in keys]
         problems = [f"{name}: {problem}" for name, problem in zip(names, error.problems, strict=True)]
         raise ConfigError(problems) from None
 

@@ -22,6 +22,7 @@ MAX_DEPTH = 20
 MAX_NUMBER = 40
 MAX_SHOWN = 60
 _SHIPPED = Path(__file__).parents[1] / "configs"
+_SUFFIXES = (".yaml", ".yml")
 
 
 class ConfigError(UserError):
@@ -119,6 +120,20 @@ def parse_yaml(text: str) -> Any:
         raise ConfigError([f"not valid YAML{where}: {_one_line(error.problem or error.context)}"]) from None
 
 
+def find_config(path: str | Path) -> Path:
+    """The file that a path or a bare name such as ``synthetic_tiny`` or ``ablation/v3`` means.
+
+    A path that is no file is looked for in ``configs`` of the working folder, then in that of this project, with
+    ``.yaml`` added where it is missing. Where nothing is found the path itself is returned.
+    """
+    path = Path(path)
+    if path.is_absolute() or (path.exists() and not path.is_dir()):
+        return path
+    name = path if path.suffix in _SUFFIXES else path.with_name(f"{path.name}.yaml")
+    found = (folder / name for folder in (Path("configs"), _SHIPPED))
+    return next((file for file in found if file.is_file()), path)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read one YAML file whose top level is a mapping.
 
@@ -164,12 +179,15 @@ def _similar_file(path: Path) -> str:
     """The configuration that a wrong path was probably meant for: the same name elsewhere, or a similar one beside."""
     local = Path("configs")
     folder = local if local.is_dir() else _SHIPPED
-    name = path.name if path.suffix in (".yaml", ".yml") else f"{path.name}.yaml"
+    name = path.stem if path.suffix in _SUFFIXES else path.name
     files: dict[str, Path] = {}
     for file in (*sorted(path.parent.glob("*.yaml")), *sorted(folder.rglob("*.yaml"))):
-        files.setdefault(file.name, file)
+        files.setdefault(file.stem, file)
     near = difflib.get_close_matches(name, files, n=1, cutoff=0.5)
-    return f"; did you mean {str(files[near[0]])!r}?" if near else ""
+    if near:
+        return f"; did you mean {str(files[near[0]])!r}?"
+    names = ", ".join(str(file.relative_to(folder).with_suffix("")) for file in sorted(folder.rglob("*.yaml")))
+    return f"; the configurations in {folder} are {names}" if names and not path.is_absolute() else ""
 
 
 def suggest(word: Any, options: Iterable[Any]) -> str:

@@ -1,4 +1,4 @@
-"""python -m cmt_aqr.synthetic OUT: write a synthetic nuScenes-format dataset."""
+"""Write a synthetic data set in nuScenes' format: python -m cmt_aqr.synthetic OUT."""
 
 import argparse
 import os

@@ -3,6 +3,7 @@
 The meaning of a key is the comment at its field in ``cmt_aqr/config.py``, behind it or in the lines above it.
 """
 
+import argparse
 import ast
 import dataclasses
 import inspect
@@ -14,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cmt_aqr import config
+from cmt_aqr.errors import UserError
+from cmt_aqr.yaml_reader import show_key, suggest
 
 # Our key -> the key in the configuration files of CMT (mmdetection3d). "(= 10)": a default of its code, in no file.
 OFFICIAL = {
@@ -142,6 +145,49 @@ def page(schema: type = config.Config, official: Mapping[str, str] = types.Mappi
         table = ["| key | takes | meaning | in CMT |", "|---|---|---|---|", *rows]
         parts.append(head + "\n" + "\n".join(table) + "\n")
     return "\n".join(parts)
+
+
+class HelpConfig(argparse.Action):
+    """``--help-config KEY`` of a script: print what a key means, and end."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Print and exit; an unknown key is one sentence and status 2."""
+        try:
+            print(explain(values))
+        except UserError as error:
+            parser.exit(2, f"error: {error}\n")
+        parser.exit()
+
+
+def explain(name: str) -> str:
+    """What one key means, what the keys of a block mean, or those whose names end so (``lr``).
+
+    Raises:
+        UserError: there is no such key; names the one that was probably meant.
+    """
+    inside = {prefix: block for prefix, block in blocks(config.Config) if prefix}
+    found = {key.name: key for prefix, block in blocks(config.Config) for key in keys(block, prefix)}
+    if name in inside:
+        doc = inspect.cleandoc(inside[name].__doc__)
+        return "\n\n".join([f"{name}: {doc}", *(_explain_key(key) for key in keys(inside[name], name))])
+    chosen = [key for key in found.values() if name in (key.name, key.name.rpartition(".")[2])]
+    if not chosen:
+        last_parts = [key.rpartition(".")[2] for key in found]
+        meant = suggest(name, found) or suggest(name, last_parts) or "; docs/config.md has all"
+        raise UserError(f"--help-config {show_key(name)}: no such key{meant}")
+    return "\n\n".join(_explain_key(key) for key in chosen)
+
+
+def _explain_key(key: Key) -> str:
+    takes = key.takes.replace("` `", ", ").replace("`", "")
+    rows = {"takes": takes, "meaning": key.meaning, "in CMT": OFFICIAL.get(key.name, "")}
+    return "\n".join([key.name, *(f"  {title:<7}  {text}" for title, text in rows.items() if text)])
 
 
 def blocks(schema: type, prefix: str = "") -> Iterator[tuple[str, type]]:

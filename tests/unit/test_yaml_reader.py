@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cmt_aqr.config import ConfigError, load_config
-from cmt_aqr.yaml_reader import MAX_BYTES, dump_yaml, parse_yaml, read_yaml
+from cmt_aqr.yaml_reader import MAX_BYTES, dump_yaml, find_config, parse_yaml, read_yaml
+from tests.parity.golden import REPOSITORY
 
 BOMB = "a: &a [x, x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)
@@ -89,20 +90,45 @@ def test_no_regular_file(tmp_path):
         read_yaml("a\0b.yaml")
 
 
-def test_a_configuration_is_found_by_its_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[2])
+@pytest.mark.parametrize("is_in_repository", [True, False])
+def test_a_configuration_is_found_by_its_bare_name(tmp_path, monkeypatch, is_in_repository):
+    monkeypatch.chdir(REPOSITORY if is_in_repository else tmp_path)
+    assert [load_config(name).name for name in ("synthetic_tiny", "synthetic_tiny.yaml", "ablation/v3")] == [
+        "synthetic_tiny",
+        "synthetic_tiny",
+        "ablation/v3",
+    ]
+    folder = "configs" if is_in_repository else str(REPOSITORY / "configs")
+    with pytest.raises(ConfigError) as caught:
+        load_config("synthetic_tiny", ("model.num_heads=7",))
+    assert str(caught.value).startswith(f"{folder}/synthetic_tiny.yaml with --set model.num_heads=7: model.")
+
+
+def test_a_file_of_ones_own_comes_before_a_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "synthetic_tiny").mkdir()
+    assert find_config("synthetic_tiny") == REPOSITORY / "configs" / "synthetic_tiny.yaml"
+    (tmp_path / "synthetic_tiny.yaml").write_text("name: own\n")
+    assert find_config("synthetic_tiny.yaml") == Path("synthetic_tiny.yaml")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "synthetic_tiny.yaml").write_text("name: own\n")
+    assert find_config("synthetic_tiny") == Path("configs/synthetic_tiny.yaml")
+    assert find_config("/nowhere/synthetic_tiny.yaml") == Path("/nowhere/synthetic_tiny.yaml")
+
+
+def test_a_wrong_name_is_answered_with_the_one_that_was_meant(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
     for wrong, right in (
-        ("synthetic_tiny", "configs/synthetic_tiny.yaml"),
-        ("synthetic_tiny.yaml", "configs/synthetic_tiny.yaml"),
         ("config/synthetic_tiny.yaml", "configs/synthetic_tiny.yaml"),
         ("configs/v3.yaml", "configs/ablation/v3.yaml"),
-        ("ablation/v3", "configs/ablation/v3.yaml"),
         ("synthetic_tinny", "configs/synthetic_tiny.yaml"),
         ("configs/synthetic_tinny.yaml", "configs/synthetic_tiny.yaml"),
+        ("cmt_r50", "configs/cmt_r50_800x320.yaml"),
     ):
         with pytest.raises(ConfigError) as caught:
             load_config(wrong)
         assert str(caught.value) == f"{wrong}: no such file; did you mean {right!r}?"
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"no such file; did you mean '.*configs/synthetic_tiny\.yaml'\?$"):
-        load_config("synthetic_tiny")
+    with pytest.raises(
+        ConfigError, match=r"^foo: no such file; the configurations in configs are ablation/baseline, .*"
+    ):
+        load_config("foo")

@@ -1,14 +1,18 @@
 """docs/config.md follows from the schema, and every key has a meaning."""
 
+import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pytest
+
 from cmt_aqr.config import Config
+from cmt_aqr.errors import UserError
 from cmt_aqr.strict_yaml import limits
 from cmt_aqr.tools import configs
-from cmt_aqr.tools.config_doc import OFFICIAL, blocks, comments, keys, page
+from cmt_aqr.tools.config_doc import OFFICIAL, HelpConfig, blocks, comments, explain, keys, page
 
 PAGE = Path(__file__).parents[3] / "docs" / "config.md"
 
@@ -77,3 +81,48 @@ def test_the_command_writes_and_checks_the_page(tmp_path, monkeypatch, capsys):
     assert run() == 0 and run("--check") == 0
     path.write_text(path.read_text().replace("metres", "feet", 1))
     assert run("--check") == 2
+
+
+def test_one_key_is_explained_as_on_the_page():
+    lines = explain("training.lr").splitlines()
+    assert lines[0] == "training.lr" and lines[-1] == "  in CMT   optimizer.lr"
+    assert lines[1] == "  takes    number, above 0, up to 10" and lines[2].startswith("  meaning  learning rate")
+    assert explain("lr") == explain("training.lr")
+    assert [text.splitlines()[0] for text in explain("activation_checkpointing").split("\n\n")] == [
+        "model.activation_checkpointing",
+        "model.camera.activation_checkpointing",
+    ]
+    assert "  takes    auto, flex, score_mod, dense, lowrank\n" in explain("backend")
+
+
+def test_a_block_is_explained_with_all_its_keys():
+    first, *rest = explain("model.attention").split("\n\n")
+    assert first.startswith("model.attention: How the cross-attention")
+    assert [text.splitlines()[0] for text in rest] == ["model.attention.backend", "model.attention.lowrank_energy"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "end"),
+    [
+        ("training.lrr", "did you mean 'training.lr'?"),
+        ("lrr", "did you mean 'lr'?"),
+        ("zzzzzz", "docs/config.md has all"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_one_that_was_meant(wrong, end):
+    with pytest.raises(UserError) as caught:
+        explain(wrong)
+    assert str(caught.value) == f"--help-config {wrong}: no such key; {end}"
+
+
+def test_the_option_prints_and_ends(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config")
+    parser.add_argument("--help-config", action=HelpConfig)
+    for key, status in (("seed", 0), ("sead", 2)):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(["--help-config", key])
+        assert stop.value.code == status
+    printed = capsys.readouterr()
+    assert printed.out.startswith("seed\n  takes    whole number")
+    assert printed.err == "error: --help-config sead: no such key; did you mean 'seed'?\n"
