@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cmt_aqr.aqr.window_tokens import window_tokens
 from cmt_aqr.attention import QueryWindows
-from cmt_aqr.attention.windows import window_tokens
 
 # Standard deviation of the Gaussian in radii of the window.
 SIGMA_IN_RADII = 0.5

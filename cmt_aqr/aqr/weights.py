@@ -19,24 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cmt_aqr.aqr.window_tokens import all_window_tokens
 from cmt_aqr.attention import QueryWindows
-from cmt_aqr.attention.windows import window_tokens
+from cmt_aqr.attention.layers import Attend, Attention, feed_forward
 
 Activation = Literal["tanh", "sigmoid"]
 # Standard deviation, before the activation, of the weights of a fresh generator over random queries.
 INIT_STD = 0.02
 # How far inside [0, 1] a fresh generator with sigmoid begins: at the ends themselves it has no slope.
 INIT_MARGIN = 0.05
-
-
-def all_window_tokens(windows: QueryWindows) -> tuple[Tensor, Tensor]:
-    """All window tokens of a query side by side, in the order of the grids.
-
-    Returns:
-        tokens (B, Q, T) int64 index on the token axis, 0 where not valid; is_valid (B, Q, T) bool.
-    """
-    tokens, is_valid = zip(*(window_tokens(windows, g) for g in range(len(windows.cells))), strict=True)
-    return torch.cat(tokens, dim=-1), torch.cat(is_valid, dim=-1)
 
 
 def gather_tokens(x: Tensor, tokens: Tensor) -> Tensor:
@@ -68,39 +59,6 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, is_valid: 
     return (shares.to(v.dtype) @ gather_tokens(v, tokens)).squeeze(-2)
 
 
-class WindowAttention(nn.Module):
-    """The projections around :func:`window_attention`; weights laid out as in ``nn.MultiheadAttention``.
-
-    Args:
-        dim: C.
-        num_heads: M, divides C.
-    """
-
-    def __init__(self, *, dim: int, num_heads: int) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"WindowAttention needs a width that its heads divide, got dim {dim}, {num_heads} heads")
-        self.num_heads = num_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.xavier_uniform_(self.out_proj.weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, tokens: Tensor, is_valid: Tensor) -> Tensor:
-        """query (B, Q, C), key and value (B, K, C), the rest as in :func:`window_attention` -> (B, Q, C).
-
-        Tokens are projected before they are gathered: there are fewer of them than of window entries.
-        """
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        )
-        return self.out_proj(window_attention(q, k, v, tokens, is_valid).transpose(1, 2).flatten(-2))
-
-
 class GeneratorLayer(nn.Module):
     """Attention to the window tokens, norm, FFN, norm; no dropout, so a query's weights depend on its tokens alone.
 
@@ -112,18 +70,16 @@ class GeneratorLayer(nn.Module):
 
     def __init__(self, *, dim: int, num_heads: int, ffn_dim: int) -> None:
         super().__init__()
-        self.attention = WindowAttention(dim=dim, num_heads=num_heads)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
+        self.attention = Attention(dim=dim, num_heads=num_heads)
+        self.ffn = feed_forward(dim, ffn_dim)
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
-        for linear in (self.ffn[0], self.ffn[2]):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
 
-    def forward(
-        self, x: Tensor, query_positions: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, is_valid: Tensor
-    ) -> Tensor:
-        """x (B, Q, C) -> (B, Q, C); keys and values (B, K, C), the rest as in :func:`window_attention`."""
-        x = self.norms[0](x + self.attention(x + query_positions, keys, values, tokens, is_valid))
+    def forward(self, x: Tensor, query_positions: Tensor, keys: Tensor, values: Tensor, attend: Attend) -> Tensor:
+        """x (B, Q, C) -> (B, Q, C); keys and values (B, K, C); ``attend``: :func:`window_attention` to these windows.
+
+        Tokens are projected before they are gathered: there are fewer of them than of window entries.
+        """
+        x = self.norms[0](x + self.attention(x + query_positions, keys, values, attend))
         return self.norms[1](x + self.ffn(x))
 
 
@@ -191,10 +147,14 @@ class WeightGenerator(nn.Module):
             (B, Q, G), at least float32.
         """
         indices, is_valid = all_window_tokens(windows)
+
+        def attend_to_windows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return window_attention(q, k, v, indices, is_valid)
+
         keys = tokens + token_positions
         x = torch.zeros_like(query_positions)
         for layer in self.layers:
-            x = layer(x, query_positions, keys, tokens, indices, is_valid)
+            x = layer(x, query_positions, keys, tokens, attend_to_windows)
         logits = self.linear(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.tanh() if self.activation == "tanh" else logits.sigmoid()

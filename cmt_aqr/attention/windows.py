@@ -202,25 +202,6 @@ def assign_cameras(cells: Tensor, is_seen: Tensor, settings: WindowSettings) -> 
     return windows
 
 
-def window_tokens(windows: QueryWindows, number: int) -> tuple[Tensor, Tensor]:
-    """Token indices of the windows in grid ``number``, all N of a query side by side.
-
-    Returns:
-        tokens (B, Q, T) int64 index on the token axis, T = N (2 radius + 1)^2, 0 where not valid; is_valid (B, Q, T)
-        bool: the cell belongs to the window and lies inside the grid.
-    """
-    grid = windows.layout.grids[number]
-    radius = windows.settings.radius(grid)
-    cols_away = torch.arange(-radius, radius + 1, device=windows.cells[number].device)
-    rows_away = cols_away[:, None]
-    view, row, col = windows.cells[number][..., None, None, :].unbind(-1)
-    row, col = row + rows_away, col + cols_away
-    is_on_grid = (view >= 0) & (row >= 0) & (row < grid.rows) & (col >= 0) & (col < grid.cols)
-    is_valid = is_on_grid & in_window(rows_away, cols_away, radius)
-    tokens = torch.where(is_valid, windows.layout.index(number, view, row, col), 0)
-    return tokens.flatten(2), is_valid.flatten(2)
-
-
 def _check_cameras(lidar2img: Tensor | None, image_size: tuple[int, int] | None, batch_size: int, grid: Grid) -> None:
     expected = (batch_size, grid.views, 4, 4)
     if lidar2img is None or lidar2img.shape != expected:

@@ -3,65 +3,12 @@
 Shape letters: B batch, L layers, Q queries, K tokens, C channels, M heads, D = C / M.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# softmax(q k^T / sqrt(D)) v with q (B, M, Q, D) and k, v (B, M, K, D) -> (B, M, Q, D), heads first.
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, N, C) -> (B, M, N, D)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """(B, M, N, D) -> (B, N, C), the inverse of :func:`split_heads`."""
-    return x.transpose(1, 2).flatten(-2)
-
-
-class Attention(nn.Module):
-    """The projections around an attention function; weights laid out as in ``nn.MultiheadAttention``.
-
-    Args:
-        dim: C.
-        num_heads: M, divides C.
-    """
-
-    def __init__(self, *, dim: int, num_heads: int) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"Attention needs a width that its heads divide, got dim {dim} and {num_heads} heads")
-        self.num_heads = num_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.xavier_uniform_(self.out_proj.weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
-        """Project, attend, project back.
-
-        Args:
-            query: (B, Q, C).
-            key, value: (B, K, C).
-            attend: the attention itself, called with heads first.
-
-        Returns:
-            (B, Q, C).
-        """
-        weights = self.in_proj_weight.chunk(3)
-        biases = self.in_proj_bias.chunk(3)
-        q, k, v = (
-            split_heads(F.linear(x, weight, bias), self.num_heads)
-            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        )
-        return self.out_proj(merge_heads(attend(q, k, v)))
+from cmt_aqr.attention.layers import Attend, Attention, feed_forward
 
 
 class DecoderLayer(nn.Module):
@@ -81,13 +28,10 @@ class DecoderLayer(nn.Module):
         self.attention_dropout = dropout
         self.self_attention = Attention(dim=dim, num_heads=num_heads)
         self.cross_attention = Attention(dim=dim, num_heads=num_heads)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
+        self.ffn = feed_forward(dim, ffn_dim)
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
         self.self_dropout = nn.Dropout(dropout)
         self.cross_dropout = nn.Dropout(dropout)
-        for linear in (self.ffn[0], self.ffn[2]):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
 
     def forward(
         self,

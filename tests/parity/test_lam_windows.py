@@ -6,11 +6,11 @@ A point exactly on the far border of the range is the one deviation (Quirk Q12) 
 import pytest
 import torch
 
+from cmt_aqr.aqr.window_tokens import window_tokens
 from cmt_aqr.attention import AttentionBias, Grid, TokenLayout, query_windows
 from cmt_aqr.attention.dense import dense_bias
 from cmt_aqr.attention.flex.packing import is_inside, make_packing, token_codes, window_codes
 from cmt_aqr.attention.score_mod import make_score_mod
-from cmt_aqr.attention.windows import window_tokens
 from tests.parity.golden import load_golden
 from tests.unit.attention.cases import num_lidar, sized
 

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmt_aqr.aqr.weights import WeightGenerator, WindowAttention, all_window_tokens, window_attention
+from cmt_aqr.aqr.weights import WeightGenerator, window_attention
+from cmt_aqr.aqr.window_tokens import all_window_tokens
+from cmt_aqr.attention.layers import Attention
 from cmt_aqr.tools.attention_cases import fusion_layout
 from tests.unit.attention.cases import LAYOUTS, inside_by_loops, random_qkv, random_windows, sized
 
@@ -89,15 +91,17 @@ def test_a_query_without_tokens_gets_zero_and_gives_no_gradient():
 
 def test_projections_equal_torchs_attention_module():
     windows = random_windows(LAYOUTS["both"])
+    tokens, is_valid = all_window_tokens(windows)
     torch.manual_seed(0)
-    ours = WindowAttention(dim=DIM, num_heads=HEADS).double()
+    ours = Attention(dim=DIM, num_heads=HEADS).double()
     nn.init.normal_(ours.in_proj_bias)
     theirs = nn.MultiheadAttention(DIM, HEADS, batch_first=True).double()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     query, key, value = make_inputs(windows)
     mask = ~inside_by_loops(windows).repeat_interleave(HEADS, dim=0)
     expected = theirs(query, key, value, attn_mask=mask, need_weights=False)[0]
-    torch.testing.assert_close(ours(query, key, value, *all_window_tokens(windows)), expected, rtol=1e-12, atol=1e-12)
+    actual = ours(query, key, value, lambda q, k, v: window_attention(q, k, v, tokens, is_valid))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ("tanh", "sigmoid"))
@@ -218,8 +222,6 @@ def test_nothing_of_queries_by_tokens_exists():
 
 
 def test_bad_settings():
-    with pytest.raises(ValueError, match="got dim 10, 4 heads"):
-        WindowAttention(dim=10, num_heads=4)
     with pytest.raises(ValueError, match=r"neutral weight of 0, got 1\.0"):
         make_generator(activation="tanh", neutral=1.0)
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from cmt_aqr.aqr.window_tokens import window_tokens
 from cmt_aqr.attention import AttentionBias, bias_values
 from cmt_aqr.attention.bias import is_inside
-from cmt_aqr.attention.windows import window_tokens
 from tests.unit.attention.cases import BOTH, LAYOUTS, inside_by_loops, random_windows, sized, windows_at_every_cell
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from cmt_aqr import geometry
+from cmt_aqr.aqr.window_tokens import window_tokens
 from cmt_aqr.attention import AttentionBias, Grid, TokenLayout, WindowSettings, query_windows
 from cmt_aqr.attention.dense import dense_bias
-from cmt_aqr.attention.windows import MIN_DEPTH, camera_cells, cells_of, window_tokens
+from cmt_aqr.attention.windows import MIN_DEPTH, camera_cells, cells_of
 from tests.unit.attention.cases import LAYOUTS, RADAR, inside_by_loops, random_windows, sized
 
 # Reference points are metres / 16 here, so that numbers can be chosen that are exact in every dtype.

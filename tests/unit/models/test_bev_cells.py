@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cmt_aqr.aqr.window_tokens import window_tokens as tokens_of_windows
 from cmt_aqr.attention import Grid, TokenLayout, WindowSettings, query_windows
-from cmt_aqr.attention.windows import window_tokens as tokens_of_windows
 from cmt_aqr.build import bev_cell_size, build_lidar_branch
 from cmt_aqr.config import load_config
 

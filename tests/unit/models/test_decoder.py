@@ -1,11 +1,10 @@
 """The decoder against torch's own attention module, its quirks, dropout, and who can influence whom."""
 
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cmt_aqr.models.decoder import Attention, Decoder, DecoderLayer, merge_heads, split_heads
+from cmt_aqr.models.decoder import Decoder, DecoderLayer
 from cmt_aqr.models.denoising import denoising_mask
 
 DIM, HEADS = 16, 4
@@ -32,12 +31,6 @@ def torch_attention(ours):
     module = nn.MultiheadAttention(DIM, HEADS, batch_first=True).double()
     module.load_state_dict(ours.state_dict(), strict=True)
     return module
-
-
-def test_heads_split_and_merge_are_inverse():
-    x = torch.randn(2, 5, DIM)
-    assert split_heads(x, HEADS).shape == (2, HEADS, 5, DIM // HEADS)
-    assert torch.equal(merge_heads(split_heads(x, HEADS)), x)
 
 
 def test_layers_equal_torchs_attention_module_with_the_shared_norm_outside_the_chain():
@@ -173,8 +166,3 @@ def test_initialisation_is_xavier_with_zero_biases():
         else:
             limit = (6 / sum(parameter.shape)) ** 0.5
             assert 0.98 * limit < parameter.abs().max() <= limit, name
-
-
-def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="got dim 10 and 4 heads"):
-        Attention(dim=10, num_heads=4)

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from cmt_aqr.attention.layers import split_heads
 from cmt_aqr.cameras import make_cameras
 from cmt_aqr.geometry import to_metres, to_unit
-from cmt_aqr.models.decoder import Decoder, split_heads
+from cmt_aqr.models.decoder import Decoder
 from cmt_aqr.models.detector import Detector, SharedConv
 from cmt_aqr.models.heads import Heads
 from cmt_aqr.models.local_init import init_local, init_reference_points, reference_grid

@@ -1,0 +1,62 @@
+"""The layers around an attention function: its projections, and the feed-forward network.
+
+Shape letters: B batch, Q queries, K tokens, C channels, M heads, D = C / M.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# softmax(q k^T / sqrt(D) + ...) v with q (B, M, Q, D) and k, v (B, M, K, D) -> (B, M, Q, D), heads first.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, C) -> (B, M, N, D)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, M, N, D) -> (B, N, C), the inverse of :func:`split_heads`."""
+    return x.transpose(1, 2).flatten(-2)
+
+
+class Attention(nn.Module):
+    """The projections around an attention function; weights laid out as in ``nn.MultiheadAttention``.
+
+    Args:
+        dim: C.
+        num_heads: M, divides C.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"Attention needs a width that its heads divide, got dim {dim} and {num_heads} heads")
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
+        """Project query (B, Q, C), key and value (B, K, C), attend, project back: (B, Q, C)."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            split_heads(F.linear(x, weight, bias), self.num_heads)
+            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        )
+        return self.out_proj(merge_heads(attend(q, k, v)))
+
+
+def feed_forward(dim: int, hidden_dim: int) -> nn.Sequential:
+    """The FFN: (..., C) -> (..., C), two linear layers with a ReLU between them, no dropout."""
+    ffn = nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, dim))
+    for linear in (ffn[0], ffn[2]):
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return ffn
