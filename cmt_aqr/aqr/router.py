@@ -7,7 +7,7 @@ queries, has the generator read weights off the tokens there, and then changes e
 Shape letters: B batch, Q queries, K tokens, G grids (one a sensor), C channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cmt_aqr.aqr.lowrank import ENERGY, make_lowrank_attend
 from cmt_aqr.aqr.modulation import modulate, render_map
 from cmt_aqr.aqr.scale import Scale
 from cmt_aqr.aqr.weights import WeightGenerator
@@ -29,9 +30,9 @@ from cmt_aqr.attention import (
     query_windows,
 )
 from cmt_aqr.attention.evaluate import choose_backend
-from cmt_aqr.attention.lowrank import ENERGY
 from cmt_aqr.cameras import Cameras
 from cmt_aqr.tokens import Queries, Tokens
+from cmt_aqr.transformer_layers import Attend
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Routed:
     """
 
     tokens: Tokens
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
+    attend: Attend = F.scaled_dot_product_attention
     windows: QueryWindows | None = None
     weights: Tensor | None = None
 
@@ -98,7 +99,8 @@ class BiasRouter(nn.Module):
         point_range: x_min, y_min, z_min, x_max, y_max, z_max in metres.
         scale: factor between weights and bias.
         max_bias: the bias is clamped to +-this; None: not clamped.
-        backend: evaluator of the attention with the bias; ``lowrank`` is not for training, its bias has no gradient.
+        backend: evaluator of the attention with the bias (``attention.attend``); ``lowrank`` is a comparison that gives
+            the bias no gradient, so it is not for training.
         lowrank_energy: of ``lowrank``, how much of the bias it keeps.
     """
 
@@ -112,7 +114,7 @@ class BiasRouter(nn.Module):
         point_range: Sequence[float],
         scale: Scale,
         max_bias: float | None,
-        backend: Backend = "auto",
+        backend: Backend | Literal["lowrank"] = "auto",
         lowrank_energy: float = ENERGY,
     ) -> None:
         super().__init__()
@@ -131,7 +133,10 @@ class BiasRouter(nn.Module):
         )
         weights = self.generator(queries.positions, tokens.values, tokens.positions, windows)
         bias = AttentionBias(windows, bias_values(weights, self.scale(), self.max_bias))
-        attend_with_lse = make_attend(bias, backend=self.backend, energy=self.lowrank_energy)
+        if self.backend == "lowrank":
+            attend_with_lse = make_lowrank_attend(bias, energy=self.lowrank_energy)
+        else:
+            attend_with_lse = make_attend(bias, backend=self.backend)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend_with_lse(q, k, v)[0]
@@ -140,8 +145,12 @@ class BiasRouter(nn.Module):
 
     def token_length(self, layout: TokenLayout, device: torch.device) -> int:
         """Length of the token axis that suits the attention: flex is faster with zeros up to whole blocks."""
-        is_flex = choose_backend(self.backend, device) == "flex"
+        is_flex = self._evaluator(device) == "flex"
         return layout.padded_length if is_flex else layout.num_tokens
+
+    def _evaluator(self, device: torch.device) -> str:
+        """What the backend means on this device."""
+        return self.backend if self.backend == "lowrank" else choose_backend(self.backend, device)
 
     def clamp_parameters(self) -> None:
         """Move the scale back inside its limits; to be called after every optimizer step."""
@@ -149,7 +158,7 @@ class BiasRouter(nn.Module):
 
     def describe(self, device: torch.device) -> str:
         """One sentence for the log, with the evaluator that the backend means on this device."""
-        chosen = choose_backend(self.backend, device)
+        chosen = self._evaluator(device)
         picked = f"{chosen} (picked by auto)" if self.backend == "auto" else chosen
         return f"AQR bias in the cross-attention, computed by {picked}"
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from cmt_aqr.aqr.window_tokens import all_window_tokens
 from cmt_aqr.attention import QueryWindows
-from cmt_aqr.attention.layers import Attend, Attention, feed_forward
+from cmt_aqr.transformer_layers import Attend, Attention, feed_forward
 
 Activation = Literal["tanh", "sigmoid"]
 # Standard deviation, before the activation, of the weights of a fresh generator over random queries.

@@ -5,12 +5,12 @@ computes the attention. See docs/architecture.md and the example in README.md.
 """
 
 from .bias import AttentionBias, bias_values
-from .evaluate import Attend, Backend, attend, make_attend
+from .evaluate import AttendWithLse, Backend, attend, make_attend
 from .grids import Grid, TokenLayout
 from .windows import QueryWindows, WindowSettings, query_windows
 
 __all__ = [
-    "Attend",
+    "AttendWithLse",
     "AttentionBias",
     "Backend",
     "Grid",

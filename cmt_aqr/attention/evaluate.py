@@ -12,26 +12,18 @@ from torch import Tensor
 
 from .bias import AttentionBias
 from .dense import dense_attention
-from .lowrank import ENERGY, factored_attention, factorise
 from .score_mod import attention_with_score_mod
 
-Backend = Literal["auto", "flex", "score_mod", "dense", "lowrank"]
+Backend = Literal["auto", "flex", "score_mod", "dense"]
 BACKENDS = get_args(Backend)
 # The folder flex/ is for speed alone; without it `auto` means score_mod on a GPU.
 HAS_FLEX = find_spec(f"{__package__}.flex") is not None
 # out, lse of q (B, M, Q, D) and k, v (B, M, K, D).
-Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: AttentionBias,
-    *,
-    backend: Backend = "auto",
-    token_mask: Tensor | None = None,
-    energy: float = ENERGY,
+    q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias, *, backend: Backend = "auto", token_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(q k^T / sqrt(D) + bias) v.
 
@@ -39,29 +31,21 @@ def attend(
         q: (B, M, Q, D).
         k, v: (B, M, K, D), tokens in the order of the bias's layout; K may be padded to ``layout.padded_length``.
         bias: what is added to the scores of a query's windows.
-        backend: ``flex``, ``score_mod``, ``dense``, ``lowrank`` (comparison only), or ``auto``: flex on CUDA, dense
-            elsewhere.
+        backend: ``flex``, ``score_mod``, ``dense``, or ``auto``: flex on CUDA, dense elsewhere.
         token_mask: (B, num_tokens) bool, True = may be attended to; None: all.
-        energy: of ``lowrank``: share of the bias's squared singular values that is kept.
 
     Returns:
         out (B, M, Q, D) in the dtype of v; lse (B, M, Q) natural logarithm, at least float32, None from ``score_mod``
-        on a CPU. A query that may attend to nothing gives 0 and -inf. Gradients reach q, k, v and, but for
-        ``lowrank``, the values of the bias.
+        on a CPU. A query that may attend to nothing gives 0 and -inf. Gradients reach q, k, v and the values of the
+        bias.
 
     Raises:
         ValueError: shapes that do not fit, or a backend that is unknown or that the device cannot run.
     """
-    return make_attend(bias, backend=backend, token_mask=token_mask, energy=energy)(q, k, v)
+    return make_attend(bias, backend=backend, token_mask=token_mask)(q, k, v)
 
 
-def make_attend(
-    bias: AttentionBias,
-    *,
-    backend: Backend = "auto",
-    token_mask: Tensor | None = None,
-    energy: float = ENERGY,
-) -> Attend:
+def make_attend(bias: AttentionBias, *, backend: Backend = "auto", token_mask: Tensor | None = None) -> AttendWithLse:
     """The attention with this bias as a function of q, k, v; what depends on the bias alone is computed once.
 
     For several layers that share a bias. Arguments as in :func:`attend`.
@@ -72,19 +56,14 @@ def make_attend(
         from .flex import make_flex_attention  # here alone, so that the folder can be left out
 
         with_flex = make_flex_attention(bias, token_mask)
-    elif chosen == "lowrank":
-        factors = factorise(bias, energy)
 
     def evaluate(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         check_shapes(q, k, v, bias, token_mask)
         if chosen == "flex":
             return with_flex(q, k, v)
         k, v = k[:, :, :num_tokens], v[:, :, :num_tokens]
-        if chosen == "lowrank":
-            return factored_attention(q, k, v, factors, token_mask=token_mask)
-        if chosen == "score_mod":
-            return attention_with_score_mod(q, k, v, bias, token_mask)
-        return dense_attention(q, k, v, bias, token_mask=token_mask)
+        function = attention_with_score_mod if chosen == "score_mod" else dense_attention
+        return function(q, k, v, bias, token_mask=token_mask)
 
     return evaluate
 

@@ -7,6 +7,9 @@ The grids follow each other in the order of the layout; inside one, the index is
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 # The kernel of flex/ needs no checks at the end of the token axis when its length is a multiple of this.
 PADDED_MULTIPLE = 128
 
@@ -81,11 +84,11 @@ class TokenLayout:
         grid = self.grids[number]
         return self.token_range(number)[0] + (view * grid.rows + row) * grid.cols + col
 
-    def cell(self, index: int) -> tuple[int, int, int, int]:
-        """Token index -> number of the grid, view, row, col."""
+    def table(self, device: torch.device | str | None = None) -> Tensor:
+        """The way back: (4, K) int64 number of the grid, view, row and col of every token."""
+        tables = []
         for number, grid in enumerate(self.grids):
-            start, end = self.token_range(number)
-            if start <= index < end:
-                view, rest = divmod(index - start, grid.rows * grid.cols)
-                return (number, view, *divmod(rest, grid.cols))
-        raise ValueError(f"token index {index} is outside [0, {self.num_tokens})")
+            axes = [torch.arange(size, device=device) for size in (grid.views, grid.rows, grid.cols)]
+            cells = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+            tables.append(torch.cat((torch.full_like(cells[:1], number), cells)))
+        return torch.cat(tables, dim=1)

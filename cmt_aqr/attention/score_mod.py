@@ -7,16 +7,15 @@ pass.
 Shape letters: B batch, M heads, Q queries, G grids, N windows of a query in one grid, K tokens, D channels of a head.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from .bias import AttentionBias
-from .grids import TokenLayout
 from .windows import NO_WINDOW, in_window
 
 MIN_HEAD_DIM = 16
@@ -25,28 +24,23 @@ MAX_SHAPES = 64
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def token_table(layout: TokenLayout, device: torch.device) -> Tensor:
-    """(4, K) int64: number of the grid, view, row and col of every token."""
-    tables = []
-    for number, grid in enumerate(layout.grids):
-        axes = [torch.arange(size, device=device) for size in (grid.views, grid.rows, grid.cols)]
-        cells = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
-        tables.append(torch.cat((torch.full_like(cells[:1], number), cells)))
-    return torch.cat(tables, dim=1)
-
-
 def make_score_mod(bias: AttentionBias, token_mask: Tensor | None = None) -> ScoreMod:
-    """score -> score + bias[b, q, k], and -inf where token_mask (B, K) is False; the same for all heads."""
+    """FlexAttention's ``score_mod`` for a bias: score + bias[b, q, k], the same for all heads.
+
+    The windows may be in any grid, and a query may have several in one: the bias acts inside any of them.
+
+    Args:
+        bias: its values get gradients; on a CPU the compiled kernel has none.
+        token_mask: (B, K) bool, True = may be attended to; a score becomes -inf elsewhere. None: all.
+    """
     windows, values, is_local = bias.windows, bias.values, bias.windows.settings.is_local
     # Contiguous: the compiler for CPUs takes no views as captured tensors.
-    grid, view, row, col = (x.contiguous() for x in token_table(windows.layout, values.device))
-    num_windows = max(cells.shape[2] for cells in windows.cells)
+    grid, view, row, col = (x.contiguous() for x in windows.layout.table(values.device))
+    radius = torch.cat([torch.full_like(grid[:1], windows.settings.radius(g)) for g in windows.layout.grids])
     # One table (B, Q, G, N, 3) for all grids; those with fewer windows have none in the last places.
-    missing = [(0, 0, 0, num_windows - cells.shape[2]) for cells in windows.cells]
-    padded = [torch.nn.functional.pad(x, pad, value=NO_WINDOW) for x, pad in zip(windows.cells, missing, strict=True)]
-    centre_view, centre_row, centre_col = (x.contiguous() for x in torch.stack(padded, dim=2).unbind(-1))
-    radii = [torch.full_like(row[:1], windows.settings.radius(g)) for g in windows.layout.grids]
-    radius = torch.cat(radii)
+    num_windows = max(cells.shape[2] for cells in windows.cells)
+    centres = [F.pad(cells, (0, 0, 0, num_windows - cells.shape[2]), value=NO_WINDOW) for cells in windows.cells]
+    centre_view, centre_row, centre_col = (x.contiguous() for x in torch.stack(centres, dim=2).unbind(-1))
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         g = grid[k]
@@ -78,8 +72,8 @@ def attention_with_score_mod(
         raise ValueError("the score_mod backend has no backward pass on a CPU; use dense, or torch.no_grad()")
     # The tables are made outside the compiled function: on CUDA, torch 2.11 cannot compile a score_mod whose captured
     # tensors are computed in the same graph. So there this backend does not go inside a larger compiled graph.
-    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention
     score_mod = make_score_mod(bias, token_mask)
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention
     if q.device.type == "cpu":
         return attend(q, k, v, score_mod), None
     out, aux = attend(q, k, v, score_mod, return_aux=AuxRequest(lse=True))
@@ -100,7 +94,6 @@ def compile_for_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled anew for every combination of shapes; the compiler's own limit is 8 of them."""
     compiled = torch.compile(function, dynamic=False, fullgraph=True)
 
-    @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
         with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
             return compiled(*args, **options)

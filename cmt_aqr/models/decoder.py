@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cmt_aqr.attention.layers import Attend, Attention, feed_forward
+from cmt_aqr.transformer_layers import Attend, Attention, feed_forward
 
 
 class DecoderLayer(nn.Module):

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cmt_aqr.aqr.lowrank import LowRankFactors, factored_attention, factorise
 from cmt_aqr.attention import AttentionBias, QueryWindows, TokenLayout, bias_values
 from cmt_aqr.attention.dense import dense_attention, dense_bias
 from cmt_aqr.attention.flex.kernel import flex_attention_with_bias, plan
-from cmt_aqr.attention.lowrank import LowRankFactors, factored_attention, factorise
 from cmt_aqr.attention.score_mod import attention_with_score_mod
 from cmt_aqr.errors import UserError
 from cmt_aqr.tools.attention_cases import fusion_layout, make_windows

@@ -9,7 +9,7 @@ import torch
 from cmt_aqr.aqr.modulation import gaussian_window, modulate, render_map
 from cmt_aqr.attention import QueryWindows
 from cmt_aqr.tools.attention_cases import fusion_layout
-from tests.unit.attention.cases import BOTH, LAYOUTS, random_windows, sized
+from tests.unit.attention.cases import BOTH, LAYOUTS, cell_of_token, random_windows, sized
 
 SETTINGS = {
     "first": sized(3, 4),
@@ -24,7 +24,7 @@ def map_by_loops(windows, weights):
     batch, queries = windows.batch_and_queries
     result = torch.ones(batch, layout.num_tokens, dtype=weights.dtype)
     for b, index in itertools.product(range(batch), range(layout.num_tokens)):
-        number, view, row, col = layout.cell(index)
+        number, view, row, col = cell_of_token(layout, index)
         radius = sizes[layout.grids[number].name] // 2
         weighted = coverage = 0.0
         for q in range(queries):

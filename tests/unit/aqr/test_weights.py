@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmt_aqr.aqr.weights import WeightGenerator, window_attention
 from cmt_aqr.aqr.window_tokens import all_window_tokens
-from cmt_aqr.attention.layers import Attention
 from cmt_aqr.tools.attention_cases import fusion_layout
+from cmt_aqr.transformer_layers import Attention
 from tests.unit.attention.cases import LAYOUTS, inside_by_loops, random_qkv, random_windows, sized
 
 DIM, HEADS = 12, 3

@@ -24,6 +24,16 @@ THREE = TokenLayout((*BOTH.grids, RADAR))
 LAYOUTS = {"both": BOTH, "lidar": LIDAR_ONLY, "camera": CAMERA_ONLY, "three": THREE}
 
 
+def cell_of_token(layout, index):
+    """Token index -> number of the grid, view, row, col, by counting."""
+    for number, grid in enumerate(layout.grids):
+        if index < grid.num_tokens:
+            view, rest = divmod(index, grid.rows * grid.cols)
+            return (number, view, *divmod(rest, grid.cols))
+        index -= grid.num_tokens
+    raise IndexError(index)
+
+
 def num_lidar(layout):
     """Tokens of the BEV grid, which is the first one."""
     return layout.grids[0].num_tokens
@@ -66,7 +76,7 @@ def inside_by_loops(windows):
     layout, sizes = windows.layout, windows.settings.sizes
     batch, queries = windows.batch_and_queries
     inside = torch.zeros(batch, queries, layout.num_tokens, dtype=torch.bool)
-    tokens = [layout.cell(index) for index in range(layout.num_tokens)]
+    tokens = [cell_of_token(layout, index) for index in range(layout.num_tokens)]
     for b, q in itertools.product(range(batch), range(queries)):
         centres = [
             (number, *cell, sizes[grid.name] // 2)
@@ -83,7 +93,7 @@ def inside_by_loops(windows):
 
 def grid_of_tokens(layout):
     """Number of the grid of every token, (K,) int64."""
-    return torch.tensor([layout.cell(index)[0] for index in range(layout.num_tokens)])
+    return torch.tensor([cell_of_token(layout, index)[0] for index in range(layout.num_tokens)])
 
 
 def bias_by_loops(bias):

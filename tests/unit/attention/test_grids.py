@@ -4,7 +4,7 @@ import pytest
 
 from cmt_aqr.attention import Grid, TokenLayout
 from cmt_aqr.tools.attention_cases import fusion_layout
-from tests.unit.attention.cases import THREE
+from tests.unit.attention.cases import LAYOUTS, cell_of_token
 
 
 def test_official_sizes():
@@ -15,24 +15,25 @@ def test_official_sizes():
     assert r50.token_range(0) == (0, 16384) and r50.token_range(1) == (16384, 22384)
 
 
-def test_index_and_cell_are_inverse_on_unequal_sides():
+def test_index_and_table_are_inverse_on_unequal_sides():
     layout = TokenLayout((Grid("lidar", 1, 3, 5), Grid("camera", 2, 2, 4), Grid("radar", 1, 2, 3)))
     assert layout.index(0, 0, 1, 2) == 7
     assert layout.index(1, 1, 0, 3) == 15 + 8 + 3
     assert layout.index(2, 0, 1, 1) == 15 + 16 + 4
-    assert layout.cell(15 + 8 + 3) == (1, 1, 0, 3)
-    assert [layout.index(*layout.cell(index)) for index in range(layout.num_tokens)] == list(range(37))
+    table = layout.table()
+    assert table[:, 15 + 8 + 3].tolist() == [1, 1, 0, 3]
+    assert [layout.index(*cell) for cell in table.T.tolist()] == list(range(37))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_table_by_counting(layout):
+    expected = [list(cell_of_token(layout, index)) for index in range(layout.num_tokens)]
+    assert layout.table().T.tolist() == expected
 
 
 def test_one_sensor():
     assert fusion_layout((2, 2), None).num_tokens == 4
-    assert fusion_layout(None, (6, 2, 2)).cell(0) == (0, 0, 0, 0)
-
-
-def test_tokens_that_are_not_there():
-    for index in (-1, THREE.num_tokens):
-        with pytest.raises(ValueError, match=rf"token index {index} is outside \[0, {THREE.num_tokens}\)"):
-            THREE.cell(index)
+    assert fusion_layout(None, (6, 2, 2)).table()[:, 0].tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

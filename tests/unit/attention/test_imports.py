@@ -59,6 +59,14 @@ def test_the_check_finds_what_it_should():
     assert is_allowed("..y", FOLDER / "flex" / "kernel.py") and not is_allowed("...y", FOLDER / "flex" / "kernel.py")
 
 
+def test_a_porter_reads_700_lines_at_most():
+    """Everything but flex/, which is for speed alone."""
+    lines = {file.name: len(file.read_text(encoding="utf-8").splitlines()) for file in FILES if file.parent == FOLDER}
+    assert {"bias.py", "dense.py", "evaluate.py", "grids.py", "score_mod.py", "windows.py"} < set(lines)
+    assert {file.parent.name for file in FILES} == {"attention", "flex"}
+    assert sum(lines.values()) <= 700, lines
+
+
 def test_nothing_but_evaluate_and_tools_needs_flex():
     """The folder can be deleted: one lazy import in evaluate.py is all that refers to it."""
     package = FOLDER.parent

@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from cmt_aqr.attention import attend, score_mod
 from cmt_aqr.attention.dense import dense_attention, dense_bias
-from cmt_aqr.attention.score_mod import make_score_mod, token_table
+from cmt_aqr.attention.score_mod import make_score_mod
 from tests.unit.attention.cases import LAYOUTS, THREE, bias_by_loops, random_bias, random_qkv, random_windows, sized
 
 SETTINGS = {
@@ -16,11 +16,6 @@ SETTINGS = {
     "all cameras": sized(3, 4, camera_assignment="all"),
     "whole grid": sized(3, 4, is_local=False),
 }
-
-
-def test_the_table_says_what_the_layout_says():
-    expected = [THREE.cell(index) for index in range(THREE.num_tokens)]
-    assert token_table(THREE, torch.device("cpu")).T.tolist() == [list(cell) for cell in expected]
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from cmt_aqr.attention.layers import split_heads
 from cmt_aqr.cameras import make_cameras
 from cmt_aqr.geometry import to_metres, to_unit
 from cmt_aqr.models.decoder import Decoder
@@ -15,6 +14,7 @@ from cmt_aqr.models.local_init import init_local, init_reference_points, referen
 from cmt_aqr.models.position import BevEmbedding, RayEmbedding, bev_positions, pv_positions
 from cmt_aqr.models.queries import ReferencePoints, query_positions
 from cmt_aqr.predictions import task_classes
+from cmt_aqr.transformer_layers import split_heads
 
 POINT_RANGE = (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0)
 CLASSES = ("car", "truck", "bus")

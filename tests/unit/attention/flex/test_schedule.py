@@ -319,5 +319,5 @@ def test_flex_on_the_cpu_is_refused():
     bias = AttentionBias(make_windows(layout, 2, 5, device="cpu", settings=SETTINGS["default"]), values)
     with pytest.raises(ValueError, match="flex backend needs a CUDA GPU, got tensors on cpu; use dense"):
         attend(q, k, v, bias, backend="flex")
-    with pytest.raises(ValueError, match="one of auto, flex, score_mod, dense, lowrank, got 'flash'"):
+    with pytest.raises(ValueError, match="one of auto, flex, score_mod, dense, got 'flash'"):
         attend(q, k, v, bias, backend="flash")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cmt_aqr.attention.layers import Attention, feed_forward, merge_heads, split_heads
+from cmt_aqr.transformer_layers import Attention, feed_forward, merge_heads, split_heads
 
 DIM, HEADS = 16, 4
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .bias import AttentionBias
-from .dense import QUERY_CHUNK, dense_bias
+from cmt_aqr.attention import AttendWithLse, AttentionBias
+from cmt_aqr.attention.dense import QUERY_CHUNK, dense_bias
+from cmt_aqr.attention.evaluate import check_shapes
 
 # Of the squared singular values, the share that is kept.
 ENERGY = 0.9
@@ -47,6 +48,20 @@ class LowRankFactors:
     def rank(self) -> int:
         """R."""
         return self.left.shape[-1]
+
+
+def make_lowrank_attend(
+    bias: AttentionBias, *, energy: float = ENERGY, token_mask: Tensor | None = None
+) -> AttendWithLse:
+    """The backend ``lowrank``: as ``attention.make_attend``, with the factors of the bias; see :func:`factorise`."""
+    factors = factorise(bias, energy)
+    num_tokens = bias.windows.layout.num_tokens
+
+    def evaluate(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        check_shapes(q, k, v, bias, token_mask)
+        return factored_attention(q, k[:, :, :num_tokens], v[:, :, :num_tokens], factors, token_mask=token_mask)
+
+    return evaluate
 
 
 def factorise(bias: AttentionBias, energy: float = ENERGY) -> LowRankFactors:
