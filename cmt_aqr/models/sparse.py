@@ -16,7 +16,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -137,16 +136,11 @@ class Sites:
         """R."""
         return self.numbers.shape[0]
 
-    @cached_property
-    def neighbours(self) -> Tensor:
-        """(R, 27) int32: rows of the cells of the 3 x 3 x 3 window, z slowest; R where there is none."""
-        centre = -sum(self.grid.pitches)
-        return look_up(self.table, self.numbers + centre, kernel_offsets((3, 3, 3), self.grid, self.numbers.device))
 
-    @cached_property
-    def mirrored_neighbours(self) -> Tensor:
-        """`neighbours` with the window's positions in reverse: the rows in whose windows a row lies."""
-        return self.neighbours.flip(1)
+def find_neighbours(sites: Sites) -> Tensor:
+    """(R, 27) int32: rows of the cells of the 3 x 3 x 3 window, z slowest; R where there is none."""
+    offsets = kernel_offsets((3, 3, 3), sites.grid, sites.numbers.device)
+    return look_up(sites.table, sites.numbers - sum(sites.grid.pitches), offsets)
 
 
 def kernel_offsets(kernel: Sequence[int], grid: Grid, device: torch.device) -> Tensor:
@@ -295,13 +289,17 @@ class SparseRows:
     """Features (R, C) at sites.
 
     Where sizes are fixed, `capacities` are those of all strided convolutions, and `counts` the active cells of the
-    levels that these have made so far.
+    levels that these have made so far. `neighbours` are those of :func:`find_neighbours`, once a submanifold
+    convolution has looked them up, and `mirrored` the same with the window's positions in reverse, the rows in whose
+    windows a row lies, once a gradient needs them.
     """
 
     features: Tensor
     sites: Sites
     capacities: tuple[int, ...] | None = None
     counts: tuple[Tensor, ...] = ()
+    neighbours: Tensor | None = None
+    mirrored: Tensor | None = None
 
     def replace_feature(self, features: Tensor) -> "SparseRows":
         """The same sites with other features."""
@@ -317,14 +315,18 @@ def convolve(convolution: SparseConvolution, x: SparseRows) -> SparseRows:
     """A sparse convolution of rows."""
     needs_grad = torch.is_grad_enabled() and x.features.requires_grad
     if convolution.subm:
-        out, inputs = x, x.sites.neighbours
-        outputs = x.sites.mirrored_neighbours if needs_grad else None
+        inputs, outputs = x.neighbours, x.mirrored
+        if inputs is None:
+            inputs = find_neighbours(x.sites)
+        if outputs is None and needs_grad:
+            outputs = inputs.flip(1)
+        out = replace(x, neighbours=inputs, mirrored=outputs)
     else:
         capacity = None if x.capacities is None else x.capacities[len(x.counts)]
         sites = find_output_sites(x.sites, convolution, capacity)
         inputs = input_rows(x.sites, convolution, sites)
         outputs = output_rows(x.sites, convolution, sites) if needs_grad else None
-        out = replace(x, sites=sites)
+        out = replace(x, sites=sites, neighbours=None, mirrored=None)
         if x.capacities is not None:
             out = replace(out, counts=(*x.counts, sites.count))
     weight = convolution.weight.to(x.features.dtype)

@@ -1,14 +1,20 @@
 """Hard voxelisation of point clouds.
 
 Shapes: B batch, P points, S voxels, F features of a point (x, y, z first, metres, LiDAR frame).
+
+`voxelize` has as many rows as there are voxels, for which it waits for the GPU. `voxelize_fixed` gives the same voxels
+in a number of rows that is known beforehand: nothing waits, and a compiled graph can hold it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from cmt_aqr.geometry import constant_like
 
 INT32_MAX = 2**31 - 1
 
@@ -77,22 +83,14 @@ def voxelize(
 
     Source: spconv PointToVoxel (CPU) and mmdet3d HardSimpleVFE.
     """
-    depth, height, width = voxel_grid_shape(voxel_size=voxel_size, point_range=point_range)
-    # Divisors are tensors: CUDA turns the division by a Python number into a multiplication by its inverse, which
-    # moves points across cell borders.
-    columns = points.t().contiguous()
-    lower = columns.new_tensor(point_range[:3])[:, None]
-    size = columns.new_tensor(voxel_size)[:, None]
-    upper = columns.new_tensor((width, height, depth))[:, None]
-    cells = ((columns[:3] - lower) / size).floor_()
-    # Both comparisons are false for NaN, so only the other columns need the test for finiteness.
-    inside = ((cells >= 0) & (cells < upper)).all(dim=0) & columns[3:].isfinite().all(dim=0)
+    shape = depth, height, width = voxel_grid_shape(voxel_size=voxel_size, point_range=point_range)
+    cells, inside = _cells_of_points(points.t().contiguous(), shape, voxel_size, point_range)
     kept = inside.nonzero().squeeze(1)
     if kept.numel() == 0:
         return points.new_zeros(0, points.shape[1]), torch.zeros(0, 3, dtype=torch.int32, device=points.device)
 
     # Points grouped by cell; the stable sort keeps their order within a cell.
-    key_dtype = torch.int32 if depth * height * width <= INT32_MAX else torch.int64
+    key_dtype = _key_dtype(depth * height * width)
     x, y, z = cells.index_select(1, kept).to(key_dtype)
     keys, order = ((z * height + y) * width + x).sort(stable=True)
     is_start = torch.ones_like(keys, dtype=torch.bool)
@@ -133,3 +131,97 @@ def voxelize_batch(
         features.append(means)
         coords.append(F.pad(cells, (1, 0), value=b))
     return VoxelBatch(torch.cat(features), torch.cat(coords), len(clouds))
+
+
+def _cells_of_points(
+    columns: Tensor, shape: tuple[int, int, int], voxel_size: Sequence[float], point_range: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Columns (F, P) of points -> cells x, y, z (3, P) in the dtype of the points, and whether they count (P,).
+
+    The divisors are tensors: CUDA turns the division by a Python number into a multiplication by its inverse, which
+    moves points across cell borders. So does a compiled kernel, whose division is off by up to 2 ulp in float32; that
+    of float64 is exact, and rounding its result to float32 gives the float32 quotient.
+    """
+    lower = constant_like(point_range[:3], columns)[:, None]
+    size = constant_like(voxel_size, columns)[:, None]
+    upper = constant_like(shape[::-1], columns)[:, None]
+    offsets = columns[:3] - lower
+    if torch.compiler.is_compiling():
+        quotients = (offsets.double() / size.double()).to(columns.dtype)
+    else:
+        quotients = offsets / size
+    cells = quotients.floor()
+    # Both comparisons are false for NaN, so only the other columns need the test for finiteness.
+    return cells, ((cells >= 0) & (cells < upper)).all(dim=0) & columns[3:].isfinite().all(dim=0)
+
+
+def _key_dtype(num_cells: int) -> torch.dtype:
+    return torch.int32 if num_cells <= INT32_MAX else torch.int64
+
+
+def pad_points(clouds: Sequence[Tensor], out: Tensor) -> None:
+    """Write clouds (P_b, F) into the first rows of out (B, P, F); the rows behind them become NaN: no voxel takes them.
+
+    There may be fewer clouds than B. With page-locked clouds nothing waits for the GPU.
+    """
+    for b, rows in enumerate(out):
+        count = 0
+        if b < len(clouds):
+            count = len(clouds[b])
+            rows[:count].copy_(clouds[b], non_blocking=True)
+        rows[count:].fill_(math.nan)
+
+
+def voxelize_fixed(
+    points: Tensor,
+    *,
+    voxel_size: Sequence[float],
+    point_range: Sequence[float],
+    max_points: int = 10,
+    max_voxels: int,
+    rows: int,
+) -> tuple[VoxelBatch, Tensor]:
+    """`voxelize_batch` with fixed sizes: the same voxels in the same order, in `rows` rows.
+
+    Args:
+        points (B, P, F) float: see `voxelize`; rows that are no points hold NaN (`pad_points`).
+        max_voxels: of a frame.
+        rows: of the result; enough for all frames together, or the last voxels are missing.
+
+    Returns:
+        The voxels; the rows behind them are of frame -1. And their true number (int64, on the device), which is more
+        than `rows` where some are missing.
+    """
+    batch_size, num_points, num_features = points.shape
+    shape = depth, height, width = voxel_grid_shape(voxel_size=voxel_size, point_range=point_range)
+    points = points.flatten(0, 1)
+    cells, inside = _cells_of_points(points.t().contiguous(), shape, voxel_size, point_range)
+    nowhere = batch_size * depth * height * width
+    x, y, z = torch.where(inside, cells, 0).to(_key_dtype(nowhere))
+    place = torch.arange(len(points), device=points.device)
+    keys = (((place // num_points).to(x.dtype) * depth + z) * height + y) * width + x
+    # Points grouped by cell; the stable sort keeps their order within a cell, and the first frames in front.
+    keys, order = keys.masked_fill(~inside, nowhere).sort(stable=True)
+    is_start = F.pad(keys[1:] != keys[:-1], (1, 0), value=True) & (keys < nowhere)
+
+    # Rows in the order of the first points, at most max_voxels of a frame.
+    is_first = torch.zeros_like(inside).scatter(0, order, is_start).view(batch_size, num_points)
+    is_first = (is_first & (is_first.cumsum(1) <= max_voxels)).flatten()
+    ordinals = is_first.cumsum(0)
+    row = torch.where(is_first & (ordinals <= rows), ordinals - 1, rows).index_select(0, order)
+    row = row.masked_fill(~is_start, rows)  # one more row takes all that are not wanted
+    start = torch.full((rows + 1,), len(points), device=points.device).scatter(0, row, place)[:rows]
+
+    # The points of a voxel are the next ones in line with the same key.
+    keys = F.pad(keys, (0, max_points), value=nowhere)
+    key = keys.index_select(0, start)
+    line = (start[:, None] + torch.arange(max_points, device=points.device)).flatten()
+    is_member = (keys.index_select(0, line).view(rows, -1) == key[:, None]) & (key[:, None] < nowhere)
+    members = points.index_select(0, F.pad(order, (0, max_points)).index_select(0, line))
+    total = torch.where(is_member[..., None], members.view(rows, max_points, num_features), 0).sum(dim=1)
+    features = total / is_member.sum(dim=1, keepdim=True).clamp(min=1)
+    plane = key // width
+    depths = plane // height
+    coords = torch.stack((depths // depth, depths % depth, plane % height, key % width), dim=1).int()
+    coords = torch.where(key[:, None] < nowhere, coords, -1)
+    return VoxelBatch(features, coords, batch_size), ordinals[-1]
