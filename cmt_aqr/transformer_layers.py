@@ -3,7 +3,7 @@
 Shape letters: B batch, Q queries, K tokens, C channels, M heads, D = C / M.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 # softmax(q k^T / sqrt(D) + ...) v with q (B, M, Q, D) and k, v (B, M, K, D) -> (B, M, Q, D), heads first.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Order of the projections in `Attention.in_proj_weight`.
+QUERY, KEY, VALUE = range(3)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -45,12 +47,31 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
         """Project query (B, Q, C), key and value (B, K, C), attend, project back: (B, Q, C)."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (
-            split_heads(F.linear(x, weight, bias), self.num_heads)
-            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        )
-        return self.out_proj(merge_heads(attend(q, k, v)))
+        return self.attend_to(query, self.project(KEY, key), self.project(VALUE, value), attend)
+
+    def attend_to(self, query: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+        """Query (B, Q, C) to keys and values (B, M, K, D) that are projected already -> (B, Q, C)."""
+        return self.out_proj(merge_heads(attend(self.project(QUERY, query), k, v)))
+
+    def project(self, part: int, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, M, N, D), by the projection of QUERY, KEY or VALUE."""
+        return split_heads(F.linear(x, *self.projection(part)), self.num_heads)
+
+    def projection(self, part: int) -> tuple[Tensor, Tensor]:
+        """Weight (C, C) and bias (C,) of QUERY, KEY or VALUE."""
+        return self.in_proj_weight.chunk(3)[part], self.in_proj_bias.chunk(3)[part]
+
+
+def project_for_all(attentions: Sequence[Attention], part: int, x: Tensor) -> list[Tensor]:
+    """The same tokens (B, K, C) projected by each of several attentions, (B, M, K, D) each, in one product.
+
+    Args:
+        attentions: of one width and number of heads.
+        part: KEY or VALUE.
+    """
+    weights, biases = zip(*(attention.projection(part) for attention in attentions), strict=True)
+    parts = F.linear(x, torch.cat(weights), torch.cat(biases)).chunk(len(attentions), dim=-1)
+    return [split_heads(part, attentions[0].num_heads) for part in parts]
 
 
 def feed_forward(dim: int, hidden_dim: int) -> nn.Sequential:

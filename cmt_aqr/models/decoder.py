@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cmt_aqr.transformer_layers import Attend, Attention, feed_forward
+from cmt_aqr.transformer_layers import KEY, VALUE, Attend, Attention, feed_forward, project_for_all
 
 
 class DecoderLayer(nn.Module):
@@ -37,12 +37,16 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         query_positions: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        k: Tensor,
+        v: Tensor,
         attention_mask: Tensor | None,
         attend: Attend,
     ) -> Tensor:
-        """One layer, x (B, Q, C) -> (B, Q, C); keys and values (B, K, C), the rest as in :meth:`Decoder.forward`."""
+        """One layer, x (B, Q, C) -> (B, Q, C).
+
+        Args:
+            k, v: (B, M, K, D) projected by ``cross_attention``; the rest as in :meth:`Decoder.forward`.
+        """
         dropout = self.attention_dropout if self.training else 0.0
 
         def attend_to_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -50,7 +54,7 @@ class DecoderLayer(nn.Module):
 
         placed = x + query_positions
         x = self.norms[0](x + self.self_dropout(self.self_attention(placed, placed, x, attend_to_queries)))
-        x = self.norms[1](x + self.cross_dropout(self.cross_attention(x + query_positions, keys, values, attend)))
+        x = self.norms[1](x + self.cross_dropout(self.cross_attention.attend_to(x + query_positions, k, v, attend)))
         return self.norms[2](x + self.ffn(x))
 
 
@@ -110,11 +114,31 @@ class Decoder(nn.Module):
         keys = tokens + token_positions
         x = torch.zeros_like(query_positions)
         outputs = []
-        for layer in self.layers:
-            arguments = (x, query_positions, keys, tokens, attention_mask, attend)
-            if self.checkpoint_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, *arguments, use_reentrant=False)
+        # One product for all layers, where no backward pass would have to keep the gradients of all its parts at once.
+        is_projected = not torch.is_grad_enabled()
+        if is_projected:
+            attentions = [layer.cross_attention for layer in self.layers]
+            all_k, all_v = project_for_all(attentions, KEY, keys), project_for_all(attentions, VALUE, tokens)
+        for i, layer in enumerate(self.layers):
+            arguments = (layer, x, query_positions, keys, tokens, attention_mask, attend)
+            if is_projected:
+                x = layer(x, query_positions, all_k[i], all_v[i], attention_mask, attend)
+            elif self.checkpoint_layers:
+                x = checkpoint(_project_and_decode, *arguments, use_reentrant=False)
             else:
-                x = layer(*arguments)
+                x = _project_and_decode(*arguments)
             outputs.append(self.post_norm(x))
         return torch.stack(outputs)
+
+
+def _project_and_decode(
+    layer: DecoderLayer,
+    x: Tensor,
+    query_positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attention_mask: Tensor | None,
+    attend: Attend,
+) -> Tensor:
+    k, v = layer.cross_attention.project(KEY, keys), layer.cross_attention.project(VALUE, values)
+    return layer(x, query_positions, k, v, attention_mask, attend)

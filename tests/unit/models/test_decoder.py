@@ -1,11 +1,13 @@
 """The decoder against torch's own attention module, its quirks, dropout, and who can influence whom."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from cmt_aqr.models.decoder import Decoder, DecoderLayer
 from cmt_aqr.models.denoising import denoising_mask
+from cmt_aqr.transformer_layers import KEY, VALUE
 
 DIM, HEADS = 16, 4
 
@@ -97,9 +99,31 @@ def test_residual_dropout_acts_on_both_attentions():
     query_positions, tokens, token_positions = make_inputs()
     x = torch.randn_like(query_positions)
     # Everything dropped: both attentions contribute nothing.
-    actual = layer(x, query_positions, tokens + token_positions, tokens, None, F.scaled_dot_product_attention)
+    k, v = layer.cross_attention.project(KEY, tokens + token_positions), layer.cross_attention.project(VALUE, tokens)
+    actual = layer(x, query_positions, k, v, None, F.scaled_dot_product_attention)
     x = layer.norms[1](layer.norms[0](x))
     torch.testing.assert_close(actual, layer.norms[2](x + layer.ffn(x)))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_keys_and_values_of_all_layers_in_one_product_without_gradients(monkeypatch, dtype, tolerance):
+    """In training every layer projects by itself: a backward pass of one product holds all its gradients at once."""
+    decoder = make_decoder(num_layers=3).to(dtype).eval()
+    inputs = [x.to(dtype) for x in make_inputs()]
+    products = []
+
+    def spy(x, weight, bias=None, linear=F.linear):
+        products.append((x.shape[1], len(weight)))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", spy)
+    layer_by_layer = decoder(*inputs)
+    assert products.count((11, DIM)) == 2 * 3
+    products.clear()
+    with torch.no_grad():
+        at_once = decoder(*inputs)
+    assert products.count((11, 3 * DIM)) == 2 and products.count((11, DIM)) == 0
+    torch.testing.assert_close(at_once, layer_by_layer.detach(), rtol=tolerance, atol=tolerance)
 
 
 def test_recomputed_layers_give_the_same_gradients():
