@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cmt_aqr.attention import TokenLayout
+from cmt_aqr.attention import QueryWindows, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -43,3 +43,18 @@ class Queries:
     num_dn: int = 0
     attention_mask: Tensor | None = None
     is_valid: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """What depends on calibration, grids and weights alone, so that it stays while they stay.
+
+    Attributes:
+        token_positions: (B, K, C), as in :class:`Tokens`, padding included.
+        queries: the matching queries.
+        windows: of the queries; None without AQR.
+    """
+
+    token_positions: Tensor
+    queries: Queries
+    windows: QueryWindows | None

@@ -126,11 +126,22 @@ class BiasRouter(nn.Module):
         self.generator = generator
         self.scale = scale
 
-    def forward(self, queries: Queries, tokens: Tokens, cameras: Cameras | None) -> Routed:
-        """The tokens as they are, and the attention with the bias clamp(scale * weight) in the windows."""
-        windows = find_windows(
-            queries.reference_points, tokens.layout, cameras, point_range=self.point_range, settings=self.settings
+    def find_windows(self, queries: Queries, layout: TokenLayout, cameras: Cameras | None) -> QueryWindows:
+        """Windows of all queries."""
+        return find_windows(
+            queries.reference_points, layout, cameras, point_range=self.point_range, settings=self.settings
         )
+
+    def forward(
+        self, queries: Queries, tokens: Tokens, cameras: Cameras | None, windows: QueryWindows | None = None
+    ) -> Routed:
+        """The tokens as they are, and the attention with the bias clamp(scale * weight) in the windows.
+
+        Args:
+            windows: of :meth:`find_windows`; None: they are looked for.
+        """
+        if windows is None:
+            windows = self.find_windows(queries, tokens.layout, cameras)
         weights = self.generator(queries.positions, tokens.values, tokens.positions, windows)
         bias = AttentionBias(windows, bias_values(weights, self.scale(), self.max_bias))
         if self.backend == "lowrank":
@@ -195,11 +206,22 @@ class ModulationRouter(nn.Module):
         self.point_range = tuple(point_range)
         self.generator = generator
 
-    def forward(self, queries: Queries, tokens: Tokens, cameras: Cameras | None) -> Routed:
-        """Tokens modulated by the map of the matching queries' weights, and PyTorch's own attention."""
-        points, positions = (x[:, queries.num_dn :] for x in (queries.reference_points, queries.positions))
-        windows = find_windows(points, tokens.layout, cameras, point_range=self.point_range, settings=self.settings)
-        weights = self.generator(positions, tokens.values, tokens.positions, windows)
+    def find_windows(self, queries: Queries, layout: TokenLayout, cameras: Cameras | None) -> QueryWindows:
+        """Windows of the matching queries."""
+        points = queries.reference_points[:, queries.num_dn :]
+        return find_windows(points, layout, cameras, point_range=self.point_range, settings=self.settings)
+
+    def forward(
+        self, queries: Queries, tokens: Tokens, cameras: Cameras | None, windows: QueryWindows | None = None
+    ) -> Routed:
+        """Tokens modulated by the map of the matching queries' weights, and PyTorch's own attention.
+
+        Args:
+            windows: of :meth:`find_windows`; None: they are looked for.
+        """
+        if windows is None:
+            windows = self.find_windows(queries, tokens.layout, cameras)
+        weights = self.generator(queries.positions[:, queries.num_dn :], tokens.values, tokens.positions, windows)
         values = modulate(tokens.values, render_map(windows, weights), self.design)
         return Routed(replace(tokens, values=values), windows=windows, weights=weights)
 

@@ -4,13 +4,43 @@ Shape letters: B batch, Q matching queries.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cmt_aqr.boxes import Detections, decode_boxes
 from cmt_aqr.geometry import constant_like
-from cmt_aqr.predictions import Predictions
+from cmt_aqr.predictions import Predictions, TaskClasses
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How raw predictions become detections; see :func:`postprocess`."""
+
+    max_detections: int
+    post_range: tuple[float, ...]
+    score_threshold: float | None
+
+
+class ClassTables(NamedTuple):
+    """What a column of the class scores of all tasks means: its class, and the task that owns it, (columns,) int64."""
+
+    class_of: Tensor
+    task_of: Tensor
+
+
+class BestBoxes(NamedTuple):
+    """The best scores of a batch in tensors of a fixed size N, best first.
+
+    boxes (B, N, 9), scores (B, N), labels (B, N) int64; is_kept (B, N) bool: inside the range and above the threshold.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    is_kept: Tensor
 
 
 def inside(centres: Tensor, post_range: Sequence[float]) -> Tensor:
@@ -42,21 +72,40 @@ def postprocess(
 
     *Source*: original `MultiTaskBBoxCoder.decode`; the shift to the bottom centre that follows there is left out.
     """
+    decoding = Decoding(max_detections, tuple(post_range), score_threshold)
+    best = find_best(predictions, decoding, class_tables(predictions.classes, predictions.logits(0).device))
+    return keep_detections(best)
+
+
+def class_tables(classes: TaskClasses, device: torch.device) -> ClassTables:
+    """The tables of a task grouping."""
+    labels = [label for members in classes for label in members]
+    owners = [task for task, members in enumerate(classes) for _ in members]
+    return ClassTables(torch.tensor(labels, device=device), torch.tensor(owners, device=device))
+
+
+def find_best(predictions: Predictions, decoding: Decoding, tables: ClassTables) -> BestBoxes:
+    """:func:`postprocess` up to the selection, whose size depends on values: nothing here waits for the GPU.
+
+    Args:
+        tables: on the device of the predictions.
+    """
     queries = slice(predictions.num_dn, None)
     scores = torch.cat([task["cls_logits"][-1, :, queries].sigmoid() for task in predictions.tasks], dim=-1)
     codes = torch.stack([predictions.codes(task)[-1, :, queries] for task in range(len(predictions.tasks))], dim=1)
-    classes = [label for members in predictions.classes for label in members]
-    owners = [task for task, members in enumerate(predictions.classes) for _ in members]
-    class_of = torch.tensor(classes, device=scores.device)
-    task_of = torch.tensor(owners, device=scores.device)
-
-    count = min(max_detections, scores[0].numel())
-    best, index = scores.flatten(1).topk(count)
-    query, column = index // len(classes), index % len(classes)
+    columns = scores.shape[-1]
+    best, index = scores.flatten(1).topk(min(decoding.max_detections, scores[0].numel()))
+    query, column = index // columns, index % columns
     sample = torch.arange(len(scores), device=scores.device)[:, None]
-    boxes = decode_boxes(codes[sample, task_of[column], query])
-    keep = inside(boxes[..., :3], post_range)
-    if score_threshold:
-        keep &= best > score_threshold
-    labels = class_of[column]
-    return [Detections(boxes[b, k], best[b, k], labels[b, k]) for b, k in enumerate(keep)]
+    boxes = decode_boxes(codes[sample, tables.task_of[column], query])
+    is_kept = inside(boxes[..., :3], decoding.post_range)
+    if decoding.score_threshold:
+        is_kept = is_kept & (best > decoding.score_threshold)
+    return BestBoxes(boxes, best, tables.class_of[column], is_kept)
+
+
+def keep_detections(best: BestBoxes) -> list[Detections]:
+    """One record per sample, with the boxes that are kept."""
+    return [
+        Detections(boxes[kept], scores[kept], labels[kept]) for boxes, scores, labels, kept in zip(*best, strict=True)
+    ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cmt_aqr.boxes import Detections
 from cmt_aqr.evaluation.nuscenes_eval import Metrics, Tables, evaluate_submission
-from cmt_aqr.evaluation.postprocess import postprocess
+from cmt_aqr.evaluation.postprocess import Decoding, postprocess
 from cmt_aqr.evaluation.submission import detections_to_submission, write_submission
 
 SUBMISSION_FILE = "submission.json"
@@ -26,15 +26,6 @@ class FrameResult:
     detections: Detections
     lidar2ego: Tensor
     ego2global: Tensor
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How raw predictions become detections; see :func:`cmt_aqr.evaluation.postprocess.postprocess`."""
-
-    max_detections: int
-    post_range: tuple[float, ...]
-    score_threshold: float | None
 
 
 @torch.inference_mode()

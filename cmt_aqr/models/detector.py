@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from cmt_aqr.aqr.router import BiasRouter, ModulationRouter, Routed
-from cmt_aqr.attention import Grid, TokenLayout
+from cmt_aqr.attention import Grid, QueryWindows, TokenLayout
 from cmt_aqr.cameras import Cameras, make_cameras
 from cmt_aqr.models.decoder import Decoder
 from cmt_aqr.models.heads import Heads
 from cmt_aqr.models.position import BevEmbedding, RayEmbedding, bev_positions, pv_positions
 from cmt_aqr.models.queries import ReferencePoints, query_positions
 from cmt_aqr.predictions import DenoisingQueries, Predictions
-from cmt_aqr.tokens import Queries, Tokens
+from cmt_aqr.tokens import Places, Queries, Tokens
 
 
 class SharedConv(nn.Sequential):
@@ -137,7 +137,25 @@ class Detector(nn.Module):
         cameras = self.make_cameras(pv_maps, lidar2img, image_size)
         tokens = self.make_tokens(bev_map, pv_maps, cameras)
         queries = self.make_queries(tokens.values.shape[0], cameras, denoising)
-        routed = self.route(queries, tokens, cameras)
+        return self.decode(queries, self.route(queries, tokens, cameras))
+
+    def locate(self, layout: TokenLayout, batch_size: int, cameras: Cameras | None) -> Places:
+        """Everything in front of the decoder that the maps do not change, for :meth:`forward_located`.
+
+        Args:
+            layout: of :meth:`make_layout`.
+        """
+        queries = self.make_queries(batch_size, cameras, None)
+        windows = None if self.aqr is None else self.aqr.find_windows(queries, layout, cameras)
+        return Places(self.token_positions(layout, batch_size, cameras), queries, windows)
+
+    def forward_located(self, bev_map: Tensor | None, pv_maps: Tensor | None, places: Places) -> Predictions:
+        """:meth:`forward_features` with places that are known already, without denoising queries."""
+        tokens = self.make_tokens(bev_map, pv_maps, None, places.token_positions)
+        return self.decode(places.queries, self.route(places.queries, tokens, None, places.windows))
+
+    def decode(self, queries: Queries, routed: Routed) -> Predictions:
+        """Decoder and heads."""
         hidden = self.decoder(
             queries.positions,
             routed.tokens.values,
@@ -193,32 +211,63 @@ class Detector(nn.Module):
             raise ValueError(f"lidar2img must have shape {expected} to match the camera maps, got {got}")
         return make_cameras(lidar2img, image_size, dtype=self.reference_points.weight.dtype)
 
-    def make_tokens(self, bev_map: Tensor | None, pv_maps: Tensor | None, cameras: Cameras | None) -> Tokens:
-        """Tokens of the sensors that are there, BEV first; arguments as in :meth:`forward_features`."""
+    def make_layout(self, bev_map: Tensor | None, pv_maps: Tensor | None) -> TokenLayout:
+        """Grids of the sensors that are there, BEV first, from the shapes of the maps of :meth:`forward_features`."""
         if (bev_map is None) != (self.shared_conv is None) or (pv_maps is None) != (self.ray_embedding is None):
             raise ValueError(
                 f"the detector is built {'without' if self.shared_conv is None else 'with'} LiDAR and "
                 f"{'without' if self.ray_embedding is None else 'with'} cameras, got "
                 f"{'no' if bev_map is None else 'a'} BEV map and {'no' if pv_maps is None else 'some'} camera maps"
             )
-        grids, values, positions = [], [], []
+        grids = []
         if bev_map is not None:
             rows, cols = bev_map.shape[-2:]
             grids.append(Grid("lidar", 1, rows, cols, origin=self.bev_origin, cell_size=self.bev_cell_size))
-            values.append(self.shared_conv(bev_map).flatten(2).transpose(1, 2))
-            place = bev_positions(self.bev_embedding, rows, cols, like=self.reference_points.weight)
-            positions.append(place.expand(bev_map.shape[0], -1, -1))
         if pv_maps is not None:
-            views, (rows, cols) = pv_maps.shape[1], pv_maps.shape[-2:]
-            grids.append(Grid("camera", views, rows, cols))
+            grids.append(Grid("camera", pv_maps.shape[1], *pv_maps.shape[-2:]))
+        return TokenLayout(tuple(grids))
+
+    def make_tokens(
+        self,
+        bev_map: Tensor | None,
+        pv_maps: Tensor | None,
+        cameras: Cameras | None,
+        positions: Tensor | None = None,
+    ) -> Tokens:
+        """Tokens of the sensors that are there; maps and cameras as in :meth:`forward_features`.
+
+        Args:
+            positions: of :meth:`token_positions`; None: they are computed.
+        """
+        layout, values = self.make_layout(bev_map, pv_maps), []
+        if bev_map is not None:
+            values.append(self.shared_conv(bev_map).flatten(2).transpose(1, 2))
+        if pv_maps is not None:
             values.append(pv_maps.permute(0, 1, 3, 4, 2).flatten(1, 3))
-            positions.append(pv_positions(self.ray_embedding, rows, cols, cameras))
-        layout = TokenLayout(tuple(grids))
+        if positions is None:
+            positions = self.token_positions(layout, values[0].shape[0], cameras)
+        return Tokens(self._join(values, layout), positions, layout)
+
+    def token_positions(self, layout: TokenLayout, batch_size: int, cameras: Cameras | None) -> Tensor:
+        """Position embeddings (B, K, C) of the tokens."""
+        positions = []
+        for grid in layout.grids:
+            if grid.name == "camera":
+                positions.append(pv_positions(self.ray_embedding, grid.rows, grid.cols, cameras))
+            else:
+                place = bev_positions(self.bev_embedding, grid.rows, grid.cols, like=self.reference_points.weight)
+                positions.append(place.expand(batch_size, -1, -1))
+        return self._join(positions, layout)
+
+    def _join(self, parts: list[Tensor], layout: TokenLayout) -> Tensor:
+        """Tokens (B, K_i, C) of the grids side by side, with the zeros that the attention wants behind them."""
+        length = layout.num_tokens
         if self.aqr is not None:
-            missing = self.aqr.token_length(layout, values[0].device) - layout.num_tokens
-            for parts in (values, positions) if missing else ():
-                parts.append(parts[0].new_zeros(parts[0].shape[0], missing, parts[0].shape[2]))
-        return Tokens(torch.cat(values, dim=1), torch.cat(positions, dim=1), layout)
+            length = self.aqr.token_length(layout, parts[0].device)
+        if length > layout.num_tokens:
+            missing = length - layout.num_tokens
+            parts = [*parts, parts[0].new_zeros(parts[0].shape[0], missing, parts[0].shape[2])]
+        return torch.cat(parts, dim=1)
 
     def make_queries(self, batch_size: int, cameras: Cameras | None, denoising: DenoisingQueries | None) -> Queries:
         """Reference points and position embeddings of all queries, denoising rows first."""
@@ -236,9 +285,11 @@ class Detector(nn.Module):
         is_valid = torch.cat((denoising.is_valid, matching))
         return Queries(points, positions, denoising.num_dn, denoising.attention_mask, is_valid)
 
-    def route(self, queries: Queries, tokens: Tokens, cameras: Cameras | None) -> Routed:
+    def route(
+        self, queries: Queries, tokens: Tokens, cameras: Cameras | None, windows: QueryWindows | None = None
+    ) -> Routed:
         """What the decoder reads: AQR's tokens and attention, or without AQR the tokens and plain attention."""
-        return Routed(tokens) if self.aqr is None else self.aqr(queries, tokens, cameras)
+        return Routed(tokens) if self.aqr is None else self.aqr(queries, tokens, cameras, windows)
 
     def matching_weights(self, routed: Routed) -> Tensor | None:
         """AQR weights (B, num_queries, G) of the matching queries, detached; None without AQR."""
