@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from cmt_aqr.classes import CAMERAS
 from cmt_aqr.config import CameraConfig, Config, ConfigError, DataConfig, LidarConfig, ModelConfig
 from cmt_aqr.config_checks import bev_stride
 from cmt_aqr.data.dataset import FrameDataset, TrainingAugmentation
+from cmt_aqr.data.failures import Failure, FailureDataset, name_problems, training_failures
 from cmt_aqr.data.gt_database import open_gt_database
 from cmt_aqr.data.gt_sampling import GtSampler
 from cmt_aqr.data.image_transforms import ImageAugmentation
@@ -63,9 +64,15 @@ def check_training(config: Config, device: torch.device) -> None:
     """Raise ConfigError, with all problems, for prefixes that fit no parameter and a model beyond the memory."""
     model = build_on_meta(config.model)
     problems = prefix_problems(model, config.training)
+    problems += name_problems([entry.case for entry in config.data.failures], sensors_of(config.model))
     problems += _memory_problems(count_parameters(model), TRAINING_BYTES, device)
     if problems:
         raise ConfigError(problems)
+
+
+def sensors_of(config: ModelConfig) -> tuple[str, ...]:
+    """Which of ``lidar`` and ``camera`` the model uses."""
+    return tuple(name for name in ("lidar", "camera") if getattr(config, name) is not None)
 
 
 def build_on_meta(config: ModelConfig) -> Detector:
@@ -260,6 +267,11 @@ def evaluation_dataset(config: Config, index: FrameIndex) -> FrameDataset:
     return FrameDataset(index, **_sensors(config))
 
 
+def failure_dataset(config: Config, index: FrameIndex, failures: Sequence[Failure | None], seed: int) -> FailureDataset:
+    """Every frame under every failure, with all boxes."""
+    return FailureDataset(index, failures, seed=seed, **_sensors(config))
+
+
 def _data_root(config: DataConfig) -> Path:
     root = Path(config.root)
     if not root.is_dir():
@@ -305,6 +317,9 @@ def training_dataset(config: Config, index: FrameIndex) -> FrameDataset:
         else None,
         gt_sampler=sampler,
         gt_sampling_epochs=0 if sampler is None else config.training.epochs - data.gt_sampling.stop_before_end,
+        failures=training_failures(
+            [(entry.case, entry.probability) for entry in data.failures], index, num_clouds=1 + data.num_sweeps
+        ),
     )
     return FrameDataset(
         index,

@@ -74,6 +74,14 @@ class GtSamplingConfig:
 
 
 @dataclass(frozen=True)
+class FailureConfig:
+    """A sensor failure in training, after objects are pasted; docs/failures.md lists all of them."""
+
+    case: str  # such as beams:4, view_drop:FRONT,BACK; without a level one of the case's levels is drawn
+    probability: float = limits(low=0, high=1)  # of this failure in a frame, whatever else fails
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the data lie and what is done to a frame before it reaches the network."""
 
@@ -93,6 +101,7 @@ class DataConfig:
     image_augmentation: ImageAugmentationConfig | None  # null: images are resized and cropped as in evaluation
     scene_augmentation: SceneAugmentationConfig | None  # null: the scene stays as it is
     gt_sampling: GtSamplingConfig | None  # null: nothing is pasted
+    failures: tuple[FailureConfig, ...]  # sensors that fail in training; [] is none
     # processes of each training process that load frames; 0: none, frames are loaded by the process itself
     workers: int = limits(low=0, high=256)
     synthetic: SyntheticConfig | None  # null: root holds a data set already

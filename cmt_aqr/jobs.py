@@ -86,11 +86,7 @@ def evaluate_split(
                 )
         except Exception as error:  # raised below: the other processes wait for this one
             results, failure = [], error
-    failures = gather([] if failure is None else [f"process {rank_info.rank}: {failure}"])
-    if failure is not None:
-        raise failure
-    if failures:
-        raise EvaluationError(failures[0])
+    raise_together(failure, rank_info)
     results = gather(results)
     if not rank_info.is_main:
         return None
@@ -106,6 +102,15 @@ def evaluate_split(
         use_camera=config.model.camera is not None,
         use_lidar=config.model.lidar is not None,
     )
+
+
+def raise_together(failure: Exception | None, rank_info: RankInfo) -> None:
+    """Where one process failed, raise in all of them; to be called in all, with what failed in each."""
+    failures = gather([] if failure is None else [f"process {rank_info.rank}: {failure}"])
+    if failure is not None:
+        raise failure
+    if failures:
+        raise EvaluationError(failures[0])
 
 
 def draw(pictures: PictureWriter, batch: Batch, detections: list[Detections], log: RunLog) -> None:

@@ -1,6 +1,6 @@
 """Frames of an index -> Samples: read the sensors that are used, augment, hand over."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmt_aqr.boxes import BoxChoice
+from cmt_aqr.data.failures.training import TrainingFailures
+from cmt_aqr.data.frames import bare_sample, finish_images
 from cmt_aqr.data.gt_sampling import GtSampler
 from cmt_aqr.data.image_transforms import (
     ImageAugmentation,
     ImageDraw,
     draw_image_augmentation,
     fixed_image_draw,
-    image_matrix,
-    transform_image,
 )
 from cmt_aqr.data.index import Frame, FrameIndex
 from cmt_aqr.data.readers import image_size_of, load_points, read_views
@@ -51,6 +51,7 @@ class TrainingAugmentation:
         dropout: blanking of a whole sensor.
         gt_sampler: objects pasted from other frames.
         gt_sampling_epochs: paste only in epochs below this number; the last epochs train on real scenes.
+        failures: sensors that fail, after objects are pasted.
     """
 
     seed: int
@@ -60,6 +61,7 @@ class TrainingAugmentation:
     dropout: ModalityDropout | None = None
     gt_sampler: GtSampler | None = None
     gt_sampling_epochs: int = 0
+    failures: TrainingFailures | None = None
 
 
 class FrameDataset(Dataset[Sample]):
@@ -117,7 +119,7 @@ class FrameDataset(Dataset[Sample]):
         return self._training_sample(key, self._augmentation)
 
     def _evaluation_sample(self, frame: Frame) -> Sample:
-        sample = self._bare_sample(frame)
+        sample = bare_sample(frame, self._boxes)
         if self._num_clouds is not None:
             sample = replace(sample, points=self._points(frame))
         if self._final_size is not None:
@@ -156,9 +158,9 @@ class FrameDataset(Dataset[Sample]):
     ) -> Sample:
         # One stream a step: switching a step off does not change what the others draw.
         entropy = (augmentation.seed, key.epoch, key.index, key.position, *attempt)
-        seeds = np.random.SeedSequence(entropy).spawn(4)
-        paste_rng, dropout_rng, scene_rng, image_rng = (np.random.default_rng(seed) for seed in seeds)
-        sample = self._bare_sample(frame)
+        seeds = np.random.SeedSequence(entropy).spawn(5)
+        paste_rng, dropout_rng, scene_rng, image_rng, failure_rng = (np.random.default_rng(seed) for seed in seeds)
+        sample = bare_sample(frame, self._boxes)
         drop_images, drop_points = (False, False)
         if augmentation.dropout is not None:
             drop_images, drop_points = draw_dropout(dropout_rng, augmentation.dropout)
@@ -170,6 +172,8 @@ class FrameDataset(Dataset[Sample]):
         if augmentation.gt_sampler is not None and key.epoch < augmentation.gt_sampling_epochs:
             views = None if views is None else list(views)
             sample = augmentation.gt_sampler.paste(sample, views, paste_rng)
+        if augmentation.failures is not None:
+            sample, views = augmentation.failures.fail(frame, sample, views, failure_rng)
         if drop_points:
             sample = replace(sample, points=torch.zeros_like(sample.points))
         if augmentation.scene is not None:
@@ -190,34 +194,5 @@ class FrameDataset(Dataset[Sample]):
             return fixed_image_draw(image_size=size, final_size=self._final_size)
         return draw_image_augmentation(rng, image_size=size, final_size=self._final_size, augmentation=image)
 
-    def _bare_sample(self, frame: Frame) -> Sample:
-        """The frame without sensor data; `lidar2img` in pixels on disk."""
-        lidar2ego = torch.tensor(frame.lidar2ego, dtype=torch.float64)
-        ego2global = torch.tensor(frame.ego2global, dtype=torch.float64)
-        return Sample(
-            token=frame.token,
-            images=None,
-            points=None,
-            lidar2img=torch.stack([camera.lidar2img() for camera in frame.cameras]),
-            targets=frame.targets(self._boxes),
-            lidar2global=ego2global @ lidar2ego,
-            lidar2ego=lidar2ego,
-            ego2global=ego2global,
-            augmentation=torch.eye(4, dtype=torch.float64),
-        )
-
     def _points(self, frame: Frame) -> Tensor:
         return load_points(frame, self.index.dataroot, num_clouds=self._num_clouds, close_radius=0.0)
-
-
-def finish_images(sample: Sample, views: Iterable[np.ndarray] | None, draw: ImageDraw) -> Sample:
-    """Bring the views to the network's size; `lidar2img` follows. `views` None (sensor dropped) gives black images."""
-    left, top, right, bottom = draw.crop
-    shape = (len(sample.lidar2img), bottom - top, right - left, 3)
-    if views is None:
-        images = np.zeros(shape, dtype=np.uint8)
-    else:
-        images = np.empty(shape, dtype=np.uint8)
-        for out, view in zip(images, views, strict=True):
-            transform_image(view, draw, out)
-    return replace(sample, images=torch.from_numpy(images), lidar2img=image_matrix(draw) @ sample.lidar2img)

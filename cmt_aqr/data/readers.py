@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmt_aqr.data.index import Frame
+from cmt_aqr.data.index import CameraRecord, Frame
 from cmt_aqr.data.jpeg import decode, find_damage, stated_size
 from cmt_aqr.data.sample import DataError
 
@@ -106,11 +106,22 @@ def read_sweeps(key_file: Path, sweeps: Sequence[tuple[Path, Tensor, float]], *,
         points = read_points(path)
         if close_radius > 0:
             points = remove_close(points, close_radius)
-        matrix = sweep2key.to(points.dtype)
-        points[:, :3] = torch.addmm(matrix[:3, 3], points[:, :3], matrix[:3, :3].T)
-        points[:, 4] = lag
+        place_sweep(points, sweep2key, lag)
         clouds.append(points)
     return torch.cat(clouds)
+
+
+def place_sweep(points: Tensor, sweep2key: Tensor, lag: float) -> None:
+    """Move points (P, 5) of a sweep into the key frame's LiDAR frame, in place; the fifth column becomes the time lag.
+
+    Args:
+        points: of the sweep.
+        sweep2key: (4, 4) sweep -> key frame.
+        lag: seconds before the key frame.
+    """
+    matrix = sweep2key.to(points.dtype)
+    points[:, :3] = torch.addmm(matrix[:3, 3], points[:, :3], matrix[:3, :3].T)
+    points[:, 4] = lag
 
 
 def read_image(path: Path, *, size: tuple[int, int]) -> np.ndarray:
@@ -174,7 +185,11 @@ def image_size_of(frame: Frame) -> tuple[int, int]:
 def read_views(frame: Frame, dataroot: Path) -> Iterator[np.ndarray]:
     """The views as on disk, (height, width, 3) uint8 RGB each, read as they are asked for; a missing view is black."""
     for camera in frame.cameras:
-        if camera.file is None:
-            yield np.zeros((camera.height, camera.width, 3), dtype=np.uint8)
-        else:
-            yield read_image(dataroot / camera.file, size=(camera.height, camera.width))
+        yield read_view(camera, dataroot)
+
+
+def read_view(camera: CameraRecord, dataroot: Path) -> np.ndarray:
+    """One view as on disk, (height, width, 3) uint8 RGB; black where the frame has no such image."""
+    if camera.file is None:
+        return np.zeros((camera.height, camera.width, 3), dtype=np.uint8)
+    return read_image(dataroot / camera.file, size=(camera.height, camera.width))

@@ -262,7 +262,7 @@ def _kind(hint: Any, is_plural: bool = False) -> str:
         count = "" if is_open else f"{len(inner)} "
         return f"list{end} of {count}{_kind(inner[0], True)}"
     if dataclasses.is_dataclass(hint):
-        return "block"
+        return f"block{end}"
     return {float: f"number{end}", int: f"whole number{end}", bool: "true or false", str: f"text{end}"}[hint]
 
 

@@ -1,0 +1,147 @@
+"""Failing samples: all failures of a frame one after another, each file read once."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from cmt_aqr.classes import CAMERAS
+from cmt_aqr.data.failures.apply import (
+    LIDAR,
+    SensorFiles,
+    fail_calibration,
+    fail_clouds,
+    fail_points,
+    fail_views,
+    merge,
+    past_frame,
+)
+from cmt_aqr.data.failures.names import Failure
+from cmt_aqr.data.frames import bare_sample, finish_images
+from cmt_aqr.data.image_transforms import fixed_image_draw
+from cmt_aqr.data.index import Frame, FrameIndex
+from cmt_aqr.data.readers import image_size_of
+from cmt_aqr.data.sample import Sample
+from cmt_aqr.data.sampling import SampleKey
+
+
+class FailureDataset(Dataset[Sample]):
+    """Every frame under every failure: index = frame * number of failures + failure. None among them is a clean frame.
+
+    Args:
+        index: frames of the split.
+        failures: None for none.
+        final_size: (height, width) of the network's images; None: cameras are not used.
+        num_clouds: LiDAR clouds per sample; None: no LiDAR.
+        seed: of all random numbers.
+    """
+
+    def __init__(
+        self,
+        index: FrameIndex,
+        failures: Sequence[Failure | None],
+        *,
+        final_size: tuple[int, int] | None,
+        num_clouds: int | None,
+        seed: int,
+    ):
+        self.index = index
+        self.failures = tuple(failures)
+        self._final_size = final_size
+        self._num_clouds = num_clouds
+        self._seed = seed
+        self._files = SensorFiles(index, num_clouds=num_clouds)
+        if any(failure is not None and failure.definition.delay for failure in failures):
+            self._files.find_history()
+        self._clean: tuple[str, Sample] | None = None
+
+    def __len__(self) -> int:
+        return len(self.index) * len(self.failures)
+
+    def __getitem__(self, key: SampleKey | int) -> Sample:
+        number, which = divmod(key.index if isinstance(key, SampleKey) else key, len(self.failures))
+        frame, failure = self.index.frame(number), self.failures[which]
+        clean = self._clean_sample(frame)
+        return clean if failure is None else self._failing_sample(frame, failure, clean)
+
+    def _clean_sample(self, frame: Frame) -> Sample:
+        """The frame as it is; kept, because failures of one sensor leave the other's part as it is here."""
+        if self._clean is None or self._clean[0] != frame.token:
+            sample = bare_sample(frame, "all")
+            if self._num_clouds is not None:
+                sample = replace(sample, points=merge(frame, self._files.clouds(frame)))
+            if self._final_size is not None:
+                sample = self._with_images(frame, sample, [self._files.view(frame, i) for i in range(len(CAMERAS))])
+            self._clean = frame.token, sample
+        return self._clean[1]
+
+    def _failing_sample(self, frame: Frame, failure: Failure, clean: Sample) -> Sample:
+        case, sample = failure.definition, bare_sample(frame, "all")
+        if self._num_clouds is not None:
+            touched = case.cloud or case.points or "lidar" in case.delayed
+            points = self._failing_points(frame, failure, sample) if touched else clean.points
+            sample = replace(sample, points=points)
+        if self._final_size is None:
+            return sample
+        if not (case.image or case.calibration or "camera" in case.delayed):
+            return replace(sample, images=clean.images, lidar2img=clean.lidar2img)
+        told = fail_calibration(failure, sample.lidar2img, sample.lidar2ego, frame.token, self._seed)
+        views = [
+            self._files.view(past_frame(failure, self._files, frame, camera, self._seed), i)
+            for i, camera in enumerate(CAMERAS)
+        ]
+        views = fail_views(failure, views, frame.token, self._seed)
+        return self._with_images(frame, replace(sample, lidar2img=told), views)
+
+    def _failing_points(self, frame: Frame, failure: Failure, sample: Sample) -> Tensor:
+        source = past_frame(failure, self._files, frame, LIDAR, self._seed)
+        if source is not frame:
+            return merge(source, self._files.clouds(source))
+        names = (frame.lidar_file, *(sweep.file for sweep in frame.sweeps))
+        clouds = self._files.clouds(frame)
+        clouds = fail_clouds(failure, clouds, names[: len(clouds)], frame.token, self._seed)
+        return fail_points(failure, merge(frame, clouds), sample.targets.boxes, frame.token, self._seed)
+
+    def _with_images(self, frame: Frame, sample: Sample, views: Sequence[np.ndarray]) -> Sample:
+        draw = fixed_image_draw(image_size=image_size_of(frame), final_size=self._final_size)
+        return finish_images(sample, views, draw)
+
+
+class FailureSampler(Sampler[SampleKey]):
+    """Keys of a :class:`FailureDataset` for one rank: every frame of its share under every failure.
+
+    The loader hands batch i to worker i modulo their number. The order here gives every worker whole frames, failure
+    after failure, so that it reads each file once.
+    """
+
+    def __init__(
+        self, *, num_frames: int, num_failures: int, batch_size: int, num_workers: int, rank: int, world_size: int
+    ):
+        keys = [
+            frame * num_failures + failure
+            for frame in range(rank, num_frames, world_size)
+            for failure in range(num_failures)
+        ]
+        batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+        self.keys = [key for batch in _interleaved(batches, max(num_workers, 1)) for key in batch]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        for key in self.keys:
+            yield SampleKey(key)
+
+
+def _interleaved(batches: list[list[int]], num_workers: int) -> list[list[int]]:
+    """Batches so that every worker's are neighbours in the list given; the last, which may be smaller, stays last."""
+    share, more = divmod(len(batches), num_workers)
+    sizes = [share + (worker < more) for worker in range(num_workers)]
+    last = (len(batches) - 1) % num_workers
+    shares, start = {}, 0
+    for worker in (*(w for w in range(num_workers) if w != last), last):
+        shares[worker] = iter(batches[start : start + sizes[worker]])
+        start += sizes[worker]
+    return [next(shares[i % num_workers]) for i in range(len(batches))]
