@@ -23,6 +23,8 @@ RENAMED = {
     "training.up_fraction": "pct_start",
     "training.momentum_dip": "min_momentum_ratio",
 }
+# Keys of a block that checkpoints of earlier versions do not have, with the value that means what those versions did.
+ADDED = {"data": {"failures": []}}
 
 Range6 = tuple[float, float, float, float, float, float]
 Triple = tuple[float, float, float]
@@ -319,8 +321,9 @@ def config_from_tree(tree: dict[str, Any], source: str) -> Config:
 
 
 def current_names(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The configuration of a checkpoint, with the keys of earlier versions under their names of today."""
-    return {
+    """The configuration of a checkpoint, with the keys of earlier versions under their names of today, and all keys."""
+    missing = {key: value for key, value in ADDED.get(prefix.rstrip("."), {}).items() if key not in tree}
+    return missing | {
         RENAMED.get(f"{prefix}{key}", key): current_names(value, f"{prefix}{key}.")
         if isinstance(value, dict)
         else value

@@ -1,11 +1,12 @@
 """The configuration: shipped files load, and a wrong one says everything that is wrong, at once."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cmt_aqr.config import ConfigError, config_from_tree, load_config, to_tree
+from cmt_aqr.config import ConfigError, config_from_tree, current_names, load_config, to_tree
 from cmt_aqr.strict_yaml import apply_overrides, differences, to_yaml
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -249,3 +250,14 @@ def test_differences_name_keys_and_values():
     assert found[0] == "ffn_dim: 1024 against 512"
     assert found[1].startswith("lidar: {'voxel_size'") and found[1].endswith("against null")
     assert len(found) == 2
+
+
+def test_the_configuration_of_an_earlier_checkpoint_has_todays_names_and_keys():
+    tree = to_tree(load_config(R50))
+    old = copy.deepcopy(tree)
+    del old["data"]["failures"]
+    old["model"]["start"] = old["model"].pop("init")
+    assert differences(current_names(old), tree) == []
+    kept = copy.deepcopy(tree) | {"data": tree["data"] | {"failures": [{"case": "fog", "probability": 0.5}]}}
+    assert current_names(kept)["data"]["failures"] == [{"case": "fog", "probability": 0.5}]
+    assert "failures" not in current_names({"model": {}})

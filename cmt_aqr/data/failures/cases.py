@@ -65,9 +65,9 @@ CASES: dict[str, Case] = {
     "fog": Case(
         "MultiCorrupt",
         "fog",
-        {"1": ((2, 0.0005), (0.02, 0.008)), "2": ((3, 0.001), (0.03, 0.008)), "3": ((4, 0.002), (0.06, 0.05))},
-        image=lambda image, severity, rng: weather.fog(image, severity[0], rng),
-        cloud=lambda points, severity, rng: lidar.fog(points, severity[1], rng),
+        {"1": (2, 0.0005, 0.02, 0.008), "2": (3, 0.001, 0.03, 0.008), "3": (4, 0.002, 0.06, 0.05)},
+        image=weather.fog,
+        cloud=lidar.fog,
     ),
     "missing_camera": Case("MultiCorrupt", "some images black", _THIRDS, image=cameras.blacken_some),
     "motion": Case(

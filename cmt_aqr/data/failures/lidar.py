@@ -174,7 +174,7 @@ def fog_echo(alpha: float) -> tuple[np.ndarray, np.ndarray]:
     return ranges[where], strongest
 
 
-def fog(points: np.ndarray, severity: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+def fog(points: np.ndarray, severity: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
     """Fog between the LiDAR and what it sees.
 
     The intensity i at range r becomes round(i exp(-2 alpha r)). The fog's own echo (:func:`fog_echo`) has the intensity
@@ -183,12 +183,12 @@ def fog(points: np.ndarray, severity: tuple[float, float], rng: np.random.Genera
 
     Args:
         points: a file (P, 5).
-        severity: alpha (1/m) and beta (1/sr): (0.02, 0.008), (0.03, 0.008), (0.06, 0.05).
+        severity: its last two numbers, alpha (1/m) and beta (1/sr): (0.02, 0.008), (0.03, 0.008), (0.06, 0.05).
 
     *Source*: MultiCorrupt, fog on the LiDAR (after Hahner et al.). Its table of the integral is not published; here the
     formula is evaluated. The lower end of the uniform range is at least 1 m here: the program can divide by 0.
     """
-    alpha, beta = severity
+    alpha, beta = severity[-2:]
     distance = np.linalg.norm(points[:, :3].astype(np.float64), axis=1)
     ranges, strengths = fog_echo(alpha)
     entry = np.minimum(np.round(distance * 10), len(ranges) - 1).astype(np.int64)

@@ -24,7 +24,7 @@ NEAR_ROWS, NEAR_COLS = (0.65, 0.99), (0.1, 0.85)
 SNOW_BRIGHTNESS = 0.9
 
 
-def fog(image: np.ndarray, severity: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+def fog(image: np.ndarray, severity: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
     """Haze of uneven thickness, then air between the camera and what is far.
 
     Haze: (x + h surface) m / (m + h), with m the image's largest value and the surface a plasma fractal in [0, 1] times
@@ -34,11 +34,11 @@ def fog(image: np.ndarray, severity: tuple[float, float], rng: np.random.Generat
 
     Args:
         image: (H, W, 3).
-        severity: h and beta: (2, 0.0005), (3, 0.001), (4, 0.002).
+        severity: its first two numbers, h and beta: (2, 0.0005), (3, 0.001), (4, 0.002); the others are the LiDAR's.
 
     *Source*: MultiCorrupt, fog of the cameras.
     """
-    haze, beta = severity
+    haze, beta = severity[:2]
     height, width = image.shape[:2]
     size = 2 ** math.ceil(math.log2(max(height, width)))
     surface, thinner, thicker = (plasma_fractal(size, rng)[:height, :width] for _ in range(3))
