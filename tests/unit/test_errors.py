@@ -26,6 +26,10 @@ MISTAKES = {
     "cmt_aqr.synthetic.__main__": (["world", "--scenes", "-1"], "scenes must be a whole number from 0 to"),
     "cmt_aqr.tools.bench": (["data", "--dataroot", "none", "--version", "v", "--split", "s"], "none"),
     "cmt_aqr.tools.configs": (["ablation", "--configs", "none"], "none"),
+    "cmt_aqr.tools.failures": (
+        ["pictures", "--dataroot", "none", "--version", "v", "--split", "s", "--out", "out"],
+        "none",
+    ),
     "cmt_aqr.tools.import_checkpoint": (["a.pth", "b.safetensors", "--config", "missing.yaml"], "missing.yaml"),
     "cmt_aqr.tools.precision_report": (["missing.yaml"], "missing.yaml"),
     "cmt_aqr.tools.visualize": (["--dataroot", "none", "--version", "v", "--split", "s", "--out", "out"], "none"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+
 from cmt_aqr.data.failures import CASES
 from cmt_aqr.tools.failures import main, page, prose
 from tests.unit.data.world import VERSION, write_world
