@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 test.py configs/cmt_r50_800x320.yaml --checkpoint weights.safetensors --split val
 
 Writes submission.json, metrics.json and pictures/ to the output folder (runs/<name>/test_<split>) and prints the table.
+A split without ground truth, such as nuScenes' test, gets the submission and pictures only; so does --no-metrics.
 
     python test.py CONFIG --checkpoint C --failure beams:4 --failure view_drop:FRONT,BACK
     python test.py CONFIG --checkpoint C --failures multicorrupt
@@ -16,20 +17,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from torch import nn
-
 from cmt_aqr.build import build_detector, check_device, open_split, sensors_of
-from cmt_aqr.config import Config, load_config, naming_source, to_tree
+from cmt_aqr.config import Config, load_config, naming_source
+from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.errors import report_errors
 from cmt_aqr.evaluation.nuscenes_eval import Tables, format_table
+from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.failure_report import FailureTest
-from cmt_aqr.jobs import evaluate_split, prepare_data
+from cmt_aqr.jobs import evaluate_split, has_boxes, load_model, prepare_data, submit_split
 from cmt_aqr.robustness import check_training_keys, choose_failures, evaluate_failures, report_failures
-from cmt_aqr.strict_yaml import differences
-from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights_and_config
 from cmt_aqr.training.distributed import RankInfo, main_first, process_group
 from cmt_aqr.training.logs import RunLog
-from cmt_aqr.training.run_folder import SPEED
 
 
 def main() -> int:
@@ -50,9 +48,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("config", help="YAML file that the checkpoint was trained with")
+    parser.add_argument("config", help="YAML file that the checkpoint was trained with, or its name in configs/")
     parser.add_argument("--checkpoint", required=True, help="checkpoint of train.py, or .safetensors weights")
     parser.add_argument("--split", help="default: data.val_split")
+    parser.add_argument("--no-metrics", action="store_true", help="write the submission, without scoring it")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys, e.g. data.root=/data"
     )
@@ -77,19 +76,28 @@ def test(config: Config, rank_info: RankInfo, arguments: argparse.Namespace) -> 
     folder = arguments.out or Path("runs") / config.name / f"{'failures' if failures else 'test'}_{split}"
     with main_first(rank_info):
         prepare_data(config, talk=rank_info.is_main)
-        open_split(config.data, split)
+        index = open_split(config.data, split)
+    reason = why_not_scored(index, arguments)
+    if failures and reason is not None:
+        raise EvaluationError(f"--failure and --failures compare scores, and there are none: {reason}")
     with RunLog(folder, rank_info.is_main, tensorboard=False) as log:
         if model.lidar_branch is not None:
             log.print(model.lidar_branch.encoder.describe(rank_info.device))
         if model.aqr is not None:
             log.print(model.aqr.describe(rank_info.device))
+        model = model.to(rank_info.device)
+        if reason is not None:
+            submit_split(model, config, split, rank_info, folder, log)
+            log.record("test", 0, checkpoint=arguments.checkpoint, split=split, no_metrics=reason)
+            log.print(f"submission and pictures in {folder}; no metrics: {reason}")
+            return 0
         tables = Tables(config.data.root, config.data.version)
         if failures:
             chosen = FailureTest(split, failures, arguments.failure_seed)
-            rows = evaluate_failures(model.to(rank_info.device), config, chosen, rank_info, folder, log, tables)
+            rows = evaluate_failures(model, config, chosen, rank_info, folder, log, tables)
             report_failures(rows, chosen, folder, log, arguments.checkpoint)
             return 0
-        metrics = evaluate_split(model.to(rank_info.device), config, split, rank_info, folder, log, tables)
+        metrics = evaluate_split(model, config, split, rank_info, folder, log, tables)
         if metrics is not None:
             log.record("test", 0, checkpoint=arguments.checkpoint, split=split, **metrics.scalars())
             log.print(format_table(metrics))
@@ -97,14 +105,13 @@ def test(config: Config, rank_info: RankInfo, arguments: argparse.Namespace) -> 
     return 0
 
 
-def load_model(model: nn.Module, config: Config, path: str) -> None:
-    """Load weights strictly, after comparing the configuration they were trained with where the file has one."""
-    weights, trained = load_weights_and_config(path)
-    changed = [] if trained is None else differences(trained["model"], to_tree(config.model), "model")
-    changed = [change for change in changed if not change.startswith(SPEED)]
-    if changed:
-        raise CheckpointError(f"{path}: trained with another model: {'; '.join(changed[:3])} (checkpoint against now)")
-    load_into(model, weights, path)
+def why_not_scored(index: FrameIndex, arguments: argparse.Namespace) -> str | None:
+    """The reason why only the submission is written; None where it can be scored."""
+    if arguments.no_metrics:
+        return "--no-metrics"
+    if not has_boxes(index):
+        return f"no frame of the split {index.split!r} of {index.version} is annotated"
+    return None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What both scripts do: prepare the data, evaluate a split."""
+"""What both scripts do: prepare the data, load weights, predict and evaluate a split."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,17 +7,21 @@ from torch import nn
 
 from cmt_aqr.boxes import Detections
 from cmt_aqr.build import evaluation_dataset, open_split
-from cmt_aqr.config import Config
+from cmt_aqr.config import Config, to_tree
+from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.loader import explain_killed_worker, make_loader
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.data.sampling import EvaluationSampler
-from cmt_aqr.evaluation.nuscenes_eval import Metrics, Tables
-from cmt_aqr.evaluation.run import Decoding, evaluate, predict
+from cmt_aqr.evaluation.nuscenes_eval import METRICS_FILE, Metrics, Tables
+from cmt_aqr.evaluation.run import SUBMISSION_FILE, Decoding, FrameResult, evaluate, predict, save_submission
 from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.precision import PRECISIONS
+from cmt_aqr.strict_yaml import differences
 from cmt_aqr.synthetic import WorldSettings, generate_world
+from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights_and_config
 from cmt_aqr.training.distributed import RankInfo, gather
 from cmt_aqr.training.logs import RunLog
+from cmt_aqr.training.run_folder import SPEED
 from cmt_aqr.viz.callback import PictureWriter
 from cmt_aqr.viz.pictures import PictureError
 
@@ -49,9 +53,39 @@ def prepare_data(config: Config, *, talk: bool) -> None:
 def evaluate_split(
     model: nn.Module, config: Config, split: str, rank_info: RankInfo, folder: Path, log: RunLog, tables: Tables
 ) -> Metrics | None:
-    """Predict a split with all processes, then score and draw it in the main one; the others return None.
+    """Predict a split with all processes, then score it in the main one; the others return None.
 
     ``tables`` are those of the configuration's data set; only the main process loads them.
+    """
+    results = predict_split(model, config, split, rank_info, folder, log)
+    if results is None:
+        return None
+    velocities = config.data.velocity_file
+    return evaluate(
+        results,
+        folder=folder,
+        tables=tables,
+        split=split,
+        velocity_file=None if velocities is None else str(Path(config.data.root) / velocities),
+        **used_sensors(config),
+    )
+
+
+def submit_split(model: nn.Module, config: Config, split: str, rank_info: RankInfo, folder: Path, log: RunLog) -> None:
+    """Predict a split as :func:`evaluate_split` does and write the submission; scores of an earlier one go."""
+    results = predict_split(model, config, split, rank_info, folder, log)
+    if results is not None:
+        (folder / METRICS_FILE).unlink(missing_ok=True)
+        save_submission(results, folder / SUBMISSION_FILE, **used_sensors(config))
+
+
+def predict_split(
+    model: nn.Module, config: Config, split: str, rank_info: RankInfo, folder: Path, log: RunLog
+) -> list[FrameResult] | None:
+    """Predict a split with all processes, each of which draws its share of the pictures.
+
+    Returns:
+        One result a frame, in the order of the index, in the main process; None in the others.
     """
     index = open_split(config.data, split)
     loader = make_loader(
@@ -60,17 +94,16 @@ def evaluate_split(
         batch_size=config.evaluation.batch_size,
         num_workers=min(config.data.workers, len(index)),
     )
-    count = config.evaluation.num_pictures if rank_info.is_main else 0
     pictures = PictureWriter(
         folder / "pictures",
-        tokens=spread(index.tokens[rank_info.rank :: rank_info.world_size], count),
+        tokens=spread(index.tokens, config.evaluation.num_pictures),
         score_threshold=config.evaluation.picture_score,
-        written=[],
+        has_truth=has_boxes(index),
     )
     with log.progress(f"evaluate {split}", len(loader)) as progress:
 
         def after_batch(batch, detections):
-            draw(pictures, batch, detections, log)
+            draw(pictures, batch, detections)
             progress.advance()
 
         failure = None
@@ -87,21 +120,14 @@ def evaluate_split(
         except Exception as error:  # raised below: the other processes wait for this one
             results, failure = [], error
     raise_together(failure, rank_info)
+    for problem in gather([] if pictures.problem is None else [pictures.problem])[:1]:
+        log.print(f"no more pictures of this evaluation: {problem}")
     results = gather(results)
     if not rank_info.is_main:
         return None
     rank_of = {token: i for i, token in enumerate(index.tokens)}
     results.sort(key=lambda result: rank_of[result.token])  # the same file however many processes
-    velocities = config.data.velocity_file
-    return evaluate(
-        results,
-        folder=folder,
-        tables=tables,
-        split=split,
-        velocity_file=None if velocities is None else str(Path(config.data.root) / velocities),
-        use_camera=config.model.camera is not None,
-        use_lidar=config.model.lidar is not None,
-    )
+    return results
 
 
 def raise_together(failure: Exception | None, rank_info: RankInfo) -> None:
@@ -113,13 +139,34 @@ def raise_together(failure: Exception | None, rank_info: RankInfo) -> None:
         raise EvaluationError(failures[0])
 
 
-def draw(pictures: PictureWriter, batch: Batch, detections: list[Detections], log: RunLog) -> None:
-    """Draw the chosen frames of a batch; where that fails, say so and draw no more of them."""
+def draw(pictures: PictureWriter, batch: Batch, detections: list[Detections]) -> None:
+    """Draw the chosen frames of a batch; where that fails, remember why and draw no more of them."""
+    if pictures.problem is not None:
+        return
     try:
         pictures(batch, detections)
     except (PictureError, OSError) as error:
-        pictures.tokens = ()
-        log.print(f"no more pictures of this evaluation: {error}")
+        pictures.problem = str(error)
+
+
+def has_boxes(index: FrameIndex) -> bool:
+    """Whether any frame of a split is annotated."""
+    return any(index.frame_labels("all"))
+
+
+def used_sensors(config: Config) -> dict[str, bool]:
+    """The sensors that a configuration uses, as a submission names them."""
+    return {"use_camera": config.model.camera is not None, "use_lidar": config.model.lidar is not None}
+
+
+def load_model(model: nn.Module, config: Config, path: str | Path) -> None:
+    """Load weights strictly, after comparing the configuration they were trained with where the file has one."""
+    weights, trained = load_weights_and_config(path)
+    changed = [] if trained is None else differences(trained["model"], to_tree(config.model), "model")
+    changed = [change for change in changed if not change.startswith(SPEED)]
+    if changed:
+        raise CheckpointError(f"{path}: trained with another model: {'; '.join(changed[:3])} (checkpoint against now)")
+    load_into(model, weights, path)
 
 
 def decoding_of(config: Config) -> Decoding:

@@ -12,15 +12,18 @@ class PictureWriter:
     """Called with every batch and its detections; draws some frames as ``folder/<number>_<token>.jpg``.
 
     Attributes:
-        tokens: sample tokens of the frames to draw.
+        tokens: sample tokens of the frames to draw; their order gives the numbers, so that the files of several
+            processes, which see some of the frames each, are those of one.
         score_threshold: detections below are not drawn.
-        written: the files.
+        has_truth: False: the frames are not annotated; there is no ground truth to draw.
+        problem: why no more pictures are drawn; None while all is well.
     """
 
     folder: Path
     tokens: tuple[str, ...]
     score_threshold: float
-    written: list[Path]
+    has_truth: bool = True
+    problem: str | None = None
 
     def __call__(self, batch, detections: list[Detections]) -> None:
         """Draw the chosen frames of a batch.
@@ -40,10 +43,8 @@ class PictureWriter:
                 None if batch.points is None else batch.points[i],
                 batch.lidar2img[i],
                 detections=detections[i],
-                targets=batch.targets[i],
+                targets=batch.targets[i] if self.has_truth else None,
                 score_threshold=self.score_threshold,
                 title=token,
             )
-            path = self.folder / f"{len(self.written):02d}_{token[:16]}.jpg"
-            write_picture(path, picture)
-            self.written.append(path)
+            write_picture(self.folder / f"{self.tokens.index(token):02d}_{token[:16]}.jpg", picture)

@@ -12,7 +12,10 @@ import pytest
 
 import test as test_script
 import train as train_script
+from cmt_aqr.build import build_detector
+from cmt_aqr.config import load_config, to_tree
 from cmt_aqr.synthetic import WorldSettings, generate_world
+from cmt_aqr.training.checkpoint import save_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = REPOSITORY / "configs" / "synthetic_tiny.yaml"
@@ -139,3 +142,12 @@ def call(monkeypatch, capfd):
         return Result(status, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint of the small model, random weights, as train.py writes them."""
+    config = load_config(CONFIG, SMALL)
+    path = tmp_path_factory.mktemp("weights") / "small.pt"
+    save_checkpoint(path, {"config": to_tree(config), "model": build_detector(config.model).state_dict()})
+    return path

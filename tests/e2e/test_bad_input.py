@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from cmt_aqr.training.checkpoint import save_checkpoint
 from tests.e2e.conftest import CONFIG
 from tests.e2e.faults.checkpoint_damage import seal
 
@@ -69,19 +68,6 @@ def broken(world, call, tmp_path):
             return sorted((cls.root / "samples" / channel).iterdir())
 
     return Broken
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A checkpoint of the small model, random weights, as train.py writes them."""
-    from cmt_aqr.build import build_detector
-    from cmt_aqr.config import load_config, to_tree
-    from tests.e2e.conftest import SMALL
-
-    config = load_config(CONFIG, SMALL)
-    path = tmp_path_factory.mktemp("weights") / "small.pt"
-    save_checkpoint(path, {"config": to_tree(config), "model": build_detector(config.model).state_dict()})
-    return path
 
 
 # The command line and the configuration

@@ -23,6 +23,7 @@ SETTINGS = (
     "training.batch_size=16",
     "training.lr=1.0e-6",
     "evaluation.batch_size=1",
+    "evaluation.num_pictures=3",
 )
 # Float32 sums in another order. Adam makes more of it with every step: where a gradient is about 0, rounding decides
 # the sign of a whole step, hence the small rate and the few steps.
@@ -97,6 +98,9 @@ def test_the_test_script_gives_one_submission(world, runs, tmp_path):
     for name in ("submission.json", "metrics.json"):
         one, two = ((tmp_path / str(n) / name).read_text() for n in (1, 2))
         assert one == two, name
+    # Two frames of the first process and one of the second, under the names that one process gives them.
+    pictures = [{p.name: p.read_bytes() for p in (tmp_path / str(n) / "pictures").iterdir()} for n in (1, 2)]
+    assert len(pictures[0]) == 3 and pictures[1] == pictures[0]
     trained = (runs[2] / "eval/epoch_2/submission.json").read_text()
     assert (tmp_path / "2/submission.json").read_text() == trained
 

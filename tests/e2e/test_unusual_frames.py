@@ -130,5 +130,25 @@ def test_an_evaluation_without_any_box_does_not_end_the_training(world, call, tm
 
     arguments = ("--checkpoint", work_dir / "latest.pt", "--out", tmp_path / "out")
     result = call("test", *copy.arguments(*arguments, settings=settings))
-    assert result.status == 2
-    assert result.err.startswith("error: ") and result.err.count("\n") == 1 and "no ground truth" in result.err
+    assert (result.status, result.err) == (0, "")
+    reason = "no frame of the split 'synthetic_val' of v1.0-synthetic is annotated"
+    assert result.out.endswith(f"submission and pictures in {tmp_path / 'out'}; no metrics: {reason}\n")
+    (line,) = read_lines(tmp_path / "out" / "log.jsonl", "test")
+    assert line["no_metrics"] == reason and "mAP" not in line
+    written = (tmp_path / "out" / "submission.json").read_text()
+    assert written == (work_dir / "eval/epoch_2/submission.json").read_text() and '"translation"' in written
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_split_with_boxes_is_not_scored_where_that_is_asked_for(world, call, checkpoint, tmp_path):
+    outputs = {}
+    for name, extra in (("scored", ()), ("again", ("--no-metrics",))):
+        arguments = world.arguments("--checkpoint", checkpoint, "--out", tmp_path, *extra)
+        result = call("test", *arguments)
+        assert (result.status, result.err) == (0, "")
+        assert ("mAP" in result.out) == (not extra)
+        outputs[name] = (tmp_path / "submission.json").read_text()
+    assert outputs["again"] == outputs["scored"]
+    assert result.out.endswith(f"submission and pictures in {tmp_path}; no metrics: --no-metrics\n")
+    assert not (tmp_path / "metrics.json").exists()  # that of the first run would pass for this one's
