@@ -2,7 +2,7 @@
 
     python train.py configs/synthetic_tiny.yaml
     python train.py configs/cmt_r50_800x320.yaml --set data.root=/data/nuscenes training.batch_size=8
-    torchrun --nproc_per_node=8 train.py configs/cmt_r50_800x320.yaml --work-dir runs/r50
+    torchrun --nproc_per_node=8 --max-restarts=3 train.py configs/cmt_r50_800x320.yaml --work-dir runs/r50
     python train.py configs/cmt_r50_800x320.yaml --work-dir runs/r50 --resume
 
 Results go to the work dir (runs/<name of the configuration>): config.yaml, log.jsonl, tensorboard/, latest.pt,
@@ -42,13 +42,16 @@ from cmt_aqr.run import (
     resume_hint,
     set_first_weights,
     set_rates,
+    split_batch,
     write_config,
 )
 from cmt_aqr.tools.config_doc import HelpConfig
 from cmt_aqr.training.distributed import (
     RankInfo,
     any_process,
+    gradient_sync,
     is_lost_connection,
+    is_restart,
     main_first,
     process_group,
     reduce_mean,
@@ -118,6 +121,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"argument --max-steps: expected at least 1, got {arguments.max_steps}")
     if arguments.seed is not None:
         arguments.set.append(f"seed={arguments.seed}")
+    if is_restart():
+        arguments.resume, arguments.overwrite = True, False
     return arguments
 
 
@@ -166,7 +171,13 @@ def set_up(config: Config, rank_info: RankInfo, work_dir: Path, arguments: argpa
     run.last_step = min(run.total_steps, arguments.max_steps or run.total_steps)
     if checkpoint is not None:
         run.step = run.saved_step = restore(
-            checkpoint, work_dir / LATEST, run.model, run.optimizer, run.scaler, total_steps=run.total_steps
+            checkpoint,
+            work_dir / LATEST,
+            run.model,
+            run.optimizer,
+            run.scaler,
+            run.average,
+            total_steps=run.total_steps,
         )
         return run, []
     notes = set_first_weights(run.model, config, index)
@@ -223,39 +234,56 @@ def train_step(run: Run, batch: Batch) -> dict[str, Tensor | float]:
     training = run.config.training
     set_training_mode(run.model, (*training.freeze, *training.norm_eval))
     set_rates(run)
-    moved = batch.to(run.rank_info.device, non_blocking=True)
-    terms, reason = {}, None
-    try:
-        terms, aqr_metrics = compute_losses(run, moved)
-        loss = total_loss(terms)
-        reason = None if math.isfinite(loss.item()) else f"the loss is {loss.item()}"
-    except NonFiniteError as error:
-        reason = str(error)
-    if any_process(reason is not None, run.rank_info.device):
-        stop_at_failed_step(run, batch, reason, terms)
-
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
+    metrics = forward_backward(run, batch)
     run.scaler.unscale_(run.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), training.grad_clip)
     # The same in all processes. The scaler expects such gradients: it skips the step and lowers the scale.
     is_skipped = not math.isfinite(grad_norm.item())
     if is_skipped and (not run.scaler.is_enabled() or run.scaler.get_scale() < SMALLEST_SCALE):
+        terms = {name: value for name, value in metrics.items() if "loss_" in name}
         stop_at_failed_step(run, batch, f"the gradient norm is {grad_norm.item()}", terms)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.model.clamp_parameters()
+    if run.average is not None:
+        run.average.update_parameters(run.model)
 
     run.step += 1
     run.skipped_steps += is_skipped
-    terms = {"loss": loss.detach()} | {name: value.detach() for name, value in terms.items()}
-    return terms | aqr_metrics | {"grad_norm": grad_norm, "lr": run.optimizer.param_groups[0]["lr"]}
+    return metrics | {"grad_norm": grad_norm, "lr": run.optimizer.param_groups[0]["lr"]}
+
+
+def forward_backward(run: Run, batch: Batch) -> dict[str, Tensor]:
+    """The gradient of this process's share of a step; returns the loss, its terms and metrics of AQR.
+
+    Raises:
+        TrainingStopped: the loss is not finite.
+    """
+    means: dict[str, Tensor] = {}
+    parts = split_batch(run, batch)
+    for part in parts:
+        terms, reason = {}, None
+        with gradient_sync(run.ddp_model, is_last=part is parts[-1]):
+            try:
+                terms, aqr_metrics = compute_losses(run, part)
+                loss = total_loss(terms)
+                reason = None if math.isfinite(loss.item()) else f"the loss is {loss.item()}"
+            except NonFiniteError as error:
+                reason = str(error)
+            if any_process(reason is not None, run.rank_info.device):
+                stop_at_failed_step(run, batch, reason, terms)
+            run.scaler.scale(loss / len(parts)).backward()
+        values = {"loss": loss} | terms | aqr_metrics
+        means = {name: means.get(name, 0) + value.detach() / len(parts) for name, value in values.items()}
+    return means
 
 
 def save_run(run: Run) -> None:
     """Write the checkpoints of the current step; what is not finite is refused. The main process does it."""
     if run.rank_info.is_main:
-        save(run.work_dir, run.config, run.model, run.optimizer, run.scaler, run.step, run.steps_per_epoch)
+        average = None if run.average is None else run.average.module
+        save(run.work_dir, run.config, run.model, run.optimizer, run.scaler, run.step, run.steps_per_epoch, average)
     run.saved_step = run.step
 
 
@@ -277,12 +305,12 @@ def evaluate_epoch(run: Run, log: RunLog, stop: StopFlag) -> None:
     if not any_process(is_due and run.rank_info.is_main, run.rank_info.device):
         return
     epoch = run.step // run.steps_per_epoch
-    share_buffers(run.model)
+    share_buffers(run.evaluated)
     try:
         with stop.immediate():
             folder = run.work_dir / "eval" / f"epoch_{epoch}"
             split = run.config.data.val_split
-            metrics = evaluate_split(run.model, run.config, split, run.rank_info, folder, log, run.tables)
+            metrics = evaluate_split(run.evaluated, run.config, split, run.rank_info, folder, log, run.tables)
     except KeyboardInterrupt:
         log.print(f"stopped in the evaluation after step {run.step}, which is saved; {resume_hint(run.work_dir)}")
         raise

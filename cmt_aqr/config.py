@@ -24,7 +24,7 @@ RENAMED = {
     "training.momentum_dip": "min_momentum_ratio",
 }
 # Keys of a block that checkpoints of earlier versions do not have, with the value that means what those versions did.
-ADDED = {"data": {"failures": []}}
+ADDED = {"data": {"failures": []}, "training": {"schedule": "cyclic"}}
 
 Range6 = tuple[float, float, float, float, float, float]
 Triple = tuple[float, float, float]
@@ -237,14 +237,23 @@ class TrainingConfig:
 
     epochs: int = limits(low=1, high=10_000)  # passes over the training split
     batch_size: int = limits(low=1, high=4096)  # frames in one step, over all processes
+    # forward and backward passes that share the frames of a step: less memory, the same gradient to rounding, but for
+    # batch norm, which sees the frames of one pass
+    accumulation: int = limits(low=1, high=4096)
     precision: Literal["fp32", "bf16", "fp16"]  # of autocast; positions, heads and losses are float32 always
-    lr: float = limits(above=0, high=10)  # learning rate at the start of the cycle
+    lr: float = limits(above=0, high=10)  # learning rate at the start of the schedule
+    lr_batch_size: int | None = limits(low=1, high=4096)  # lr is multiplied by batch_size / lr_batch_size; null: by 1
+    # cyclic: the original's cosines up and down, for rate and momentum; one_cycle: those of torch's OneCycleLR, which
+    # end with the last step; cosine: linear warm-up, cosine down, constant momentum
+    schedule: Literal["cyclic", "one_cycle", "cosine"]
     weight_decay: float = limits(low=0, high=100)  # of AdamW
-    lr_peak: float = limits(above=0, high=10_000)  # top of the cycle, in units of lr
-    lr_end: float = limits(above=0, high=10_000)  # end of the cycle, in units of lr
+    lr_peak: float = limits(above=0, high=10_000)  # top of the schedule, in units of lr
+    lr_end: float = limits(above=0, high=10_000)  # end of the schedule, in units of lr
     pct_start: float = limits(above=0, high=1)  # part of the steps that climbs
     min_momentum_ratio: float = limits(above=0, high=1)  # momentum at the top of the cycle, in units of beta1
     grad_clip: float = limits(above=0, high=1_000_000)  # largest norm of the gradient
+    # share of the old value in the running average of the weights, which is evaluated in their place; null: none
+    ema_decay: float | None = limits(above=0, high=0.999999)
     lr_mult: dict[str, float] = limits(low=0, high=1_000_000)  # parameter-name prefix -> factor; longest wins
     # parameter-name prefix -> factor of the weight decay; longest wins
     decay_mult: dict[str, float] = limits(low=0, high=1_000_000)

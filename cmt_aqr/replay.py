@@ -18,7 +18,7 @@ from cmt_aqr.errors import UserError, describe_os_error
 from cmt_aqr.files import atomic_path
 from cmt_aqr.losses.criterion import total_loss
 from cmt_aqr.losses.matcher import NonFiniteError
-from cmt_aqr.run import Run, compute_losses
+from cmt_aqr.run import Run, compute_losses, split_batch
 from cmt_aqr.training.checkpoint_checks import CheckpointError, find_non_finite
 from cmt_aqr.training.distributed import RankInfo, any_process, gather, leave_after_main
 from cmt_aqr.training.optim import set_training_mode
@@ -136,15 +136,19 @@ def replay_batch(run: Run, batch: Batch) -> bool:
     set_training_mode(run.model, (*training.freeze, *training.norm_eval))
     weights = find_non_finite(run.model.state_dict())[0]
     print(f"  weights that are not finite: {first(weights)}")
-    try:
-        terms, _ = compute_losses(run, batch.to(run.rank_info.device))
-    except NonFiniteError as error:
-        print(f"  {error}")
-        return False
-    for name, value in terms.items():
-        print(f"  {name} {value.item():.6g}")
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(total_loss(terms)).backward()
+    sums: dict[str, Tensor] = {}
+    parts = split_batch(run, batch)
+    for part in parts:
+        try:
+            terms, _ = compute_losses(run, part)
+        except NonFiniteError as error:
+            print(f"  {error}")
+            return False
+        run.scaler.scale(total_loss(terms) / len(parts)).backward()
+        sums = {name: sums.get(name, 0) + value.detach() / len(parts) for name, value in terms.items()}
+    for name, value in sums.items():
+        print(f"  {name} {value.item():.6g}")
     run.scaler.unscale_(run.optimizer)
     gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
     norm = nn.utils.get_total_norm(list(gradients.values()))

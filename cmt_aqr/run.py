@@ -1,11 +1,12 @@
 """A training run: its record, its parts made from the configuration, and the losses of its current step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from cmt_aqr.boxes import BoxChoice
 from cmt_aqr.build import build_criterion, build_detector, check_device, check_training, training_dataset
@@ -29,10 +30,10 @@ from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights
 from cmt_aqr.training.checkpoint_checks import check_finite
 from cmt_aqr.training.distributed import RankInfo, any_process, reduce_max, reduce_mean, wrap
 from cmt_aqr.training.optim import (
-    BETA1,
-    cyclic,
     freeze,
+    make_average,
     make_optimizer,
+    rates,
     set_schedule,
 )
 from cmt_aqr.training.seeding import denoising_noise, seed_step
@@ -46,6 +47,7 @@ class Run:
         model: the detector.
         ddp_model: the same in DistributedDataParallel where there are several processes.
         tables: of the data set, for all evaluations of the run.
+        average: running average of the weights; None without ``training.ema_decay``.
         loader: of the training split; None where a single step is replayed.
         steps_per_epoch: optimizer steps, the same for any number of processes.
         last_step: the run ends after this many steps.
@@ -63,6 +65,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     tables: Tables
+    average: AveragedModel | None = None
     loader: Loader | None = None
     steps_per_epoch: int = 0
     last_step: int = 0
@@ -75,6 +78,28 @@ class Run:
         """Optimizer steps of the whole schedule."""
         return self.steps_per_epoch * self.config.training.epochs
 
+    @property
+    def evaluated(self) -> nn.Module:
+        """The detector that is evaluated: the running average of the weights where there is one."""
+        return self.model if self.average is None else self.average.module
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one forward and backward pass works on.
+
+    Attributes:
+        batch: frames of this process's share of a step, on the device; all of them unless training.accumulation > 1.
+        denoising: queries from their ground truth.
+        stream: seed of what is drawn in the pass; the rank of the process in the first part.
+        counts: what normalises the loss of several parts; None where there is one.
+    """
+
+    batch: Batch
+    denoising: DenoisingQueries | None
+    stream: int
+    counts: Tensor | None = None
+
 
 def check_settings(config: Config, rank_info: RankInfo) -> None:
     """Refuse, before anything is written, a run that cannot work: its batch, its attention, its parameter names."""
@@ -85,9 +110,14 @@ def check_settings(config: Config, rank_info: RankInfo) -> None:
     is_score_mod = config.model.aqr is not None and config.model.attention.backend == "score_mod"
     if is_score_mod and rank_info.device.type == "cpu":
         raise ConfigError(["model.attention.backend: 'score_mod' cannot train on a CPU, only evaluate; use 'dense'"])
-    size = config.training.batch_size
+    size, parts = config.training.batch_size, config.training.accumulation
     if size % rank_info.world_size:
         raise ConfigError([f"training.batch_size: {size} is not a multiple of the {rank_info.world_size} processes"])
+    share = size // rank_info.world_size
+    if share % parts:
+        raise ConfigError(
+            [f"training.accumulation: {parts} does not divide the {share} frames of a step in each process"]
+        )
 
 
 def check_init_from(config: Config) -> None:
@@ -101,6 +131,7 @@ def build_run(config: Config, rank_info: RankInfo, work_dir: Path) -> Run:
     """Model with fresh weights, criterion and optimizer of a run; its loader and steps are for the caller to set."""
     model = build_detector(config.model).to(rank_info.device)
     freeze(model, config.training.freeze)
+    decay = config.training.ema_decay
     return Run(
         config=config,
         rank_info=rank_info,
@@ -108,7 +139,10 @@ def build_run(config: Config, rank_info: RankInfo, work_dir: Path) -> Run:
         model=model,
         optimizer=build_optimizer(model, config),
         ddp_model=wrap(model, rank_info),
-        criterion=build_criterion(config, reduce_mean=reduce_mean, num_processes=rank_info.world_size),
+        average=None if decay is None else make_average(model, decay),
+        criterion=build_criterion(
+            config, reduce_mean=reduce_mean, num_processes=rank_info.world_size * config.training.accumulation
+        ),
         scaler=torch.amp.GradScaler(rank_info.device.type, enabled=config.training.precision == "fp16"),
         tables=Tables(config.data.root, config.data.version),
     )
@@ -200,14 +234,36 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 def set_rates(run: Run) -> None:
     """Learning rate and momentum of the current step, from the step alone."""
-    training, step, total = run.config.training, run.step, run.total_steps
-    rate = cyclic(step, total, pct_start=training.pct_start, top=training.lr_peak, end=training.lr_end)
-    momentum = cyclic(step, total, pct_start=training.pct_start, top=training.min_momentum_ratio, end=1.0)
-    set_schedule(run.optimizer, lr=training.lr * rate, momentum=BETA1 * momentum)
+    lr, momentum = rates(run.config.training, run.step, run.total_steps)
+    set_schedule(run.optimizer, lr=lr, momentum=momentum)
 
 
-def compute_losses(run: Run, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Forward pass of the current step on this process's part of the batch.
+def split_batch(run: Run, batch: Batch) -> list[Part]:
+    """The parts of this process's share of a step's batch, as many as ``training.accumulation`` says.
+
+    With several parts the loss of each is normalised by the counts of the whole batch, so that the mean of their
+    gradients is that of the whole batch, as it is over processes.
+    """
+    rank, world_size = run.rank_info.rank, run.rank_info.world_size
+    batch = batch.to(run.rank_info.device, non_blocking=True)
+    size = -(-len(batch) // run.config.training.accumulation)
+    max_boxes = reduce_max(max(len(targets.labels) for targets in batch.targets), run.rank_info.device)
+    parts = []
+    for number, first in enumerate(range(0, len(batch), size)):
+        part = batch.part(first, first + size)
+        positions = range(rank + first * world_size, rank + (first + len(part)) * world_size, world_size)
+        denoising = make_denoising_queries(run, part, positions, max_boxes)
+        parts.append(Part(part, denoising, stream=rank + number * world_size))
+    if len(parts) == 1:
+        return parts
+    num_queries = run.config.model.num_queries
+    counts = [run.criterion.count(part.batch.targets, part.denoising, num_queries=num_queries) for part in parts]
+    counts = reduce_mean(torch.stack(counts).mean(0))
+    return [replace(part, counts=counts) for part in parts]
+
+
+def compute_losses(run: Run, part: Part) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Forward pass of the current step on one part of the batch.
 
     Returns:
         Loss terms by name, and metrics of AQR (empty without it).
@@ -215,35 +271,37 @@ def compute_losses(run: Run, batch: Batch) -> tuple[dict[str, Tensor], dict[str,
     Raises:
         NonFiniteError: the output of the network is not finite in this process or another, or a matching cost is not.
     """
-    config, device = run.config, run.rank_info.device
-    shared_rng = seed_step(config.seed, run.step, run.rank_info.rank)
+    config, device, batch = run.config, run.rank_info.device, part.batch
+    shared_rng = seed_step(config.seed, run.step, part.stream)
     precision = PRECISIONS[config.training.precision]
     with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-        denoising = make_denoising_queries(run, batch)
         mask = draw_image_mask(config, batch, shared_rng)
-        predictions = run.ddp_model(batch.images, batch.points, batch.lidar2img, denoising, image_mask=mask)
+        predictions = run.ddp_model(batch.images, batch.points, batch.lidar2img, part.denoising, image_mask=mask)
     is_finite = torch.stack([output.isfinite().all() for task in predictions.tasks for output in task.values()]).all()
     if any_process(not is_finite, device):
         raise NonFiniteError("the output of the network is not finite")
-    terms = run.criterion(predictions, batch.targets, denoising)
+    terms = run.criterion(predictions, batch.targets, part.denoising, counts=part.counts)
     metrics = {} if predictions.aqr_weights is None else run.model.aqr.metrics(predictions.aqr_weights)
     return terms, metrics
 
 
-def make_denoising_queries(run: Run, batch: Batch) -> DenoisingQueries | None:
-    """Denoising queries of this process's part of the batch."""
+def make_denoising_queries(run: Run, batch: Batch, positions: range, max_boxes: int) -> DenoisingQueries | None:
+    """Denoising queries of some frames.
+
+    Args:
+        positions: of the frames in the batch of all processes.
+        max_boxes: boxes of the fullest frame there.
+    """
     settings = run.config.model.denoising
     if settings.num_dn == 0:
         return None
-    rank, world_size = run.rank_info.rank, run.rank_info.world_size
-    positions = range(rank, len(batch) * world_size, world_size)  # of the frames in the global batch
     return make_denoising(
         batch.targets,
         num_queries=run.config.model.num_queries,
         num_dn=settings.num_dn,
         point_range=run.config.model.point_range,
         settings=DenoisingSettings(settings.max_groups, settings.noise_scale, settings.positive_threshold),
-        max_boxes=reduce_max(max(len(targets.labels) for targets in batch.targets), run.rank_info.device),
+        max_boxes=max_boxes,
         noise=denoising_noise(run.config.seed, run.step, positions, settings.num_dn),
     )
 

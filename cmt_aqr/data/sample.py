@@ -75,6 +75,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def part(self, first: int, end: int) -> "Batch":
+        """The samples first..end - 1 as a batch that shares their memory."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: None if value is None else value[first:end] for name, value in values.items()})
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with every tensor on `device`, dtypes unchanged."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from cmt_aqr.boxes import CODE_SIZE, Targets, encode_boxes
+from cmt_aqr.classes import CLASSES
 from cmt_aqr.geometry import constant_like
 from cmt_aqr.losses.focal import ALPHA, GAMMA, focal_loss, one_hot
-from cmt_aqr.losses.matcher import UNMATCHED, NonFiniteError, PaddedTargets, class_table, encode_targets, match
+from cmt_aqr.losses.matcher import UNMATCHED, PaddedTargets, class_table, encode_targets, match
 from cmt_aqr.precision import at_least_float32
 from cmt_aqr.predictions import DenoisingQueries, Predictions, TaskClasses
 
@@ -104,7 +106,12 @@ class Criterion(nn.Module):
         self.num_processes = num_processes
 
     def forward(
-        self, predictions: Predictions, targets: Sequence[Targets], denoising: DenoisingQueries | None = None
+        self,
+        predictions: Predictions,
+        targets: Sequence[Targets],
+        denoising: DenoisingQueries | None = None,
+        *,
+        counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """All terms, weighted; their sum (:func:`total_loss`) is what to minimise.
 
@@ -112,6 +119,8 @@ class Criterion(nn.Module):
             predictions: of the detector; the loss is computed in their dtype, and in float32 for lower ones.
             targets: one record per sample, on the device of the predictions.
             denoising: what the detector was given.
+            counts: (2 T + 1,) what normalises the loss where this is a part of a larger batch: the mean of
+                :meth:`count` over its parts and processes; None: that of these samples over the processes.
 
         Returns:
             0-dim tensors: ``loss_cls``, ``loss_bbox`` of the last layer, ``d{i}.loss_cls``, ``d{i}.loss_bbox`` of the
@@ -129,14 +138,10 @@ class Criterion(nn.Module):
         like = predictions.tasks[0]["center"]
         with torch.autocast(like.device.type, enabled=False):
             padded = encode_targets(targets, dtype=like.dtype)
-            try:
-                assigned = self.assign(predictions, padded)
-            except NonFiniteError:
-                if self.reduce_mean is not None:  # the other processes wait for the counts of this one
-                    self.reduce_mean(like.new_zeros(2 * len(self.classes) + 1, dtype=torch.float64))
-                raise
-            counts = self._counts(assigned, denoising, device=like.device)
-            assigned = assigned.to(like.device, non_blocking=True)
+            if counts is None:  # before the matching, which may fail: the other processes wait for these
+                counts = self.count(targets, denoising, num_queries=like.shape[2] - predictions.num_dn)
+                counts = counts if self.reduce_mean is None else self.reduce_mean(counts)
+            assigned = self.assign(predictions, padded).to(like.device, non_blocking=True)
             terms = self._matched_terms(predictions, padded, assigned, counts)
             if denoising is not None:
                 terms |= self._denoising_terms(predictions, denoising, counts[-1])
@@ -158,17 +163,17 @@ class Criterion(nn.Module):
             gamma=self.gamma,
         )
 
-    def _counts(self, assigned: Tensor, denoising: DenoisingQueries | None, *, device: torch.device) -> Tensor:
-        """(2 T + 1,) float64: positives per task, background queries per task, known denoising rows; reduced.
+    def count(self, targets: Sequence[Targets], denoising: DenoisingQueries | None, *, num_queries: int) -> Tensor:
+        """(2 T + 1,) float64: positives per task, background queries per task, known denoising rows; of one layer.
 
-        The number of positives does not depend on the layer.
+        Every box gets a query while there are enough of them, so this is known before the matching.
         """
-        positives = (assigned[:, 0] != UNMATCHED).sum((1, 2)).double()
-        background = assigned[0, 0].numel() - positives
-        counts = torch.cat((positives, background)).to(device, non_blocking=True)
-        known = counts.new_zeros(1) if denoising is None else denoising.is_known.sum(dtype=torch.float64)[None]
-        counts = torch.cat((counts, known))
-        return counts if self.reduce_mean is None else self.reduce_mean(counts)
+        labels = pad_sequence([target.labels for target in targets], batch_first=True, padding_value=len(CLASSES))
+        tasks = class_table(self.classes, device=labels.device)[0][labels]
+        positives = [(tasks == task).sum(1).clamp(max=num_queries).sum() for task in range(len(self.classes))]
+        positives = torch.stack(positives).double()
+        known = positives.new_zeros(1) if denoising is None else denoising.is_known.sum(dtype=torch.float64)[None]
+        return torch.cat((positives, len(targets) * num_queries - positives, known))
 
     def _matched_terms(
         self, predictions: Predictions, targets: PaddedTargets, assigned: Tensor, counts: Tensor

@@ -68,8 +68,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of this project onto the CPU.
 
     Returns:
-        ``config`` and ``model``; a run's also holds ``step``, ``optimizer`` and ``scaler``, which
-        ``run_folder.restore`` checks against those that they are for.
+        ``config`` and ``model``; a run's also holds ``step``, ``optimizer``, ``scaler`` and, where it keeps one, the
+        running average ``ema``, which ``run_folder.restore`` checks against those that they are for.
 
     Raises:
         CheckpointError: the file is missing, damaged, needs code to be run, or comes from another program.
@@ -81,6 +81,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Read named tensors from a checkpoint of this project, a safetensors file, or a plain state dict (.pth).
+
+    Of a run that keeps a running average of its weights, the average.
 
     Raises:
         CheckpointError: as :func:`load_checkpoint`.
@@ -96,7 +98,7 @@ def load_weights_and_config(path: str | Path) -> tuple[dict[str, Tensor], dict[s
     state = _read(path)
     if "format" in state:
         _check_content(state, path)
-        return state["model"], state["config"]
+        return state.get("ema", state["model"]), state["config"]
     key = next((key for key in ("model", "state_dict") if isinstance(state.get(key), dict)), None)
     weights = state if key is None else state[key]
     if not any(isinstance(value, Tensor) for value in weights.values()):
@@ -142,6 +144,8 @@ def _check_content(state: dict[str, Any], path: str | Path) -> None:
     check_config(state.get("config"), str(path))
     state["config"] = current_names(state["config"])
     check_named_tensors(state.get("model"), f"{path}: model")
+    if "ema" in state:
+        check_named_tensors(state["ema"], f"{path}: ema")
     if "step" in state:
         check_step(state["step"], str(path))
 

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -124,6 +124,11 @@ def _join(rank: int, world_size: int) -> dist.Store:
         ) from None
 
 
+def is_restart() -> bool:
+    """Whether ``torchrun --max-restarts`` started this process again, after one of the run's processes had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def is_lost_connection(error: Exception) -> bool:
     """Whether a collective failed because of another process; gloo raises plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
@@ -164,6 +169,11 @@ def wrap(model: nn.Module, rank_info: RankInfo) -> nn.Module:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     ids = [rank_info.device.index] if rank_info.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+
+def gradient_sync(model: nn.Module, *, is_last: bool) -> AbstractContextManager:
+    """Around a forward and backward pass of :func:`wrap`'s module: the last one of a step averages over processes."""
+    return nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -1,10 +1,11 @@
-"""AdamW with factors by parameter-name prefix, the cyclic schedule, freezing."""
+"""AdamW with factors by parameter-name prefix, schedules, freezing, the running average of the weights."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cmt_aqr.config import TrainingConfig
 from cmt_aqr.yaml_reader import show_value, suggest
@@ -133,6 +134,49 @@ def cyclic(step: int, total_steps: int, *, pct_start: float, top: float, end: fl
     else:
         start, stop, progress = top, end, (step - up_steps) / max(1, total_steps - up_steps)
     return stop + 0.5 * (start - stop) * (1 + math.cos(math.pi * progress))
+
+
+def one_cycle(step: int, total_steps: int, *, pct_start: float, top: float, end: float) -> float:
+    """Factor of a one-cycle schedule that reaches ``end`` in the last step; arguments as those of :func:`cyclic`.
+
+    *Source*: ``torch.optim.lr_scheduler.OneCycleLR`` with two phases.
+    """
+    turn = pct_start * total_steps - 1
+    if turn > 0 and step <= turn:
+        start, stop, progress = 1.0, top, step / turn
+    else:
+        start, stop, progress = top, end, (step - turn) / (total_steps - 1 - turn)
+    return stop + 0.5 * (start - stop) * (1 + math.cos(math.pi * progress))
+
+
+def warmup_cosine(step: int, total_steps: int, *, pct_start: float, top: float, end: float) -> float:
+    """Factor that climbs in a line from 1 to ``top``, then falls as a cosine to ``end``; see :func:`cyclic`.
+
+    *Source*: ``LinearLR`` and ``CosineAnnealingLR`` of ``torch.optim.lr_scheduler``, one after the other.
+    """
+    up_steps = int(pct_start * total_steps)
+    if step < up_steps:
+        return 1.0 + (top - 1.0) * step / up_steps
+    return end + 0.5 * (top - end) * (1 + math.cos(math.pi * (step - up_steps) / (total_steps - up_steps)))
+
+
+def rates(training: TrainingConfig, step: int, total_steps: int) -> tuple[float, float]:
+    """Learning rate (before the groups' factors) and first beta of a step in [0, total_steps)."""
+    lr = training.lr * (training.batch_size / training.lr_batch_size if training.lr_batch_size else 1.0)
+    curve = {"cyclic": cyclic, "one_cycle": one_cycle, "cosine": warmup_cosine}[training.schedule]
+    rate = curve(step, total_steps, pct_start=training.pct_start, top=training.lr_peak, end=training.lr_end)
+    if training.schedule == "cosine":
+        return lr * rate, BETA1
+    momentum = curve(step, total_steps, pct_start=training.pct_start, top=training.min_momentum_ratio, end=1.0)
+    return lr * rate, BETA1 * momentum
+
+
+def make_average(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of the model whose weights will follow it: decay * old + (1 - decay) * new; the first update copies.
+
+    Buffers, such as the statistics of batch norm, are the model's own.
+    """
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, *, lr: float, momentum: float) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from cmt_aqr.config import Config, to_tree
 from cmt_aqr.strict_yaml import differences
@@ -28,8 +29,8 @@ SPEED = (
 # Keys that may change when a run resumes: where things are, how often to look, how fast; not what is learnt.
 MAY_CHANGE = (
     *SPEED, "name", "data.root", "data.index_dir", "data.workers", "data.val_split", "data.synthetic.workers",
-    "evaluation", "training.eval_every", "training.init_from", "training.keep_checkpoints", "training.log_every",
-    "training.save_every",
+    "evaluation", "training.accumulation", "training.eval_every", "training.init_from", "training.keep_checkpoints",
+    "training.log_every", "training.save_every",
 )  # fmt: skip
 
 
@@ -51,7 +52,8 @@ def find_checkpoint(work_dir: Path, config: Config, *, resume: bool, overwrite: 
             f"{latest}: this work dir holds a run{at_step}; --resume continues it, --overwrite starts anew, "
             "--work-dir names another folder"
         )
-    if missing := [key for key in RUN_STATE if key not in state]:
+    needed = (*RUN_STATE, *(("ema",) if config.training.ema_decay is not None else ()))
+    if missing := [key for key in needed if key not in state]:
         raise CheckpointError(f"{latest}: weights only, without {', '.join(missing)}: a run cannot resume from it")
     changed = [
         change
@@ -122,8 +124,13 @@ def make_work_dir(work_dir: Path) -> None:
         raise CheckpointError(f"--work-dir {work_dir}: cannot be written: {error.strerror}") from None
 
 
-def save(work_dir: Path, config: Config, model, optimizer, scaler, step: int, steps_per_epoch: int) -> None:
-    """Write latest.pt and, at the end of an epoch, epoch_N.pt; remove epochs beyond the number to keep."""
+def save(
+    work_dir: Path, config: Config, model, optimizer, scaler, step: int, steps_per_epoch: int, average=None
+) -> None:
+    """Write latest.pt and, at the end of an epoch, epoch_N.pt; remove epochs beyond the number to keep.
+
+    ``average``, the model with the running average of the weights, takes the place of ``model`` in epoch_N.pt.
+    """
     state = {
         "config": to_tree(config),
         "model": model.state_dict(),
@@ -131,9 +138,11 @@ def save(work_dir: Path, config: Config, model, optimizer, scaler, step: int, st
         "scaler": scaler.state_dict(),
         "step": step,
     }
+    if average is not None:
+        state["ema"] = average.state_dict()
     epoch, rest = divmod(step, steps_per_epoch)
     if rest == 0:  # before latest.pt: a run killed in between does the epoch again
-        weights = {"config": state["config"], "model": state["model"]}
+        weights = {"config": state["config"], "model": state.get("ema", state["model"])}
         save_checkpoint(work_dir / f"epoch_{epoch}.pt", weights, previous=work_dir / LATEST)
     save_checkpoint(work_dir / LATEST, state)
     # A later epoch than this one is not of this run.
@@ -148,6 +157,7 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    average: AveragedModel | None = None,
     *,
     total_steps: int,
 ) -> int:
@@ -156,6 +166,7 @@ def restore(
     Args:
         state: what :func:`find_checkpoint` gave.
         source: its file, for messages.
+        average: of the weights, where the run keeps one.
         total_steps: steps of the whole run.
 
     Returns:
@@ -173,4 +184,7 @@ def restore(
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
     scaler.load_state_dict(state["scaler"])
+    if average is not None:
+        load_into(average.module, state["ema"], f"{source}: ema")
+        average.n_averaged.fill_(step)
     return step

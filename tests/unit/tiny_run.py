@@ -42,7 +42,7 @@ def make_run(work_dir, box_loss=harmless, *, step=7, scaler=None) -> Run:
     """A run of one process before its step 7; ``box_loss`` maps the model's output to the loss term."""
     model = TinyModel()
 
-    def criterion(predictions, targets, denoising):
+    def criterion(predictions, targets, denoising, *, counts):
         output = predictions.tasks[0]["cls_logits"].sum()
         return {"loss_cls": output * 2, "loss_bbox": box_loss(output)}
 

@@ -16,8 +16,16 @@ from tests.e2e.conftest import REPOSITORY, SMALL, World, one_thread, read_lines,
 from tests.e2e.faults.kill_phases import WATCH_VARIABLE, Watch
 
 # Four epochs of three steps, saved and pruned after each, evaluated after the second and the fourth.
-SETTINGS = ("training.epochs=4", "training.keep_checkpoints=1", "evaluation.num_pictures=0")
-PARTS = ("model", "optimizer", "scaler", "step")
+SETTINGS = (
+    "training.epochs=4",
+    "training.keep_checkpoints=1",
+    "training.schedule=one_cycle",
+    "training.ema_decay=0.9",
+    "evaluation.num_pictures=0",
+)
+# A step of one process in two passes; a process of two has one frame a step.
+TWO_PASSES = ("training.accumulation=2", "model.dropout=0.1")
+PARTS = ("model", "ema", "optimizer", "scaler", "step")
 # Values of the log that are measured.
 MEASURED = ("time", "data_time", "step_time", "memory_gib")
 TORCHRUN = ("--standalone", "--nproc_per_node=2", "--max-restarts=3")
@@ -52,7 +60,7 @@ def start(world: World, work_dir: Path, *settings: str, prepare: Callable[[], No
     """
 
     def run() -> int:
-        sys.argv = command_line(world, work_dir, *settings)
+        sys.argv = command_line(world, work_dir, *TWO_PASSES, *settings)
         prepare()
         return train_script.main()
 
@@ -61,7 +69,7 @@ def start(world: World, work_dir: Path, *settings: str, prepare: Callable[[], No
 
 def start_plain(world: World, work_dir: Path) -> int:
     """Start ``python train.py``; returns the id of the process."""
-    command = [sys.executable, str(REPOSITORY / "train.py"), *command_line(world, work_dir)[1:]]
+    command = [sys.executable, str(REPOSITORY / "train.py"), *command_line(world, work_dir, *TWO_PASSES)[1:]]
     return fork(functools.partial(os.execve, sys.executable, command, one_thread()), work_dir)
 
 
@@ -69,7 +77,7 @@ def start_torchrun(world: World, work_dir: Path, watch: Watch) -> int:
     """Start the command torchrun with two processes that announce their phases; returns the id of torchrun."""
     module = "tests.e2e.faults.kill_worker"
     command = [sys.executable, "-m", "torch.distributed.run", *TORCHRUN, "-m", module]
-    command += command_line(world, work_dir)[1:]
+    command += command_line(world, work_dir, resumes=False)[1:]
     environment = one_thread() | {WATCH_VARIABLE: str(watch.path)}
     return fork(functools.partial(os.execve, sys.executable, command, environment), work_dir)
 
@@ -78,7 +86,7 @@ def start_forking_torchrun(world: World, work_dir: Path, watch: Watch) -> int:
     """As :func:`start_torchrun`, but torchrun and its processes are forks of this one: seconds instead of a minute."""
 
     def train(*_) -> None:
-        sys.argv = command_line(world, work_dir)
+        sys.argv = command_line(world, work_dir, resumes=False)
         watch.install()
         if status := train_script.main():
             sys.exit(status)
@@ -92,9 +100,10 @@ def start_forking_torchrun(world: World, work_dir: Path, watch: Watch) -> int:
     return fork(run, work_dir)
 
 
-def command_line(world: World, work_dir: Path, *settings: str) -> list[str]:
-    """What a user would type, so that a restarted run resumes."""
-    return ["train.py", *world.arguments("--work-dir", str(work_dir), "--resume", settings=settings)]
+def command_line(world: World, work_dir: Path, *settings: str, resumes: bool = True) -> list[str]:
+    """What a user would type, so that a restarted run resumes; under torchrun it does so by itself."""
+    resume = ("--resume",) if resumes else ()
+    return ["train.py", *world.arguments("--work-dir", str(work_dir), *resume, settings=settings)]
 
 
 def fork(run: Callable[[], int], work_dir: Path) -> int:

@@ -35,6 +35,7 @@ def resume(tmp_path, monkeypatch):
         "model.camera.activation_checkpointing=true",
         "model.attention.backend=dense",
         "model.lidar.sparse_backend=torch",
+        "training.accumulation=2",
     ),
 )
 def test_how_it_is_computed_may_change(resume, change):
@@ -42,7 +43,13 @@ def test_how_it_is_computed_may_change(resume, change):
 
 
 def test_a_checkpoint_older_than_these_keys_is_resumed(resume):
-    missing = (("evaluation", "precision"), ("model", "activation_checkpointing"))
+    missing = (
+        ("evaluation", "precision"),
+        ("model", "activation_checkpointing"),
+        ("training", "accumulation"),
+        ("training", "ema_decay"),
+        ("training", "lr_batch_size"),
+    )
     assert resume(missing=missing)["step"] == 3
 
 

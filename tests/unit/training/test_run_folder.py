@@ -11,6 +11,7 @@ from torch import nn
 from cmt_aqr.config import load_config, to_tree
 from cmt_aqr.training.checkpoint import load_into, load_weights_and_config, save_checkpoint
 from cmt_aqr.training.checkpoint_checks import CheckpointError
+from cmt_aqr.training.optim import make_average
 from cmt_aqr.training.run_folder import LATEST, find_checkpoint, remove_run, restore, save
 from tests.e2e.faults.checkpoint_damage import BYTES, OTHER_FILES, RUN, WEIGHTS, damage
 
@@ -61,6 +62,43 @@ def test_a_run_is_restored(tmp_path, precision):
     for index, entry in expected["state"].items():
         assert all(torch.equal(got["state"][index][key], entry[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
     assert other[2].state_dict() == scaler.state_dict()
+
+
+def test_the_average_of_the_weights_is_restored_and_kept_at_the_end_of_an_epoch(tmp_path):
+    config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, ema_decay=0.9))
+    model, optimizer, scaler = make_run()
+    average = make_average(model, 0.9)
+    for _ in range(3):
+        with torch.no_grad():
+            model[0].weight += 1
+        average.update_parameters(model)
+    save(tmp_path, config, model, optimizer, scaler, 6, STEPS_PER_EPOCH, average.module)
+    for name, key in (("latest.pt", "ema"), ("epoch_2.pt", "model")):
+        kept = torch.load(tmp_path / name, weights_only=True)[key]["0.weight"]
+        assert torch.equal(kept, average.module[0].weight), name
+        weights, _ = load_weights_and_config(tmp_path / name)
+        assert torch.equal(weights["0.weight"], kept) and not torch.equal(kept, model[0].weight)
+
+    others = make_run()
+    restored = make_average(others[0], 0.9)
+    state = find_checkpoint(tmp_path, config, resume=True, overwrite=False)
+    restore(state, tmp_path / LATEST, *others, restored, total_steps=TOTAL_STEPS)
+    average.update_parameters(model)  # the next step's, which must not begin anew
+    restored.update_parameters(others[0])
+    for name, tensor in average.module.state_dict().items():
+        assert torch.equal(restored.module.state_dict()[name], tensor), name
+
+
+def test_a_checkpoint_without_the_average_that_the_settings_ask_for(tmp_path):
+    write_run(tmp_path)
+    state = torch.load(tmp_path / LATEST, weights_only=True)
+    state["config"]["training"]["ema_decay"] = 0.9
+    save_checkpoint(tmp_path / LATEST, {key: value for key, value in state.items() if key != "format"})
+    config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, ema_decay=0.9))
+    with pytest.raises(CheckpointError, match=r"latest\.pt: weights only, without ema: a run cannot resume from it"):
+        find_checkpoint(tmp_path, config, resume=True, overwrite=False)
+    with pytest.raises(CheckpointError, match=r"other settings: training\.ema_decay: 0\.9 against null"):
+        find_checkpoint(tmp_path, CONFIG, resume=True, overwrite=False)
 
 
 def test_only_epochs_with_a_number_are_removed(tmp_path):
