@@ -31,6 +31,7 @@ from cmt_aqr.evaluation.nuscenes_eval import format_table
 from cmt_aqr.jobs import evaluate_split, prepare_data
 from cmt_aqr.losses.criterion import total_loss
 from cmt_aqr.losses.matcher import NonFiniteError
+from cmt_aqr.probe import log_probe
 from cmt_aqr.replay import replay, stop_at_failed_step
 from cmt_aqr.run import (
     Run,
@@ -195,6 +196,7 @@ def train_epochs(run: Run, log: RunLog, stop: StopFlag) -> bool:
     with log.progress("train", run.total_steps, run.step) as progress:
         while run.step < run.last_step:
             is_stopped = train_epoch(run, log, progress, stop)
+            log_probe(run, log)
             is_last = is_stopped or run.step == run.last_step
             is_saved = run.step // run.steps_per_epoch % run.config.training.save_every == 0
             if is_last or is_saved or is_evaluation_epoch(run):

@@ -53,6 +53,7 @@ class Run:
         last_step: the run ends after this many steps.
         step: finished optimizer steps.
         saved_step: of the checkpoint in the work dir, None before the first.
+        probe: validation frames that are looked into after every epoch; None before the first time.
         skipped_steps: steps since the last line of the log whose update the gradient scaler skipped.
     """
 
@@ -71,6 +72,7 @@ class Run:
     last_step: int = 0
     step: int = 0
     saved_step: int | None = None
+    probe: list[Batch] | None = None
     skipped_steps: int = 0
 
     @property
