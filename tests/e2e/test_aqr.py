@@ -82,3 +82,28 @@ def test_weights_that_are_missing_are_named_before_anything_is_prepared(call, tm
     expected = "error: training.init_from data/weights/cmt_r50_800x320.safetensors: no such file\n"
     assert result.err == expected
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.e2e
+def test_the_probe_is_logged_after_every_epoch(world, call, tmp_path):
+    """The same frames each time: the scale is the checkpoint's, and a run that was stopped logs the same figures."""
+    whole = tmp_path / "whole"
+    assert call("train", *world.arguments("--work-dir", whole)).status == 0
+    lines = read_lines(whole / "log.jsonl", "probe")
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert lines[1]["scale"] == load_weights(whole / "latest.pt")["aqr.scale.value"].item()
+    for line in lines:
+        assert 0 < line["attention_change"] < 2 and len(line["attention_change_by_layer"]) == 2
+        assert line["bias_lidar"]["min"] <= line["bias_lidar"]["mean"] <= line["bias_lidar"]["max"]
+    parts = tmp_path / "parts"
+    assert call("train", *world.arguments("--work-dir", parts, "--max-steps", "2")).status == 0
+    assert read_lines(parts / "log.jsonl", "probe") == []  # in the middle of the first epoch
+    assert call("train", *world.arguments("--work-dir", parts, "--resume")).status == 0
+    found = read_lines(parts / "log.jsonl", "probe")
+    assert [line | {"time": 0} for line in found] == [line | {"time": 0} for line in lines]
+
+
+@pytest.mark.e2e
+def test_without_aqr_there_is_no_probe(world, call, tmp_path):
+    assert call("train", *world.arguments("--work-dir", tmp_path / "run", settings=PLAIN)).status == 0
+    assert read_lines(tmp_path / "run" / "log.jsonl", "probe") == []
