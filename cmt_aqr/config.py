@@ -24,7 +24,10 @@ RENAMED = {
     "training.momentum_dip": "min_momentum_ratio",
 }
 # Keys of a block that checkpoints of earlier versions do not have, with the value that means what those versions did.
-ADDED = {"data": {"failures": []}, "training": {"schedule": "cyclic"}}
+ADDED = {
+    "data": {"failures": []},
+    "training": {"schedule": "cyclic", "accumulation": 1, "lr_batch_size": None, "ema_decay": None},
+}
 
 Range6 = tuple[float, float, float, float, float, float]
 Triple = tuple[float, float, float]

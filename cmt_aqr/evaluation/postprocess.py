@@ -91,17 +91,24 @@ def find_best(predictions: Predictions, decoding: Decoding, tables: ClassTables)
         tables: on the device of the predictions.
     """
     queries = slice(predictions.num_dn, None)
-    scores = torch.cat([task["cls_logits"][-1, :, queries].sigmoid() for task in predictions.tasks], dim=-1)
+    best, query, column = select_best(predictions, decoding)
     codes = torch.stack([predictions.codes(task)[-1, :, queries] for task in range(len(predictions.tasks))], dim=1)
-    columns = scores.shape[-1]
-    best, index = scores.flatten(1).topk(min(decoding.max_detections, scores[0].numel()))
-    query, column = index // columns, index % columns
-    sample = torch.arange(len(scores), device=scores.device)[:, None]
+    sample = torch.arange(len(best), device=best.device)[:, None]
     boxes = decode_boxes(codes[sample, tables.task_of[column], query])
     is_kept = inside(boxes[..., :3], decoding.post_range)
     if decoding.score_threshold:
         is_kept = is_kept & (best > decoding.score_threshold)
     return BestBoxes(boxes, best, tables.class_of[column], is_kept)
+
+
+def select_best(predictions: Predictions, decoding: Decoding) -> tuple[Tensor, Tensor, Tensor]:
+    """The best scores (B, N), the matching query and the column of the class scores that each belongs to."""
+    scores = torch.cat(
+        [task["cls_logits"][-1, :, predictions.num_dn :].sigmoid() for task in predictions.tasks], dim=-1
+    )
+    columns = scores.shape[-1]
+    best, index = scores.flatten(1).topk(min(decoding.max_detections, scores[0].numel()))
+    return best, index // columns, index % columns
 
 
 def keep_detections(best: BestBoxes) -> list[Detections]:

@@ -7,7 +7,8 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_example_runs():
-    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    examples = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (example,) = (text for text in examples if "AttentionBias" in text)  # test_predictor.py runs the other one
     names = {}
     exec(example, names)
     assert names["out"].shape == (1, 8, 300, 32) and names["lse"].shape == (1, 8, 300)
