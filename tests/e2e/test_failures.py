@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cmt_aqr.tools.analyze import main as analyze
 from tests.e2e.conftest import Result, World, read_lines
 
 pytestmark = pytest.mark.e2e
@@ -87,3 +88,21 @@ def test_a_wrong_failure_in_training_is_refused_before_anything_is_written(world
     assert result.status == 2 and not (tmp_path / "run").exists()
     assert result.err.startswith("error: --set data.failures=")
     assert "data.failures[0].case 'beams:5': beams takes one of the levels 16, 8, 4, got '5'" in result.err
+
+
+def test_analyze_looks_at_clean_and_failing_frames(world, checkpoint, tmp_path, capsys):
+    arguments = world.arguments(
+        "--checkpoint", checkpoint, "--out", tmp_path, "--failure", "lidar_drop", "--score", "0"
+    )
+    assert analyze(arguments) == 0
+    report = json.loads((tmp_path / "analysis.json").read_text())
+    assert list(report["variants"]) == ["clean", "lidar_drop"] and report["frames"] == 3
+    clean, dropped = report["variants"].values()
+    assert clean["objects"] == 3 * 80 and len(clean["attention_by_layer"]) == 2
+    assert clean["weights"]["lidar"]["all"]["mean"] != dropped["weights"]["lidar"]["all"]["mean"]
+    for layer in clean["attention_by_layer"]:
+        assert sum(layer["mass"]) == pytest.approx(1, abs=1e-4) and 0 < layer["change"][0] < 2
+    assert (tmp_path / "weights.png").is_file() and (tmp_path / "attention.png").is_file()
+    plain = world.arguments("--checkpoint", checkpoint, settings=("model.aqr=null", "training.decay_mult={}"))
+    assert analyze(plain) == 2
+    assert "model.aqr: is null: a model without AQR has no weights to analyze" in capsys.readouterr().err
