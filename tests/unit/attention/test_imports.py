@@ -79,7 +79,8 @@ def test_nothing_but_evaluate_and_tools_needs_flex():
     assert users == ["attention/evaluate.py", "tools/bench_attention.py"]
 
 
-EXAMPLE = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[0]
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+(EXAMPLE,) = (block for block in BLOCKS if "from cmt_aqr.attention import" in block)
 
 
 @pytest.mark.parametrize("with_flex", (True, False))
