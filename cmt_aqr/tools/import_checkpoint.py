@@ -25,6 +25,7 @@ from cmt_aqr.config import ModelConfig, load_config
 from cmt_aqr.errors import describe_os_error, report_errors
 from cmt_aqr.files import atomic_path
 from cmt_aqr.tools.official_names import rename_official
+from cmt_aqr.tools.recognise import recognise
 from cmt_aqr.training.checkpoint import load_weights
 from cmt_aqr.training.checkpoint_checks import CheckpointError, check_dtype, check_finite
 from cmt_aqr.training.checksum import METADATA, add_checksum
@@ -236,6 +237,13 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     state = load_weights(options.source)
     own = empty_state(config.model)
+    kind, looks = recognise(state)
+    if kind == "own":
+        raise CheckpointError(
+            f"{options.source}: {looks}: nothing to import, give it to test.py --checkpoint or training.init_from"
+        )
+    if kind == "backbone" and not options.backbone:
+        raise CheckpointError(f"{options.source}: looks like {looks}: add --backbone to start a training from it")
     try:
         if options.backbone:
             result = import_backbone(state, own)
@@ -244,6 +252,7 @@ def run(options: argparse.Namespace) -> int:
     except CheckpointError as error:
         raise CheckpointError(f"{options.source}: {error}") from None
     print(f"{options.source} -> {config.name}{', image backbone' if options.backbone else ''}")
+    print(f"looks like {looks}")
     print(format_report(result), flush=True)
     counts = ", ".join(f"{len(names)} {kind}" for kind, names in result.misfits().items() if names)
     if counts:
