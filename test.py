@@ -21,10 +21,11 @@ from cmt_aqr.build import build_detector, check_device, open_split, sensors_of
 from cmt_aqr.config import Config, load_config, naming_source
 from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.errors import report_errors
-from cmt_aqr.evaluation.nuscenes_eval import Tables, format_table
+from cmt_aqr.evaluation.nuscenes_eval import format_table
 from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.failure_report import FailureTest
 from cmt_aqr.jobs import evaluate_split, has_boxes, load_model, prepare_data, submit_split
+from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.robustness import check_training_keys, choose_failures, evaluate_failures, report_failures
 from cmt_aqr.training.distributed import RankInfo, main_first, process_group
 from cmt_aqr.training.logs import RunLog
@@ -76,7 +77,8 @@ def test(config: Config, rank_info: RankInfo, arguments: argparse.Namespace) -> 
     folder = arguments.out or Path("runs") / config.name / f"{'failures' if failures else 'test'}_{split}"
     with main_first(rank_info):
         prepare_data(config, talk=rank_info.is_main)
-        index = open_split(config.data, split)
+        tables = Tables(config.data.root, config.data.version)
+        index = open_split(config.data, split, tables)
     reason = why_not_scored(index, arguments)
     if failures and reason is not None:
         raise EvaluationError(f"--failure and --failures compare scores, and there are none: {reason}")
@@ -91,7 +93,6 @@ def test(config: Config, rank_info: RankInfo, arguments: argparse.Namespace) -> 
             log.record("test", 0, checkpoint=arguments.checkpoint, split=split, no_metrics=reason)
             log.print(f"submission and pictures in {folder}; no metrics: {reason}")
             return 0
-        tables = Tables(config.data.root, config.data.version)
         if failures:
             chosen = FailureTest(split, failures, arguments.failure_seed)
             rows = evaluate_failures(model, config, chosen, rank_info, folder, log, tables)

@@ -31,6 +31,7 @@ from cmt_aqr.evaluation.nuscenes_eval import format_table
 from cmt_aqr.jobs import evaluate_split, prepare_data
 from cmt_aqr.losses.criterion import total_loss
 from cmt_aqr.losses.matcher import NonFiniteError
+from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.probe import log_probe
 from cmt_aqr.replay import replay, stop_at_failed_step
 from cmt_aqr.run import (
@@ -163,12 +164,14 @@ def set_up(config: Config, rank_info: RankInfo, work_dir: Path, arguments: argpa
     with main_first(rank_info):
         prepare_data(config, talk=rank_info.is_main)
         check_splits(config.data)
-        index = open_split(config.data, config.data.train_split)
+        tables = Tables(config.data.root, config.data.version)
+        index = open_split(config.data, config.data.train_split, tables)
         loader, steps_per_epoch = make_training_loader(config, index, rank_info)
-        open_split(config.data, config.data.val_split)  # what is wrong there must not wait for the first evaluation
+        # What is wrong there must not wait for the first evaluation.
+        open_split(config.data, config.data.val_split, tables)
 
     run = build_run(config, rank_info, work_dir)
-    run.loader, run.steps_per_epoch = loader, steps_per_epoch
+    run.tables, run.loader, run.steps_per_epoch = tables, loader, steps_per_epoch
     run.last_step = min(run.total_steps, arguments.max_steps or run.total_steps)
     if checkpoint is not None:
         run.step = run.saved_step = restore(

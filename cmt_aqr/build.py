@@ -37,6 +37,7 @@ from cmt_aqr.models.queries import ReferencePoints
 from cmt_aqr.models.resnet import ResNet
 from cmt_aqr.models.second import SECOND, SECONDFPN
 from cmt_aqr.models.vovnet import VoVNet
+from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.predictions import task_classes
 from cmt_aqr.training.optim import prefix_problems
 
@@ -245,8 +246,8 @@ def build_criterion(config: Config, *, reduce_mean: Callable[[Tensor], Tensor] |
     )
 
 
-def open_split(config: DataConfig, split: str) -> FrameIndex:
-    """The index file of a split, built when it is missing or stale.
+def open_split(config: DataConfig, split: str, tables: Tables | None = None) -> FrameIndex:
+    """The index file of a split, built when it is missing or stale: from ``tables`` where they are given.
 
     Raises:
         DataError: one sentence on what is wrong with the data set.
@@ -259,6 +260,7 @@ def open_split(config: DataConfig, split: str) -> FrameIndex:
         cache_dir=config.index_dir,
         cameras=CAMERAS,
         velocity_file=None if config.velocity_file is None else root / config.velocity_file,
+        tables=tables,
     )
 
 

@@ -12,9 +12,10 @@ from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.loader import explain_killed_worker, make_loader
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.data.sampling import EvaluationSampler
-from cmt_aqr.evaluation.nuscenes_eval import METRICS_FILE, Metrics, Tables
+from cmt_aqr.evaluation.nuscenes_eval import METRICS_FILE, Metrics
 from cmt_aqr.evaluation.run import SUBMISSION_FILE, Decoding, FrameResult, evaluate, predict, save_submission
 from cmt_aqr.evaluation.submission import EvaluationError
+from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.strict_yaml import differences
 from cmt_aqr.synthetic import WorldSettings, generate_world

@@ -11,6 +11,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -141,6 +142,24 @@ class CheckedNuScenes(NuScenes):
                             f"{other_instance} at {other_time} us, expected instance {instance} "
                             f"{'before' if key == 'prev' else 'after'} {time} us"
                         )
+
+
+class Tables:
+    """The tables of a nuScenes-format data set, loaded when first asked for and then kept.
+
+    The full data set takes half a minute and gigabytes to load: who builds indices or evaluates holds one of these.
+    """
+
+    def __init__(self, dataroot: str | os.PathLike, version: str):
+        self.dataroot = dataroot
+        self.version = version
+
+    @cached_property
+    def nusc(self) -> CheckedNuScenes:
+        """The devkit's object; raises TableError."""
+        nusc = CheckedNuScenes(self.dataroot, self.version)
+        gc.freeze()  # else the collector of every worker forked later would touch, and so copy, all of it
+        return nusc
 
 
 def read_table(file: Path) -> list[dict]:

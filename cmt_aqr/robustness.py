@@ -29,11 +29,12 @@ from cmt_aqr.data.failures import (
 from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.loader import explain_killed_worker, make_loader
 from cmt_aqr.data.sample import Batch, DataError
-from cmt_aqr.evaluation.nuscenes_eval import Metrics, Tables
+from cmt_aqr.evaluation.nuscenes_eval import Metrics
 from cmt_aqr.evaluation.run import FrameResult, evaluate, predict
 from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.failure_report import BARS_FILE, CLEAN, REPORT_FILE, FailureTest, Row, format_failures, write_report
 from cmt_aqr.jobs import decoding_of, raise_together, spread
+from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.training.distributed import RankInfo, gather
 from cmt_aqr.training.logs import RunLog

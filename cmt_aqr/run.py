@@ -15,7 +15,6 @@ from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.loader import Loader, make_loader
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.data.sampling import TrainingSampler
-from cmt_aqr.evaluation.nuscenes_eval import Tables
 from cmt_aqr.files import atomic_path
 from cmt_aqr.losses.criterion import Criterion
 from cmt_aqr.losses.matcher import NonFiniteError
@@ -23,6 +22,7 @@ from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.models.grid_mask import draw_grid_mask, grid_mask
 from cmt_aqr.models.local_init import init_reference_points
+from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.predictions import DenoisingQueries
 from cmt_aqr.strict_yaml import to_yaml

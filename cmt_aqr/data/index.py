@@ -1,33 +1,38 @@
 """The index: everything a split's samples need from the nuScenes tables, in one file that opens in a moment.
 
-File: gzip of JSON lines. Line 0 is a header (format, settings, fingerprint of the tables, per-frame classes), then
-one line a frame. Frames stay JSON text until they are asked for: a full training split is a few hundred megabytes of
-text that forked workers share, not gigabytes of Python objects that each of them copies.
+File: one zlib stream of JSON a frame, in the order of the frames; then one of the header (format, settings,
+fingerprint of the tables, tokens and classes of the frames, where each begins); then the header's place and a mark,
+16 bytes. It is written as the frames come and a frame is read when it is asked for, so neither needs memory for all.
 
 The fingerprint holds size, time stamp and SHA-256 of every table read. Equal sizes and time stamps are believed; where
 a time stamp differs the table is hashed; where the hash differs the index is rebuilt.
 """
 
-import gzip
 import hashlib
 import json
 import logging
+import struct
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import BinaryIO, get_args
 
 import torch
 from torch import Tensor
 
 from cmt_aqr.boxes import BOX_SIZE, BoxChoice, Targets
 from cmt_aqr.data.cache import exclusive_lock, fingerprint, new_cache, same_content
+from cmt_aqr.data.sample import DataError
 
 logger = logging.getLogger(__name__)
 
 # Raise whenever the meaning or layout of the file changes; older files are then rebuilt.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# The last bytes of a file: where the header begins, and what kind of file it is.
+_END = struct.Struct("<Q8s")
+_MARK = b"CMTINDEX"
+_COMPRESSION = 4
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class FrameIndex:
         content_hash: digest of the settings and of the tables' content.
     """
 
-    def __init__(self, *, dataroot: Path, header: Mapping, lines: Sequence[bytes], path: Path):
+    def __init__(self, *, dataroot: Path, header: Mapping, path: Path):
         self.dataroot = dataroot
         self.version: str = header["settings"]["version"]
         self.split: str = header["settings"]["split"]
@@ -159,18 +164,34 @@ class FrameIndex:
         self.path = path
         contents = [header["settings"], {name: mark[2] for name, mark in sorted(header["tables"].items())}]
         self.content_hash = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-        self._lines = lines
+        self._places: list[int] = header["places"]
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self.tokens)
 
     def frame_labels(self, choice: BoxChoice) -> list[list[int]]:
         """For every frame the set of labels among the chosen boxes, sorted (for class balancing)."""
         return self._frame_labels[choice]
 
     def frame(self, index: int) -> Frame:
-        """Frame `index` in [0, len)."""
-        return Frame.from_json(self._lines[index])
+        """Frame `index` in [0, len).
+
+        Raises:
+            DataError: the file was damaged or removed after it was opened.
+            IndexError: no such frame.
+        """
+        index = range(len(self))[index]
+        first, end = self._places[index : index + 2]
+        try:
+            # Opened anew each time: no handle has to survive the way into a worker process.
+            with open(self.path, "rb") as file:
+                file.seek(first)
+                return Frame.from_json(zlib.decompress(file.read(end - first)))
+        except (OSError, zlib.error, ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"{self.path}: frame {index}, {self.tokens[index]}, cannot be read: {error}; delete the file, it is "
+                f"then built again"
+            ) from None
 
 
 def open_index(
@@ -203,24 +224,48 @@ def open_index(
         if index is not None:
             return index
         logger.info("building index %s (%s)", path, reason)
-        marks = fingerprint(tables)
-        frames = list(build())
-        header = {
-            "format": FORMAT_VERSION,
-            "settings": settings,
-            "tables": marks,
-            "tokens": [frame.token for frame in frames],
-            "frame_labels": {
-                choice: [sorted(set(frame.targets(choice).labels.tolist())) for frame in frames]
-                for choice in get_args(BoxChoice)
-            },
-        }
-        lines = [frame.to_json().encode() for frame in frames]
-        with new_cache(path) as temporary, gzip.open(temporary, "wb", compresslevel=4) as file:
-            file.write(json.dumps(header, separators=(",", ":")).encode() + b"\n")
-            file.writelines(line + b"\n" for line in lines)
-        logger.info("index %s: %d frames, %.1f MB", path, len(lines), path.stat().st_size / 1e6)
-    return FrameIndex(dataroot=dataroot, header=header, lines=lines, path=path)
+        with new_cache(path) as temporary, open(temporary, "wb") as file:
+            header = {"format": FORMAT_VERSION, "settings": settings, "tables": fingerprint(tables)}
+            header |= _write_frames(file, build())
+            content = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), _COMPRESSION)
+            file.write(content + _END.pack(header["places"][-1], _MARK))
+        logger.info("index %s: %d frames, %.1f MB", path, len(header["tokens"]), path.stat().st_size / 1e6)
+    return FrameIndex(dataroot=dataroot, header=header, path=path)
+
+
+def _write_frames(file: BinaryIO, frames: Iterable[Frame]) -> dict:
+    """Write frames one after the other; returns what the header must say about them."""
+    tokens, places = [], [0]
+    labels: dict[str, list[list[int]]] = {choice: [] for choice in get_args(BoxChoice)}
+    for frame in frames:
+        places.append(places[-1] + file.write(zlib.compress(frame.to_json().encode(), _COMPRESSION)))
+        tokens.append(frame.token)
+        for choice, found in labels.items():
+            is_chosen = frame.chosen(choice).tolist()
+            found.append(sorted({label for label, keep in zip(frame.labels, is_chosen, strict=True) if keep}))
+    return {"tokens": tokens, "places": places, "frame_labels": labels}
+
+
+def _read_header(path: Path) -> dict:
+    """The header of an index file.
+
+    Raises:
+        ValueError: the file is none, or damaged.
+    """
+    with open(path, "rb") as file:
+        end = file.seek(0, 2) - _END.size
+        file.seek(max(end, 0))
+        try:
+            place, mark = _END.unpack(file.read())
+        except struct.error:
+            mark = b""
+        if mark != _MARK:
+            raise ValueError("its end is missing")
+        file.seek(place)
+        header = json.loads(zlib.decompress(file.read(end - place)))
+    if not header["places"][-1] == place or len(header["places"]) != len(header["tokens"]) + 1:
+        raise ValueError("its header does not fit its frames")
+    return header
 
 
 def _read_if_fresh(
@@ -230,18 +275,14 @@ def _read_if_fresh(
     if not path.exists():
         return None, "none yet"
     try:
-        with gzip.open(path, "rb") as file:
-            header = json.loads(file.readline())
-            if header["format"] != FORMAT_VERSION:
-                return None, f"its format is {header['format']}, expected {FORMAT_VERSION}"
-            if header["settings"] != settings:
-                return None, "its settings differ"
-            if not same_content(header["tables"], marks := fingerprint(tables, previous=header["tables"])):
-                changed = [name for name in marks if marks[name][2] != header["tables"].get(name, (0, 0, ""))[2]]
-                return None, f"tables changed: {', '.join(changed) or 'one is gone'}"
-            lines = [line.rstrip() for line in file]
-        if len(lines) != len(header["tokens"]):
-            return None, f"it holds {len(lines)} frames, its header says {len(header['tokens'])}"
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        header = _read_header(path)
+        if header["format"] != FORMAT_VERSION:
+            return None, f"its format is {header['format']}, expected {FORMAT_VERSION}"
+        if header["settings"] != settings:
+            return None, "its settings differ"
+        if not same_content(header["tables"], marks := fingerprint(tables, previous=header["tables"])):
+            changed = [name for name in marks if marks[name][2] != header["tables"].get(name, (0, 0, ""))[2]]
+            return None, f"tables changed: {', '.join(changed) or 'one is gone'}"
+    except (OSError, zlib.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         return None, f"it is damaged: {error}"
-    return FrameIndex(dataroot=dataroot, header=header, lines=lines, path=path), ""
+    return FrameIndex(dataroot=dataroot, header=header, path=path), ""

@@ -21,6 +21,7 @@ from cmt_aqr.nuscenes_tables import (
     LIDAR_CHANNEL,
     SPLITS_FILE,
     CheckedNuScenes,
+    Tables,
     read_splits,
     read_table,
     read_velocities,
@@ -51,6 +52,7 @@ def load_index(
     cache_dir: str | Path,
     cameras: Sequence[str] = CAMERAS,
     velocity_file: str | Path | None = None,
+    tables: Tables | None = None,
 ) -> FrameIndex:
     """Open the index of one split, building it from the tables where there is none or the tables changed.
 
@@ -62,6 +64,8 @@ def load_index(
         cameras: channels, the order of the views.
         velocity_file: JSON, annotation token -> {"velocity_global_xy": [vx, vy] or null} in m/s; replaces the devkit's
             estimate for all annotations it lists.
+        tables: those of `version`, loaded only where the index must be built; to build several indices, or to evaluate,
+            without loading them again.
 
     Returns:
         The index.
@@ -73,10 +77,10 @@ def load_index(
     for key, value in (("version", version), ("split", split)):
         if not _NAME.fullmatch(value):
             raise DataError(f"{key} is {value!r}, expected a name of the characters 0-9 A-Z a-z _ . -")
-    tables = _table_files(root, version)
+    files = _table_files(root, version)
     if velocity_file is not None:
-        tables["velocity_file"] = Path(velocity_file)
-        if not tables["velocity_file"].is_file():
+        files["velocity_file"] = Path(velocity_file)
+        if not files["velocity_file"].is_file():
             raise DataError(f"velocity_file {velocity_file} does not exist")
     settings = {
         "dataroot": str(root.resolve()),
@@ -88,11 +92,11 @@ def load_index(
     }
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     return open_index(
-        Path(cache_dir) / f"index-{version}-{split}-{digest}.jsonl.gz",
+        Path(cache_dir) / f"index-{version}-{split}-{digest}.frames",
         dataroot=root,
         settings=settings,
-        tables=tables,
-        build=lambda: _build_frames(root, version, split, cameras, velocity_file),
+        tables=files,
+        build=lambda: _build_frames(tables or Tables(root, version), split, cameras, velocity_file),
     )
 
 
@@ -123,13 +127,13 @@ def _table_files(root: Path, version: str) -> dict[str, Path]:
 
 
 def _build_frames(
-    root: Path, version: str, split: str, cameras: Sequence[str], velocity_file: str | Path | None
+    loaded: Tables, split: str, cameras: Sequence[str], velocity_file: str | Path | None
 ) -> Iterator[Frame]:
-    folder = root / version
+    folder = Path(loaded.dataroot) / loaded.version
     try:
         scenes = _scenes_of_split(folder, split)
         velocities = None if velocity_file is None else read_velocities(Path(velocity_file))
-        nusc = CheckedNuScenes(root, version)
+        nusc = loaded.nusc
     except TableError as error:
         raise DataError(str(error)) from None
     _check_sensors(folder / "sensor.json", nusc.sensor, cameras)

@@ -13,7 +13,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -89,22 +88,6 @@ def load_nuscenes(dataroot: str | os.PathLike, version: str, *, verbose: bool = 
             return CheckedNuScenes(dataroot, version, verbose=verbose)
     except TableError as error:
         raise EvaluationError(str(error)) from None
-
-
-class Tables:
-    """The tables of a nuScenes-format data set, loaded when first asked for and then kept.
-
-    The full data set takes half a minute and gigabytes to load: who evaluates often holds one of these.
-    """
-
-    def __init__(self, dataroot: str | os.PathLike, version: str):
-        self.dataroot = dataroot
-        self.version = version
-
-    @cached_property
-    def nusc(self) -> NuScenes:
-        """The devkit's object; raises EvaluationError as :func:`load_nuscenes`."""
-        return load_nuscenes(self.dataroot, self.version)
 
 
 def split_tokens(nusc: NuScenes, split: str) -> list[str]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cmt_aqr.boxes import Detections
-from cmt_aqr.evaluation.nuscenes_eval import Metrics, Tables, evaluate_submission
+from cmt_aqr.evaluation.nuscenes_eval import Metrics, evaluate_submission
 from cmt_aqr.evaluation.postprocess import Decoding, postprocess
 from cmt_aqr.evaluation.submission import detections_to_submission, write_submission
+from cmt_aqr.nuscenes_tables import Tables
 
 SUBMISSION_FILE = "submission.json"
 

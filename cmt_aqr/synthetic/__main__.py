@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
                 image_size=options.image_size,
                 sweeps_per_keyframe=options.sweeps,
                 lidar_columns=options.lidar_columns,
+                sensor_files=not options.tables_only,
             ),
             workers=options.workers,
         )
@@ -64,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
         default=1084,
         metavar="C",
         help="firings per LiDAR turn; nuScenes has 1084, fewer are faster and give a thinner cloud",
+    )
+    parser.add_argument(
+        "--tables-only",
+        action="store_true",
+        help="no LiDAR and no image files, to try programs on as many frames as nuScenes has (34 000 in minutes)",
     )
     parser.add_argument(
         "--workers",

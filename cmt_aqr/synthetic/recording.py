@@ -27,6 +27,10 @@ _EPOCH_US = 1_577_836_800_000_000
 _SCENE_SPACING_US = 600_000_000
 _LIDAR_JITTER_US, _CAMERA_JITTER_US = 800, 300
 _JPEG_QUALITY = 85
+# ANNOTATION_RANGE of a world of tables alone.
+_TABLES_RANGE = 30.0
+# LiDAR points of an object that is guessed to be hit, times the square of its distance in metres.
+_POINTS_AT_1_M = 3000
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class WorldSettings:
         image_size: width, height in pixels.
         sweeps_per_keyframe: LiDAR sweeps between two key frames; 9 is nuScenes' 20 Hz.
         lidar_columns: firings of a sweep; nuScenes has 1084.
+        sensor_files: False writes the tables alone, with the same tokens and file names, to try programs on as many
+            frames as nuScenes has; only boxes within 30 m are then annotated, some 50 a frame, their
+            points are guessed, and all of them count as visible.
     """
 
     scenes: int
@@ -47,6 +54,7 @@ class WorldSettings:
     image_size: tuple[int, int] = (1600, 900)
     sweeps_per_keyframe: int = 9
     lidar_columns: int = 1084
+    sensor_files: bool = True
 
     def scene_indices(self) -> dict[str, list[int]]:
         """Scene indices of the two splits."""
@@ -108,8 +116,9 @@ class _Recorder:
     def __init__(self, world: WorldSettings, index: int, root: Path):
         self.world, self.index, self.root = world, index, root
         self.scene: Scene = build_scene(world.seed, index, world.samples_per_scene)
-        self._rig = CameraRig(self.scene, world.image_size, world.seed)
-        self._lidar = Lidar(world.lidar_columns, self.scene.conditions)
+        if world.sensor_files:
+            self._rig = CameraRig(self.scene, world.image_size, world.seed)
+            self._lidar = Lidar(world.lidar_columns, self.scene.conditions)
         self._stamps = self._lidar_stamps()
         self._camera_stamps = self._draw_camera_stamps()
         self.samples, self.sample_data, self.ego_pose, self.sightings = [], [], [], []
@@ -161,34 +170,40 @@ class _Recorder:
         exists = 0 <= sample < self.world.samples_per_scene
         return self.world.token("sample", self.index, sample) if exists else ""
 
-    def _record_sweeps(self, sample: int, actors: np.ndarray) -> Scan:
+    def _record_sweeps(self, sample: int, actors: np.ndarray) -> Scan | None:
         """Write the turns since the last key frame; returns that of this sample's key frame, the last."""
         turn = self.world.sweeps_per_keyframe + 1
         numbers = range(max(sample * turn - turn + 1, 0), sample * turn + 1)
         times = self._seconds(self._stamps[numbers.start : numbers.stop])
-        egos, poses = self.scene.ego_poses(times).tolist(), self.scene.poses(times, actors)
+        egos = self.scene.ego_poses(times).tolist()
+        paths = [self._add_sweep(sample, number, ego) for number, ego in zip(numbers, egos, strict=True)]
+        if not self.world.sensor_files:
+            return None
+        poses = self.scene.poses(times, actors)
         chosen, slot = parts_of(self.scene, actors)
         sensors = np.stack([lidar_pose(ego) for ego in egos])
         parts = parts_in_sensor_frame(self.scene.parts[chosen], poses.take(slot, axis=1), sensors)
         rng = np.random.default_rng([self.world.seed, self.index, 6, sample])
         scans = self._lidar.scans(parts, self.scene.part_reflectivity[chosen], rng)
-        for number, ego, scan in zip(numbers, egos, scans, strict=True):
-            path = self._add_data(
-                LIDAR_CHANNEL,
-                number,
-                len(self._stamps),
-                sample,
-                int(self._stamps[number]),
-                ego,
-                is_key=number % turn == 0,
-            )
+        for path, scan in zip(paths, scans, strict=True):
             write_bytes(path, scan.points)
         return scan
 
+    def _add_sweep(self, sample: int, number: int, ego: tuple[float, float, float]) -> Path:
+        """Add the rows of a LiDAR turn; returns its file's path."""
+        is_key = number % (self.world.sweeps_per_keyframe + 1) == 0
+        stamp = int(self._stamps[number])
+        return self._add_data(LIDAR_CHANNEL, number, len(self._stamps), sample, stamp, ego, is_key=is_key)
+
     def _record_images(self, sample: int, actors: np.ndarray) -> np.ndarray:
         """Write the six images. Returns the visible share (N,) of every actor of the scene over all of them."""
-        drawn, visible = np.zeros(len(self.scene.s)), np.zeros(len(self.scene.s))
         stamps = self._camera_stamps[sample]
+        if not self.world.sensor_files:
+            egos = self.scene.ego_poses(self._seconds(stamps)).tolist()
+            for mount, stamp, ego in zip(CAMERAS, stamps.tolist(), egos, strict=True):
+                self._add_data(mount.channel, sample, self.world.samples_per_scene, sample, stamp, ego)
+            return np.ones(len(self.scene.s))
+        drawn, visible = np.zeros(len(self.scene.s)), np.zeros(len(self.scene.s))
         rng = np.random.default_rng([self.world.seed, self.index, 7, sample])
         views = self._rig.render(self._seconds(stamps), actors, rng)
         for mount, stamp, view in zip(CAMERAS, stamps.tolist(), views, strict=True):
@@ -246,17 +261,21 @@ class _Recorder:
         )
         return self.root / file
 
-    def _annotate(self, sample: int, time: float, actors: np.ndarray, scan: Scan, visible: np.ndarray) -> None:
+    def _annotate(self, sample: int, time: float, actors: np.ndarray, scan: Scan | None, visible: np.ndarray) -> None:
         scene = self.scene
         x, y, yaw = scene.ego_pose(time)
         chosen, _ = parts_of(scene, actors)
-        part = scan.part
-        hits = np.bincount(scene.part_actor[chosen][part[part >= 0]], minlength=len(scene.s))
         actors = actors[scene.label[actors] != NO_LABEL]
         poses = scene.poses(np.array([time]), actors)[0]
-        near = np.hypot(poses[:, 0] - x, poses[:, 1] - y) < ANNOTATION_RANGE
+        reach = ANNOTATION_RANGE if scan is not None else _TABLES_RANGE
+        near = np.hypot(poses[:, 0] - x, poses[:, 1] - y) < reach
         actors, poses = actors[near], poses[near]
-        points = hits[actors] + _ghosts_in_boxes(scan, scene.size[actors], poses, lidar_pose((x, y, yaw)))
+        if scan is None:
+            points = (_POINTS_AT_1_M / np.square(poses[:, :2] - (x, y)).sum(1).clip(1.0)).astype(int)
+        else:
+            part = scan.part
+            hits = np.bincount(scene.part_actor[chosen][part[part >= 0]], minlength=len(scene.s))
+            points = hits[actors] + _ghosts_in_boxes(scan, scene.size[actors], poses, lidar_pose((x, y, yaw)))
         speeds = np.linalg.norm(scene.velocities(np.array([time]), actors)[0], axis=-1)
         columns = (actors, scene.label[actors], scene.size[actors], poses, speeds, points, visible[actors])
         for actor, label, size, (x, y, yaw), speed, count, share in zip(*(c.tolist() for c in columns), strict=True):

@@ -122,7 +122,7 @@ def check_arguments(world: WorldSettings, workers: int) -> None:
 
 
 def _parameters(world: WorldSettings) -> dict:
-    return {
+    parameters = {
         "generator": "cmt_aqr.synthetic",
         "generator_version": GENERATOR_VERSION,
         "version": VERSION,
@@ -134,6 +134,7 @@ def _parameters(world: WorldSettings) -> dict:
         "sweeps_per_keyframe": world.sweeps_per_keyframe,
         "lidar_columns": world.lidar_columns,
     }
+    return parameters if world.sensor_files else parameters | {"sensor_files": False}
 
 
 def _is_there_already(out: Path, world: WorldSettings) -> bool:
@@ -146,10 +147,11 @@ def _is_there_already(out: Path, world: WorldSettings) -> bool:
     except (OSError, ValueError, KeyError, AttributeError):
         raise WorldError(f"{out} exists and is not a synthetic world: choose another folder") from None
     wanted = _parameters(world)
-    for key, value in wanted.items():
-        if found.get(key) != value:
+    for key in wanted | found:
+        there, here = (parameters.get(key, True if key == "sensor_files" else None) for parameters in (found, wanted))
+        if there != here:
             raise WorldError(
-                f"{out} holds another synthetic world ({key} is {found.get(key)!r} there, {value!r} here): "
+                f"{out} holds another synthetic world ({key} is {there!r} there, {here!r} here): "
                 "choose another folder or delete it"
             )
     return True

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train as train_script
-from cmt_aqr.evaluation import nuscenes_eval
+from cmt_aqr import nuscenes_tables
 from tests.e2e.conftest import one_thread, read_lines
 
 pytestmark = pytest.mark.e2e
@@ -179,18 +179,18 @@ def test_overwriting_removes_the_old_run(world, tmp_path, call):
     assert [line["step"] for line in read_lines(work_dir / "log.jsonl", "train")] == [1, 2, 3]
 
 
-def test_a_start_from_weights_is_said_and_two_evaluations_load_the_tables_once(
+def test_a_start_from_weights_is_said_and_two_indices_and_two_evaluations_load_the_tables_once(
     world, whole_run, tmp_path, call, monkeypatch
 ):
-    load, loaded = nuscenes_eval.load_nuscenes, []
+    load, loaded = nuscenes_tables.CheckedNuScenes, []
 
     def count(*arguments, **options):
         loaded.append(arguments)
         return load(*arguments, **options)
 
-    monkeypatch.setattr(nuscenes_eval, "load_nuscenes", count)
+    monkeypatch.setattr(nuscenes_tables, "CheckedNuScenes", count)
     start = whole_run / "epoch_1.pt"
-    settings = (f"training.init_from={start}", "training.eval_every=1")
+    settings = (f"training.init_from={start}", "training.eval_every=1", f"data.index_dir={tmp_path / 'index'}")
     result = call("train", *world.arguments("--work-dir", tmp_path / "run", settings=settings))
     assert (result.status, result.err) == (0, "")
     count_all = len(torch.load(start, weights_only=True)["model"])

@@ -1,4 +1,5 @@
 import builtins
+import dataclasses
 import errno
 import io
 import json
@@ -6,19 +7,23 @@ import logging
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import socket
 import threading
 import time
+import weakref
+import zlib
 
 import numpy as np
 import pytest
 import torch
 
+from cmt_aqr import nuscenes_tables
 from cmt_aqr.boxes import points_in_boxes
 from cmt_aqr.classes import CAMERAS, CLASSES
 from cmt_aqr.data.cache import exclusive_lock
-from cmt_aqr.data.index import Frame
+from cmt_aqr.data.index import Frame, open_index
 from cmt_aqr.data.nuscenes import MAX_SWEEPS, load_index
 from cmt_aqr.data.readers import load_points, read_points
 from cmt_aqr.data.sample import DataError
@@ -163,6 +168,71 @@ def test_index_is_reused_until_a_table_changes(world, tmp_path, caplog):
     assert sorted(path.name for path in cache.iterdir()) == [second.path.name]
 
 
+def many_frames(frame, count, alive):
+    """Copies of a frame with tokens of their own; notes in ``alive`` how many exist at a time."""
+    existing = weakref.WeakSet()
+    for number in range(count):
+        copy = Frame.from_json(frame.to_json().replace(frame.token, f"token-{number}"))
+        existing.add(copy)
+        alive.append(len(existing))
+        yield copy
+        del copy
+
+
+def open_many(world, frame, path, count, alive):
+    return open_index(
+        path,
+        dataroot=world.root,
+        settings={"version": VERSION, "split": "all", "cameras": list(CAMERAS), "max_sweeps": MAX_SWEEPS},
+        tables={"sample": world.table("sample")},
+        build=lambda: many_frames(frame, count, alive),
+    )
+
+
+def test_an_index_is_written_as_it_is_built_and_read_frame_by_frame(world, index, tmp_path, monkeypatch):
+    alive = []
+    built = open_many(world, index.frame(2), tmp_path / "many.frames", 2000, alive)
+    assert len(alive) == 2000 and max(alive) <= 2
+    unpacked = []
+    unpack = zlib.decompress
+    monkeypatch.setattr("cmt_aqr.data.index.zlib.decompress", lambda data: unpacked.append(len(data)) or unpack(data))
+    opened = open_many(world, None, tmp_path / "many.frames", 0, alive)
+    assert len(opened) == 2000 and len(unpacked) == 1  # the header
+    for each in (built, opened):
+        assert each.frame(1234) == dataclasses.replace(index.frame(2), token="token-1234")
+    assert opened.frame(-1).token == "token-1999"
+    with pytest.raises(IndexError):  # ends a loop over the frames
+        opened.frame(2000)
+    assert opened.tokens[-1] == "token-1999" and opened.frame_labels("all") == built.frame_labels("all")
+    # What a worker gets where it is not forked, and may copy where it is: 100 MB would be 3 kB a frame of nuScenes.
+    assert len(pickle.dumps(opened)) < 200 * 2000
+
+
+def test_a_frame_that_is_damaged_later_is_named(world, tmp_path):
+    index = index_of(world, tmp_path / "cache")
+    content = bytearray(index.path.read_bytes())
+    content[40] ^= 1
+    index.path.write_bytes(content)
+    opened = index_of(world, tmp_path / "cache")
+    with pytest.raises(DataError) as error:
+        opened.frame(0)
+    assert str(error.value).startswith(f"{index.path}: frame 0, scene-a-sample-0, cannot be read: Error -3 while ")
+    assert str(error.value).endswith("; delete the file, it is then built again")
+    assert opened.frame(1).token == "scene-a-sample-1"
+
+
+def test_two_splits_and_an_evaluation_share_the_tables(tmp_path, monkeypatch):
+    splits = {"one": ["scene-a"], "two": ["scene-b"]}
+    world = write_world(tmp_path / "w", scenes={"scene-a": 2, "scene-b": 1}, splits=splits)
+    load, loaded = nuscenes_tables.CheckedNuScenes, []
+    monkeypatch.setattr(nuscenes_tables, "CheckedNuScenes", lambda *place: loaded.append(place) or load(*place))
+    for _ in range(2):  # the second time there is nothing to build
+        tables = nuscenes_tables.Tables(world.root, VERSION)
+        lengths = [len(index_of(world, tmp_path / "cache", split=split, tables=tables)) for split in splits]
+        assert lengths == [2, 1] and len(loaded) == 1
+    assert len(tables.nusc.sample) == 3 and len(loaded) == 2
+
+
 def _open_and_count(world, cache, results):
     results.put(len(index_of(world, cache)))
 
@@ -219,7 +289,7 @@ def test_broken_tables_are_one_sentence(world, tmp_path, table, change, words):
         index_of(world, tmp_path / "cache")
     message = str(error.value)
     assert all(word in message for word in words), message
-    assert "\n" not in message and not list((tmp_path / "cache").glob("index*.gz"))
+    assert "\n" not in message and not list((tmp_path / "cache").glob("index*.frames"))
 
 
 def test_missing_pieces_are_named(world, tmp_path):
@@ -254,9 +324,7 @@ def test_full_disk_is_one_sentence(world, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", full)
-        with pytest.raises(
-            DataError, match=r"index-.*\.jsonl\.gz: the cache cannot be written: No space left on device$"
-        ):
+        with pytest.raises(DataError, match=r"index-.*\.frames: the cache cannot be written: No space left on device$"):
             index_of(world, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
     assert len(index_of(world, tmp_path / "cache")) > 0

@@ -9,12 +9,13 @@ import torch
 from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.detection.evaluate import DetectionEval
 
+from cmt_aqr import nuscenes_tables
 from cmt_aqr.boxes import Detections
 from cmt_aqr.classes import CLASSES
-from cmt_aqr.evaluation import nuscenes_eval
-from cmt_aqr.evaluation.nuscenes_eval import Tables, evaluate_submission, format_table, load_nuscenes, split_tokens
+from cmt_aqr.evaluation.nuscenes_eval import evaluate_submission, format_table, load_nuscenes, split_tokens
 from cmt_aqr.evaluation.run import FrameResult, evaluate
 from cmt_aqr.evaluation.submission import EvaluationError, detections_to_submission, write_submission
+from cmt_aqr.nuscenes_tables import Tables
 from tests.unit.evaluation import frame, tiny_world
 
 CARS = [("vehicle.car", (10.0, 0.0, 0.0)), ("vehicle.car", (-20.0, 5.0, 0.0)), ("vehicle.truck", (70.0, 0.0, 0.0))]
@@ -172,7 +173,7 @@ def test_devkit_is_silent_unless_asked(world, tmp_path, capsys):
 
 def test_tables_are_loaded_once_for_many_evaluations(world, tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr(nuscenes_eval, "CheckedNuScenes", lambda *place, **_: loaded.append(place) or world)
+    monkeypatch.setattr(nuscenes_tables, "CheckedNuScenes", lambda *place, **_: loaded.append(place) or world)
     tables = Tables(world.dataroot, world.version)
     assert not loaded  # processes that do not evaluate have nothing to load
     frames = [
