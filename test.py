@@ -24,7 +24,7 @@ from cmt_aqr.errors import report_errors
 from cmt_aqr.evaluation.nuscenes_eval import format_table
 from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.failure_report import FailureTest
-from cmt_aqr.jobs import evaluate_split, has_boxes, load_model, prepare_data, submit_split
+from cmt_aqr.jobs import evaluate_split, has_boxes, load_model, model_for_test, prepare_data, submit_split
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.robustness import check_training_keys, choose_failures, evaluate_failures, report_failures
 from cmt_aqr.training.distributed import RankInfo, main_first, process_group
@@ -87,7 +87,7 @@ def test(config: Config, rank_info: RankInfo, arguments: argparse.Namespace) -> 
             log.print(model.lidar_branch.encoder.describe(rank_info.device))
         if model.aqr is not None:
             log.print(model.aqr.describe(rank_info.device))
-        model = model.to(rank_info.device)
+        model = model_for_test(model, config, rank_info.device, log)
         if reason is not None:
             submit_split(model, config, split, rank_info, folder, log)
             log.record("test", 0, checkpoint=arguments.checkpoint, split=split, no_metrics=reason)

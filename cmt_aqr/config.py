@@ -26,6 +26,7 @@ RENAMED = {
 # Keys of a block that checkpoints of earlier versions do not have, with the value that means what those versions did.
 ADDED = {
     "data": {"failures": []},
+    "evaluation": {"compile": False},
     "training": {"schedule": "cyclic", "accumulation": 1, "lr_batch_size": None, "ema_decay": None},
 }
 
@@ -275,6 +276,7 @@ class EvaluationConfig:
 
     batch_size: int = limits(low=1, high=4096)  # frames of each process at a time
     precision: Literal["fp32", "bf16", "fp16"]  # of autocast, as in training
+    compile: Literal["auto", True, False]  # one compiled graph a stage in test.py, CUDA graphs on a GPU; auto: on a GPU
     max_detections: int = limits(low=1, high=500)  # boxes of a frame with the best scores
     post_range: Range6 = limits(low=-10_000, high=10_000)  # metres; boxes whose centre lies outside are dropped
     score_threshold: float | None = limits(low=0, high=1)  # boxes with a lower score are dropped; null: none are

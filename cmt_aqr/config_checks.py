@@ -127,6 +127,20 @@ def _check_sparse_backend(config: Config) -> Found:
         )
 
 
+def _check_compile(config: Config) -> Found:
+    model, lidar = config.model, config.model.lidar
+    if config.evaluation.compile is not True:
+        return
+    if lidar is not None and (lidar.sparse_backend == "spconv" or lidar.out_of_range == "alias"):
+        key, value = ("out_of_range", "alias") if lidar.out_of_range == "alias" else ("sparse_backend", "spconv")
+        yield (
+            "evaluation.compile",
+            f"true needs PyTorch's sparse encoder, but model.lidar.{key} is {value!r}; use false",
+        )
+    if model.attention.backend == "lowrank":
+        yield "evaluation.compile", "true cannot hold model.attention.backend 'lowrank'; use false"
+
+
 def _check_bev_map(config: Config) -> Found:
     """The maps on the way from the voxels to the BEV tokens have cells, and those of SECOND come to one size."""
     lidar = config.model.lidar
@@ -302,6 +316,7 @@ CHECKS = (
     (("model.lidar",), _check_lidar_lengths),
     (("model.lidar",), _check_encoder_channels),
     (("model.lidar",), _check_sparse_backend),
+    (("evaluation.compile", "model.lidar", "model.attention"), _check_compile),
     (("model.lidar",), _check_bev_map),
     (("model.lidar", "model.point_range"), _check_voxels),
     (("model.tasks",), _check_classes),

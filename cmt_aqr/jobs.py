@@ -1,8 +1,10 @@
 """What both scripts do: prepare the data, load weights, predict and evaluate a split."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from cmt_aqr.boxes import Detections
@@ -13,8 +15,18 @@ from cmt_aqr.data.loader import explain_killed_worker, make_loader
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.data.sampling import EvaluationSampler
 from cmt_aqr.evaluation.nuscenes_eval import METRICS_FILE, Metrics
-from cmt_aqr.evaluation.run import SUBMISSION_FILE, Decoding, FrameResult, evaluate, predict, save_submission
+from cmt_aqr.evaluation.run import (
+    SUBMISSION_FILE,
+    Decoding,
+    Detect,
+    FrameResult,
+    detect_eagerly,
+    evaluate,
+    predict,
+    save_submission,
+)
 from cmt_aqr.evaluation.submission import EvaluationError
+from cmt_aqr.inference import InferencePipeline
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.strict_yaml import differences
@@ -110,14 +122,7 @@ def predict_split(
         failure = None
         try:
             with explain_killed_worker("evaluation.batch_size"):
-                results = predict(
-                    model,
-                    loader,
-                    device=rank_info.device,
-                    precision=PRECISIONS[config.evaluation.precision],
-                    decoding=decoding_of(config),
-                    on_batch=after_batch,
-                )
+                results = predict(make_detect(model, config, rank_info.device), loader, on_batch=after_batch)
         except Exception as error:  # raised below: the other processes wait for this one
             results, failure = [], error
     raise_together(failure, rank_info)
@@ -168,6 +173,39 @@ def load_model(model: nn.Module, config: Config, path: str | Path) -> None:
     if changed:
         raise CheckpointError(f"{path}: trained with another model: {'; '.join(changed[:3])} (checkpoint against now)")
     load_into(model, weights, path)
+
+
+def make_detect(model: nn.Module | InferencePipeline, config: Config, device: torch.device) -> Detect:
+    """How a batch becomes detections: by the pipeline, or by the detector as it is."""
+    if isinstance(model, InferencePipeline):
+        return model
+    return partial(
+        detect_eagerly,
+        model,
+        device=device,
+        precision=PRECISIONS[config.evaluation.precision],
+        decoding=decoding_of(config),
+    )
+
+
+def model_for_test(
+    model: nn.Module, config: Config, device: torch.device, log: RunLog
+) -> nn.Module | InferencePipeline:
+    """The detector as `evaluation.compile` wants it, on its device."""
+    model = model.to(device)
+    choice, lidar = config.evaluation.compile, config.model.lidar
+    if choice == "auto":
+        cannot = config.model.attention.backend == "lowrank" or (lidar is not None and lidar.sparse_backend == "spconv")
+        choice = device.type == "cuda" and not cannot
+    if not choice:
+        return model
+    log.print(f"compiling the detector, a minute or more (evaluation.compile: {config.evaluation.compile})")
+    return InferencePipeline(
+        model,
+        decoding=decoding_of(config),
+        batch_size=config.evaluation.batch_size,
+        precision=PRECISIONS[config.evaluation.precision],
+    )
 
 
 def decoding_of(config: Config) -> Decoding:

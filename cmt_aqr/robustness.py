@@ -33,9 +33,8 @@ from cmt_aqr.evaluation.nuscenes_eval import Metrics
 from cmt_aqr.evaluation.run import FrameResult, evaluate, predict
 from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.failure_report import BARS_FILE, CLEAN, REPORT_FILE, FailureTest, Row, format_failures, write_report
-from cmt_aqr.jobs import decoding_of, raise_together, spread
+from cmt_aqr.jobs import make_detect, raise_together, spread
 from cmt_aqr.nuscenes_tables import Tables
-from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.training.distributed import RankInfo, gather
 from cmt_aqr.training.logs import RunLog
 from cmt_aqr.viz.pictures import PictureError, draw_detections, write_picture
@@ -148,14 +147,7 @@ def _predict(
 
         try:
             with explain_killed_worker("evaluation.batch_size"):
-                results = predict(
-                    model,
-                    loader,
-                    device=rank_info.device,
-                    precision=PRECISIONS[config.evaluation.precision],
-                    decoding=decoding_of(config),
-                    on_batch=after_batch,
-                )
+                results = predict(make_detect(model, config, rank_info.device), loader, on_batch=after_batch)
             for key, result in zip(sampler.keys, results, strict=True):
                 own[key % len(variants)].append(result)
         except Exception as error:  # raised below: the other processes wait for this one

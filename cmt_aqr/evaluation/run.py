@@ -3,7 +3,7 @@
 ``train.py`` and ``test.py`` call :func:`evaluate`; nothing here knows how batches are made.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,42 +29,60 @@ class FrameResult:
     ego2global: Tensor
 
 
+# Images, points and calibration of a batch, on the CPU -> its detections, on the CPU.
+Detect = Callable[[Tensor | None, Sequence[Tensor] | None, Tensor | None], list[Detections]]
+
+
 @torch.inference_mode()
-def predict(
+def detect_eagerly(
     model: nn.Module,
-    batches: Iterable,
+    images: Tensor | None,
+    points: Sequence[Tensor] | None,
+    lidar2img: Tensor | None,
     *,
     device: torch.device,
     precision: torch.dtype,
     decoding: Decoding,
-    on_batch: Callable[[object, list[Detections]], None] = lambda batch, detections: None,
-) -> list[FrameResult]:
-    """Run the model over all batches of this process.
+) -> list[Detections]:
+    """Move a batch to the device, call the model, decode.
 
     Args:
         model: a detector; it is put into eval mode and stays there.
-        batches: of :class:`cmt_aqr.data.sample.Batch`, on the CPU.
         precision: dtype of autocast; float32 switches it off.
+    """
+    model.eval()
+    images, lidar2img = (None if x is None else x.to(device, non_blocking=True) for x in (images, lidar2img))
+    points = None if points is None else [cloud.to(device, non_blocking=True) for cloud in points]
+    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+        predictions = model(images, points, lidar2img)
+    found = postprocess(
+        predictions,
+        max_detections=decoding.max_detections,
+        post_range=decoding.post_range,
+        score_threshold=decoding.score_threshold,
+    )
+    return [detections.cpu() for detections in found]
+
+
+def predict(
+    detect: Detect,
+    batches: Iterable,
+    *,
+    on_batch: Callable[[object, list[Detections]], None] = lambda batch, detections: None,
+) -> list[FrameResult]:
+    """Detect in all batches of this process.
+
+    Args:
+        detect: :func:`detect_eagerly` with its settings, or an `InferencePipeline`.
+        batches: of :class:`cmt_aqr.data.sample.Batch`, on the CPU.
         on_batch: called with every batch (CPU) and its detections (CPU): pictures, statistics.
 
     Returns:
         One result a frame, in the order of the batches.
     """
-    model.eval()
     results = []
     for batch in batches:
-        moved = batch.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-            predictions = model(moved.images, moved.points, moved.lidar2img)
-        detections = [
-            found.cpu()
-            for found in postprocess(
-                predictions,
-                max_detections=decoding.max_detections,
-                post_range=decoding.post_range,
-                score_threshold=decoding.score_threshold,
-            )
-        ]
+        detections = detect(batch.images, batch.points, batch.lidar2img)
         on_batch(batch, detections)
         for i, token in enumerate(batch.tokens):
             results.append(FrameResult(token, detections[i], batch.lidar2ego[i], batch.ego2global[i]))

@@ -254,7 +254,7 @@ def _kind(hint: Any, is_plural: bool = False) -> str:
     if origin in (typing.Union, types.UnionType):
         return f"{_kind(next(kind for kind in inner if kind is not type(None)))} or null"
     if origin is typing.Literal:
-        return " ".join(f"`{option}`" for option in inner)
+        return " ".join(f"`{str(option).lower() if isinstance(option, bool) else option}`" for option in inner)
     if origin is dict:
         return f"names with {_kind(inner[1], True)}"
     if origin is tuple:
