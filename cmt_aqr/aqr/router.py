@@ -45,12 +45,14 @@ class Routed:
         windows: of the queries that have weights; None without AQR.
         weights: (B, Q', G), one for every grid, of the Q' queries that have windows, the last ones of all; None without
             AQR.
+        bias: what ``attend`` adds to the scores; None without AQR and in its earlier designs.
     """
 
     tokens: Tokens
     attend: Attend = F.scaled_dot_product_attention
     windows: QueryWindows | None = None
     weights: Tensor | None = None
+    bias: AttentionBias | None = None
 
 
 def find_windows(
@@ -152,7 +154,7 @@ class BiasRouter(nn.Module):
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend_with_lse(q, k, v)[0]
 
-        return Routed(tokens, attend, windows, weights)
+        return Routed(tokens, attend, windows, weights, bias)
 
     def token_length(self, layout: TokenLayout, device: torch.device) -> int:
         """Length of the token axis that suits the attention: flex is faster with zeros up to whole blocks."""

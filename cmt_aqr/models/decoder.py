@@ -47,14 +47,26 @@ class DecoderLayer(nn.Module):
         Args:
             k, v: (B, M, K, D) projected by ``cross_attention``; the rest as in :meth:`Decoder.forward`.
         """
+        x = self.attend_to_queries(x, query_positions, attention_mask)
+        x = self.attend_to_tokens(x, query_positions, k, v, attend)
+        return self.transform(x)
+
+    def attend_to_queries(self, x: Tensor, query_positions: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Self-attention and norm."""
         dropout = self.attention_dropout if self.training else 0.0
 
-        def attend_to_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=dropout)
 
         placed = x + query_positions
-        x = self.norms[0](x + self.self_dropout(self.self_attention(placed, placed, x, attend_to_queries)))
-        x = self.norms[1](x + self.cross_dropout(self.cross_attention.attend_to(x + query_positions, k, v, attend)))
+        return self.norms[0](x + self.self_dropout(self.self_attention(placed, placed, x, attend)))
+
+    def attend_to_tokens(self, x: Tensor, query_positions: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+        """Cross-attention and norm."""
+        return self.norms[1](x + self.cross_dropout(self.cross_attention.attend_to(x + query_positions, k, v, attend)))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The feed-forward network and norm."""
         return self.norms[2](x + self.ffn(x))
 
 

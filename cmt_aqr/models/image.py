@@ -79,7 +79,15 @@ class ImageBranch(nn.Module):
         self.neck = neck
 
     def forward(self, images: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """Level 0 of the pyramid; the head uses no other.
+        """Level 0 of the pyramid; the head uses no other. Arguments as in :meth:`prepare`.
+
+        Returns:
+            (N, C, h, w) with C = neck.out_channels and h, w = H, W rounded up to multiples of 32, divided by 16.
+        """
+        return self.neck(self.backbone(self.prepare(images, mask=mask)))[0]
+
+    def prepare(self, images: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Images as the backbone takes them: normalised, masked, padded.
 
         Args:
             images (N, H, W, 3) uint8 RGB, N = B * V.
@@ -87,7 +95,7 @@ class ImageBranch(nn.Module):
                 after normalising.
 
         Returns:
-            (N, C, h, w) with C = neck.out_channels and h, w = H, W rounded up to multiples of 32, divided by 16.
+            (N, 3, H, W), H and W rounded up to multiples of 32.
         """
         dtype = self.neck.lateral_convs[0].weight.dtype
         x = normalize_images(images, mean=self.mean, std=self.std, channel_order=self.channel_order, dtype=dtype)
@@ -96,4 +104,4 @@ class ImageBranch(nn.Module):
         # On CPU, oneDNN's weight gradient of a strided 1x1 convolution writes past its memory when the layout is
         # channels-last and fewer than 16 channels come in (oneDNN issue 6035); on CUDA channels-last is the fast one.
         layout = torch.channels_last if x.is_cuda else torch.contiguous_format
-        return self.neck(self.backbone(pad_images(x).contiguous(memory_format=layout)))[0]
+        return pad_images(x).contiguous(memory_format=layout)

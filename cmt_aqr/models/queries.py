@@ -76,17 +76,21 @@ def ray_query_positions(embedding: RayEmbedding, reference_points: Tensor, camer
     return (embedding(pixels, cameras.img2lidar) * is_seen[..., None]).sum(1)
 
 
+def embedded_points(reference_points: Tensor) -> Tensor:
+    """The points that are embedded: inverse sigmoid and sigmoid clamp them to about [1e-5, 1 - 1e-5] (*Quirk Q6*)."""
+    return inverse_sigmoid(reference_points).sigmoid()
+
+
 def query_positions(
     bev_embedding: BevEmbedding, ray_embedding: RayEmbedding | None, reference_points: Tensor, cameras: Cameras | None
 ) -> Tensor:
     """Position embeddings (B, Q, C): ground embedding plus, in a model with cameras, the ray embedding.
 
-    The points first pass inverse sigmoid and sigmoid, i.e. they are clamped to about [1e-5, 1 - 1e-5] (*Quirk Q6*).
     All of it is computed in at least float32, also under autocast.
     """
     points = at_least_float32(reference_points)
     with torch.autocast(points.device.type, enabled=False):
-        points = inverse_sigmoid(points).sigmoid()
+        points = embedded_points(points)
         positions = bev_embedding(points[..., :2])
         if ray_embedding is None or cameras is None:
             return positions

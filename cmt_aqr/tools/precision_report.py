@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return report_errors(run)
 
 
-def make_frame(config: Config, device: torch.device) -> Frame:
+def make_frame(config: Config, device: torch.device, *, num_points: int = NUM_POINTS) -> Frame:
     """Patches of colour, points around the ground, nuScenes' calibration."""
     generator = torch.Generator().manual_seed(config.seed)
     images = points = lidar2img = None
@@ -88,10 +88,10 @@ def make_frame(config: Config, device: torch.device) -> Frame:
         images = images.permute(0, 2, 3, 1)[None].to(device)
         lidar2img = nuscenes_lidar2img((height, width))[None].to(device)
     if config.model.lidar is not None:
-        angle = 2 * torch.pi * torch.rand(NUM_POINTS, generator=generator)
-        distance = -MEAN_DISTANCE * torch.rand(NUM_POINTS, generator=generator).clamp(min=1e-6).log()
-        z = GROUND_Z + GROUND_STD * torch.randn(NUM_POINTS, generator=generator)
-        rest = torch.rand(NUM_POINTS, 2, generator=generator) * torch.tensor([255, 0.5])  # intensity, age in seconds
+        angle = 2 * torch.pi * torch.rand(num_points, generator=generator)
+        distance = -MEAN_DISTANCE * torch.rand(num_points, generator=generator).clamp(min=1e-6).log()
+        z = GROUND_Z + GROUND_STD * torch.randn(num_points, generator=generator)
+        rest = torch.rand(num_points, 2, generator=generator) * torch.tensor([255, 0.5])  # intensity, age in seconds
         points = [torch.column_stack((distance * angle.cos(), distance * angle.sin(), z, rest)).to(device)]
     return Frame(images, points, lidar2img)
 

@@ -1,0 +1,156 @@
+"""Reference numerics for ports: write every stage of a detector, and compare it with what a port computes.
+
+python -m cmt_aqr.golden export configs/cmt_aqr_r50_800x320.yaml out --data /data/nuscenes --token TOKEN
+python -m cmt_aqr.golden compare out port.npz
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cmt_aqr.build import check_device
+from cmt_aqr.config import load_config, naming_source
+from cmt_aqr.errors import report_errors
+from cmt_aqr.golden.bundle import PRECISIONS, Source, read_manifest
+from cmt_aqr.golden.case import draw_detector, load_detector, random_frame, read_frame
+from cmt_aqr.golden.catalogue import STAGES
+from cmt_aqr.golden.compare import compare
+from cmt_aqr.golden.export import GRADIENTS, Choice, ExportError, export
+from cmt_aqr.golden.patterns import likely_causes
+from cmt_aqr.golden.report import format_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cmt_aqr.golden", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_export(commands)
+    add_compare(commands)
+    options = parser.parse_args(arguments)
+    return report_errors(lambda: options.run(options))
+
+
+def add_export(commands: argparse._SubParsersAction) -> None:
+    """The arguments of ``export``."""
+    parser = commands.add_parser(
+        "export",
+        help="write every stage of a detector on one frame",
+        description="Write inputs, weights and every stage of a detector on one frame, with a manifest.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the model")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", help="weights of train.py, or .safetensors")
+    weights.add_argument("--seed", type=int, help="random weights that hide nothing (default: seed of CONFIG)")
+    frame = parser.add_mutually_exclusive_group()
+    frame.add_argument("--data", type=Path, metavar="ROOT", help="data set in nuScenes format")
+    frame.add_argument("--random", action="store_true", help="a made-up frame (the default)")
+    parser.add_argument("--token", help="sample of --data (default: the first one of data.val_split)")
+    parser.add_argument("--points", type=int, default=100_000, help="of the made-up frame (default: 100000)")
+    parser.add_argument("--boxes", type=int, default=20, help="of the made-up frame (default: 20)")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=PRECISIONS, default=["float64", "float32"],
+        help="bf16 is autocast as in evaluation; limits are measured where there is float64 (default: float64 float32)",
+    )  # fmt: skip
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help=" ".join(STAGES))
+    parser.add_argument("--train", action="store_true", help="also denoising queries, losses and gradients")
+    parser.add_argument(
+        "--gradients", nargs="+", default=GRADIENTS, metavar="PREFIX", help="parameters whose gradients are written"
+    )
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a bundle")
+    parser.set_defaults(run=run_export)
+
+
+def add_compare(commands: argparse._SubParsersAction) -> None:
+    """The arguments of ``compare``."""
+    parser = commands.add_parser(
+        "compare",
+        help="compare a port's tensors with a bundle",
+        description="Compare tensors stage by stage. Exit status 0: within the limits, 1: past one, 2: bad input.",
+    )
+    parser.add_argument("a", type=Path, metavar="A", help="the reference: a folder that export wrote, or a file")
+    parser.add_argument("b", type=Path, metavar="B", help="folder, .safetensors or .npz file of the same names")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of B: whose limits count, and which file of a folder is read",
+    )
+    parser.add_argument(
+        "--transpose", nargs="+", action="extend", default=[], metavar="NAME=AXES",
+        help="B's axes in the order that gives A's, such as lidar/bev_map=0,3,1,2; NAME may hold *",
+    )  # fmt: skip
+    parser.add_argument("--factor", type=positive, default=1.0, help="multiply all limits (default: 1)")
+    parser.set_defaults(run=run_compare)
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """Export and say where; returns 0."""
+    config = load_config(options.config, options.set)
+    with naming_source(options.config, options.set):
+        check_device(config.model, torch.device(options.device))
+    make_room(options.out, overwrite=options.overwrite)
+    if options.token is not None and options.data is None:
+        raise ExportError("--token names a sample of a data set: add --data ROOT")
+    if options.data is None:
+        frame = random_frame(config, num_points=options.points, num_boxes=options.boxes)
+        origin = "made-up frame"
+    else:
+        frame, token = read_frame(config, options.data, options.token)
+        origin = f"frame {token}"
+    if options.checkpoint is None:
+        seed = config.seed if options.seed is None else options.seed
+        detector = draw_detector(config, seed, frame)
+        origin = f"random weights of seed {seed}, {origin}"
+    else:
+        detector = load_detector(config, options.checkpoint)
+        origin = f"weights of {Path(options.checkpoint).name}, {origin}"
+    choice = Choice(options.dtype, options.stages, options.train, options.gradients, origin)
+    device = torch.device(options.device)
+    export(config, detector.to(device), frame.to(device), choice, options.out)
+    files = sorted(options.out.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    print(f"{options.out}: {', '.join(file.name for file in files)}, {size / 1e6:,.1f} MB")
+    return 0
+
+
+def make_room(folder: Path, *, overwrite: bool) -> None:
+    """Refuse to write over something; remove a bundle where that is asked for.
+
+    Raises:
+        ExportError: OUT exists.
+    """
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise ExportError(f"{folder} exists; choose another folder, or add --overwrite")
+    read_manifest(folder)
+    shutil.rmtree(folder)
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    """Compare and print; returns 0 within the limits, 1 past one."""
+    a = Source(options.a)
+    b = Source(options.b, precision=options.precision, transpose=options.transpose)
+    comparison = compare(a, b, factor=options.factor)
+    print(format_report(comparison, a, b, likely_causes(comparison, a, b)))
+    return 0 if comparison.first_stage is None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Likely causes of a difference, in words. Each is tried: only a mistake that explains the difference is named."""
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from cmt_aqr.golden import mistakes
+from cmt_aqr.golden.bundle import Source
+from cmt_aqr.golden.catalogue import stage_of
+from cmt_aqr.golden.compare import Comparison, Row, aligned, largest, share_within
+from cmt_aqr.golden.measure import is_exact
+
+# Share of the elements past their limit that a mistake has to explain.
+EXPLAINED = 0.9
+# Of the largest value: a mistake repeated with A's rounded numbers is not exact.
+LOOSE = 2e-5
+
+# Where each mistake can show: patterns of names.
+PATTERNS: tuple[tuple[tuple[str, ...], Callable[[mistakes.Case], mistakes.Attempts]], ...] = (
+    (("windows/*",), mistakes.bev_windows),
+    (("windows/*", "lidar/*", "images/*"), mistakes.rows_and_cols),
+    (("voxels/coords",), mistakes.voxel_axes),
+    (("tokens/*", "aqr/tokens"), mistakes.token_order),
+    (("inputs/*", "images/*", "cameras/*", "queries/pixels", "queries/is_seen", "positions/rays"), mistakes.view_order),
+    (("positions/bev_*", "queries/*points", "queries/sine", "inputs/points.*"), mistakes.x_and_y),
+    (("tokens/positions", "queries/positions"), mistakes.embedded_x_and_y),
+    (("positions/*",), mistakes.half_cell),
+    (("images/input",), mistakes.channel_order),
+    (("boxes/boxes.*",), mistakes.box_code),
+    (("boxes/boxes.*",), mistakes.other_angle),
+    (("boxes/scores.*", "heads/*.center"), mistakes.sigmoids),
+    (("aqr/weights",), mistakes.weight_activation),
+    (("decoder/*.lse", "boxes/boxes.*"), mistakes.log_base),
+    (("bias/values",), mistakes.bias_limits),
+    (("decoder/*.output",), mistakes.shared_norm),
+    (("*",), mistakes.anything),
+)
+
+
+def likely_causes(comparison: Comparison, a: Source, b: Source) -> dict[str, list[str]]:
+    """Name of a tensor of the first departing stage -> causes that explain its difference, the specific ones first."""
+    stage, found = comparison.first_stage, {}
+    for row in comparison.rows:
+        if row.is_past and stage_of(row.name) == stage:
+            causes = causes_of(row, a, b)
+            if causes:
+                found[row.name] = causes
+    return found
+
+
+def causes_of(row: Row, a: Source, b: Source) -> list[str]:
+    """Causes that explain the difference of one tensor; a general one only where there is no specific one."""
+    left, right = aligned(row.name, a, b, row.pairing)
+    case = mistakes.Case(row.name, a, left, right, None if row.pairing is None else row.pairing.rows_a)
+    if row.unpaired:
+        case = mistakes.Case(row.name, a, a[row.name], b[row.name])
+    past = 1.0 if row.difference is None or row.unpaired else row.difference.past / row.difference.count
+    causes: list[str] = []
+    for names, attempts in PATTERNS:
+        if any(fnmatchcase(row.name, name) for name in names) and not (causes and attempts is mistakes.anything):
+            causes += [words for words, x, y in attempts(case) if explains(x, y, past, row.limit)]
+    return list(dict.fromkeys(causes))
+
+
+def explains(x: Tensor, y: Tensor, past: float, limit: float) -> bool:
+    """Whether x and y agree but for a small part of what was past its limit before."""
+    loose = 0.0 if is_exact(x) and is_exact(y) else max(limit, LOOSE * largest(x))
+    return x.shape == y.shape and 1 - share_within(x, y, loose) <= (1 - EXPLAINED) * past

@@ -1,0 +1,138 @@
+"""A comparison as text: a table, what is missing, the first departing element, and likely causes."""
+
+import difflib
+from collections import Counter
+
+from cmt_aqr.golden.bundle import Source
+from cmt_aqr.golden.catalogue import describe, stage_of
+from cmt_aqr.golden.compare import Comparison, Row
+from cmt_aqr.golden.measure import Element
+
+# Stages of many tensors, which the table shows in one line as long as nothing is past its limit.
+BRIEF_STAGES = ("inputs", "weights", "gradients")
+NUM_SHOWN = 5
+HEADINGS = ("tensor", "shape", "max abs", "max rel", "ulp", "cosine", "differ", "limit", "")
+
+
+def format_report(comparison: Comparison, a: Source, b: Source, causes: dict[str, list[str]]) -> str:
+    """The whole report.
+
+    Args:
+        causes: name of a tensor -> words.
+    """
+    factor = a.manifest.get("tolerance_factor")
+    limits = f"{factor} times the error of {b.precision} against float64" if factor else "1e-5 of the largest value"
+    lines = [f"A: {describe_source(a)}", f"B: {describe_source(b)}", f"limits: {limits}; integers are equal", ""]
+    lines += table(comparison)
+    lines += missing(comparison, a, b)
+    past = [row for row in comparison.rows if row.is_past]
+    if not past:
+        return "\n".join([*lines, "", f"all {len(comparison.rows)} tensors are within their limits"])
+    stages = list(dict.fromkeys(stage_of(row.name) for row in past))
+    lines += ["", f"{len(past)} of {len(comparison.rows)} tensors are past their limits, in {', '.join(stages)}"]
+    lines += [f"first stage that departs: {comparison.first_stage}"]
+    for row in past:
+        if stage_of(row.name) == comparison.first_stage:
+            lines += first_difference(row, a)
+            lines += [f"    likely cause: {words}" for words in causes.get(row.name, [])]
+    if not causes:
+        lines.append("    likely cause: none of the known mistakes explains it")
+    return "\n".join(lines)
+
+
+def describe_source(source: Source) -> str:
+    """Path, model and precision."""
+    name = source.manifest.get("config", {}).get("name")
+    return f"{source.path} ({', '.join(filter(None, (name, source.precision)))})"
+
+
+def table(comparison: Comparison) -> list[str]:
+    """One line a tensor; stages of many tensors in one line where all is well."""
+    cells, brief = [HEADINGS], Counter()
+    for row in comparison.rows:
+        if stage_of(row.name) in BRIEF_STAGES and not row.is_past:
+            brief[stage_of(row.name)] += 1
+        else:
+            cells.append(table_row(row))
+    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADINGS))]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *(x.rjust(width) for x, width in zip(line[1:], widths[1:], strict=True))])
+        for line in cells
+    ]
+    more = [f"{stage}: {count} tensors within their limits" for stage, count in brief.items()]
+    return [line.rstrip() for line in lines] + more
+
+
+def table_row(row: Row) -> tuple[str, ...]:
+    """The cells of one tensor."""
+    shape, outcome = "x".join(map(str, row.shape)) or "1", "PAST" if row.is_past else "ok"
+    found = row.difference
+    if found is None:
+        return (row.name, shape, "", "", "", "", "", "", outcome)
+    differ = str(max(found.past, row.unpaired)) if row.is_exact or found.past else ""
+    if row.is_exact:
+        return (row.name, shape, "", "", "", "", differ, "", outcome)
+    figures = (f"{found.max_abs:.1e}", f"{found.max_rel:.1e}", f"{found.ulp:.3g}", f"{found.cosine:.9f}")
+    return (row.name, shape, *figures, differ, f"{row.limit:.1e}", outcome)
+
+
+def missing(comparison: Comparison, a: Source, b: Source) -> list[str]:
+    """What only one side has, by stage where a whole stage is missing."""
+    lines = []
+    compared = {stage_of(row.name) for row in comparison.rows}
+    whole = Counter(stage_of(name) for name in comparison.only_a if stage_of(name) not in compared)
+    parts = [f"{stage} ({count} tensors)" for stage, count in whole.items()]
+    parts += [name for name in comparison.only_a if stage_of(name) in compared]
+    if parts:
+        lines.append(f"not in B: {', '.join(parts)}")
+    for name in comparison.only_b[:NUM_SHOWN]:
+        close = difflib.get_close_matches(name, a.names, 1)
+        hint = "" if describe(name) else "; no bundle has a tensor of this name"
+        lines.append(f"not in A: {name}{hint}{f'; did you mean {close[0]}?' if close and hint else ''}")
+    if len(comparison.only_b) > NUM_SHOWN:
+        lines.append(f"not in A: {len(comparison.only_b) - NUM_SHOWN} more")
+    return ["", *lines] if lines else []
+
+
+def first_difference(row: Row, a: Source) -> list[str]:
+    """The first element past its limit and the worst one, with axes and unit."""
+    if row.problem:
+        return [f"  {row.name}: {row.problem}"]
+    entry = describe(row.name)
+    about = "" if entry is None else "; ".join(filter(None, (f"axes {entry.axes}" if entry.axes else "", entry.frame)))
+    unit = "" if entry is None else f" {entry.unit}"
+    lines = []
+    if row.unpaired:
+        pairing = row.pairing
+        sides = (("A", pairing.only_a, pairing.names_a), ("B", pairing.only_b, pairing.names_b))
+        for side, only, names in sides:
+            if len(only):
+                first = ", ".join(map(str, names[only[0]].tolist()))
+                lines.append(
+                    f"  {row.name}: {len(only)} rows are in {side} only, the first is row {only[0]}: {first} ({about})"
+                )
+    found = row.difference
+    if found.past:
+        lines.append(f"  {row.name}{at(found.first, row)}: {values(found.first)}{unit} ({about})")
+        if not row.is_exact:
+            lines.append(f"    worst at {at(found.worst, row).strip()}: {values(found.worst)}")
+        lines.append(f"    {found.past} of {found.count} elements are past the limit of {row.limit:.1e}")
+    return lines
+
+
+def at(element: Element, row: Row) -> str:
+    """The index; with the name of its row where rows have names."""
+    text = f" [{', '.join(map(str, element.index))}]"
+    if row.pairing is None or not element.index:
+        return text
+    name = row.pairing.names_a[row.pairing.rows_a[element.index[0]]].tolist()
+    return f"{text} (row {', '.join(map(str, name))})"
+
+
+def values(element: Element) -> str:
+    """Both values, with enough digits to tell them apart."""
+    return f"{_number(element.a)} in A, {_number(element.b)} in B"
+
+
+def _number(value: float) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else str(value)

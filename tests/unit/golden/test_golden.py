@@ -1,0 +1,205 @@
+"""The tiny bundle is what the code computes today, and the comparison finds what is wrong with a port's tensors."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cmt_aqr.golden.__main__ import main
+from cmt_aqr.golden.bundle import Source
+from cmt_aqr.golden.measure import measure
+from tests.unit.golden.make_tiny import FOLDER, export_tiny
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """The tiny bundle written anew."""
+    folder = tmp_path_factory.mktemp("golden") / "tiny"
+    assert export_tiny(folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """All tensors of the bundle in float64."""
+    return load_file(FOLDER / "float64.safetensors")
+
+
+@pytest.fixture
+def port(exact, tmp_path, capsys):
+    """Compares the bundle with itself after a change: name -> function; returns exit status and text."""
+
+    def run(changes, *options):
+        wrong = {name: x.clone() for name, x in exact.items()}
+        for name, change in changes.items():
+            wrong[name] = change(wrong[name]).contiguous()
+        save_file(wrong, tmp_path / "port.safetensors")
+        status = main(["compare", str(FOLDER), str(tmp_path / "port.safetensors"), *options])
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def columns(x, order):
+    return x[..., order]
+
+
+def with_yaw(x, change):
+    x[:, 6] = change(x[:, 6])
+    return x
+
+
+def with_sizes(x, change):
+    x[:, 3:6] = change(x[:, 3:6])
+    return x
+
+
+def test_the_shipped_bundle_is_what_the_code_computes(fresh, capsys):
+    assert main(["compare", str(FOLDER), str(fresh)]) == 0
+    assert main(["compare", str(FOLDER), str(fresh), "--precision", "float32"]) == 0
+    assert "within their limits" in capsys.readouterr().out
+    names = (Source(FOLDER).names, Source(fresh).names)
+    assert names[0] == names[1] and len(names[0]) > 300
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 2e6
+
+
+def test_an_export_repeats_itself_bit_by_bit(fresh, tmp_path):
+    assert export_tiny(tmp_path / "again") == 0
+    for file in fresh.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+def test_limits_follow_from_the_measured_errors(exact):
+    manifest = json.loads((FOLDER / "manifest.json").read_text())
+    rounded = load_file(FOLDER / "float32.safetensors")
+    name = "decoder/hidden"
+    error = (exact[name] - rounded[name].double()).abs().max().item()
+    entry = manifest["tensors"][name]
+    assert entry["error"]["float32"] == error > 0
+    least = 2**-23 * exact[name].abs().max().item()
+    assert entry["tolerance"]["float32"] == manifest["tolerance_factor"] * max(error, least)
+    assert manifest["tensors"]["windows/lidar"]["tolerance"] == {}
+
+
+# Tensor that is changed, the mistake, and words that name it.
+MISTAKES = {
+    "rows and columns": ("windows/lidar", lambda x: columns(x, [0, 2, 1]), "rows and columns are swapped"),
+    "y before x": ("positions/bev_sine", lambda x: x.roll(16, -1), "the sine embedding has y before x"),
+    "half pixel": ("positions/pixels", lambda x: x + torch.tensor([8.0, 8.0, 0.0]), "half-pixel offset"),
+    "BGR": ("images/input", lambda x: x.flip(1), "BGR/RGB"),
+    "yaw sign": ("boxes/boxes.0", lambda x: with_yaw(x, torch.neg), "yaw sign"),
+    "sigmoid twice": ("boxes/scores.0", torch.sigmoid, "sigmoid twice"),
+    "log base, lse": ("decoder/layer0.lse", lambda x: x / math.log(2), "this lse has base 2"),
+    "log base, sizes": ("boxes/boxes.0", lambda x: with_sizes(x, lambda s: 2 ** s.log()), "raised from base 2"),
+    "sigmoid for tanh": ("aqr/weights", lambda x: x.atanh().sigmoid(), "activation of the weights is tanh"),
+    "voxel axes": ("voxels/coords", lambda x: columns(x, [0, 3, 2, 1]), "x, y, z instead of z, y, x"),
+    "constant factor": ("tokens/values", lambda x: 255 * x, "all values are 255 times"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_found_at_its_stage_and_named(mistake, port):
+    name, change, words = MISTAKES[mistake]
+    status, text = port({name: change})
+    assert status == 1
+    assert f"first stage that departs: {name.partition('/')[0]}\n" in text
+    assert f"likely cause: {words}" in text or words in text.partition("likely cause:")[2], text
+
+
+def test_stretched_windows_are_named(exact, port):
+    def stretch(cells):
+        points = exact["queries/reference_points"]
+        row, col = (points[..., 1] * 8).floor(), (points[..., 0] * 12).floor()
+        return torch.stack((torch.zeros_like(row), row, col), -1)[:, :, None].long()
+
+    status, text = port({"windows/lidar": stretch})
+    assert status == 1 and "likely cause: stretched windows" in text
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        ([0, 1, 3, 4, 2, 5, 6, 7, 8, 9], "read as cx cy cz"),
+        ([0, 1, 3, 2, 4, 5, 6, 7, 8, 9], "log width was read before"),
+    ],
+)
+def test_the_order_of_the_box_code_is_named(exact, port, order, words):
+    def decode(boxes):
+        x, y, z, length, width, height, yaw, vx, vy = boxes.unbind(-1)
+        code = [x, y, length.log(), width.log(), z, height.log(), yaw.sin(), yaw.cos(), vx, vy]
+        x, y, log_l, log_w, z, log_h, sin, cos, vx, vy = (code[i] for i in order)
+        return torch.stack((x, y, z, log_l.exp(), log_w.exp(), log_h.exp(), torch.atan2(sin, cos), vx, vy), -1)
+
+    status, text = port({"boxes/boxes.0": decode})
+    assert status == 1 and words in text.partition("likely cause:")[2]
+
+
+def test_a_difference_that_nothing_explains_names_no_cause(port):
+    status, text = port({"tokens/values": lambda x: x + torch.linspace(0, 1, x.numel()).reshape(x.shape) ** 3})
+    assert status == 1 and "none of the known mistakes explains it" in text
+
+
+def test_rows_are_matched_by_name_and_whole_turns_do_not_count(exact, port):
+    boxes = torch.arange(len(exact["boxes/queries.0"])).flip(0)
+    voxels = torch.arange(len(exact["voxels/coords"])).roll(5)
+    changes = {name: lambda x: x[boxes] for name in exact if name.startswith("boxes/")}
+    changes |= {name: lambda x: x[voxels] for name in exact if name.startswith("voxels/")}
+    changes["boxes/boxes.0"] = lambda x: with_yaw(x[boxes], lambda yaw: yaw + 2 * math.pi)
+    assert port(changes)[0] == 0
+
+
+def test_a_row_too_many_is_found(exact, port):
+    changes = {name: lambda x: torch.cat((x, x[:1] * 0)) for name in ("bias/indices", "bias/values")}
+    status, text = port(changes)
+    assert status == 1 and "1 rows are in B only" in text
+
+
+def test_npz_missing_stages_and_layout_hints(exact, tmp_path, capsys):
+    port = {"lidar/bev_map": exact["lidar/bev_map"].permute(0, 2, 3, 1).numpy(), "tokens/value": np.zeros(3)}
+    np.savez(tmp_path / "port.npz", **port)
+    assert main(["compare", str(FOLDER), str(tmp_path / "port.npz")]) == 1
+    text = capsys.readouterr().out
+    assert "--transpose lidar/bev_map=0,3,1,2" in text and "did you mean tokens/values?" in text
+    assert "not in B: inputs" in text and "lidar/encoder" in text
+    assert main(["compare", str(FOLDER), str(tmp_path / "port.npz"), "--transpose", "lidar/bev_map=0,3,1,2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: folder / "absent.npz", "no such file"),
+        (lambda folder: _file(folder / "x.npz", b"nonsense"), "damaged"),
+        (lambda folder: _file(folder / "x.safetensors", b"nonsense"), "damaged"),
+        (lambda folder: _file(folder / "x.txt", b""), "expected a folder that 'export' wrote"),
+        (lambda folder: folder, "expected a folder that 'export' wrote"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(make, words, tmp_path, capsys):
+    assert main(["compare", str(FOLDER), str(make(tmp_path))]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
+def _file(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def test_a_folder_is_not_written_over(tmp_path, capsys):
+    shutil.copytree(FOLDER, tmp_path / "tiny")
+    assert export_tiny(tmp_path / "tiny") == 2
+    assert "exists; choose another folder, or add --overwrite" in capsys.readouterr().err
+
+
+def test_measure_by_hand():
+    a = torch.tensor([[1.0, -2.0], [4.0, math.inf]], dtype=torch.float64)
+    b = torch.tensor([[1.0, -2.5], [4.25, math.inf]], dtype=torch.float64)
+    found = measure(a, b, 0.3)
+    assert (found.max_abs, found.past, found.first.index, found.worst.index) == (0.5, 1, (0, 1), (0, 1))
+    assert found.max_rel == 0.125 and found.ulp == 0.5 / 2**-22
+    one_sided = measure(a, b.nan_to_num(0, 7, 0), 0.3)
+    assert one_sided.max_abs == math.inf and one_sided.past == 2
