@@ -23,6 +23,7 @@ MISTAKES = {
     "test": (["missing.yaml", "--checkpoint", "x.pt"], "missing.yaml"),
     "cmt_aqr.__main__": (["tools"], "python -m cmt_aqr tools"),
     "cmt_aqr.tools.__main__": (["bench"], "python -m cmt_aqr.tools bench"),
+    "cmt_aqr.golden.__main__": (["compare", "missing", "b.npz"], "missing: no such file or folder"),
     "cmt_aqr.synthetic.__main__": (["world", "--scenes", "-1"], "scenes must be a whole number from 0 to"),
     "cmt_aqr.tools.analyze": (["missing.yaml", "--checkpoint", "x.pt"], "missing.yaml"),
     "cmt_aqr.tools.bench": (["data", "--dataroot", "none", "--version", "v", "--split", "s"], "none"),
