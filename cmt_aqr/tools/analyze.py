@@ -26,11 +26,11 @@ from cmt_aqr.config import ConfigError, load_config, naming_source
 from cmt_aqr.data.failures import Failure
 from cmt_aqr.data.sample import collate
 from cmt_aqr.errors import report_errors
-from cmt_aqr.evaluation.nuscenes_eval import Tables
 from cmt_aqr.files import atomic_path
 from cmt_aqr.inspection import Inspection, inspect
 from cmt_aqr.jobs import prepare_data
 from cmt_aqr.models.detector import Detector
+from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.robustness import choose_failures
 from cmt_aqr.training.checkpoint import load_into, load_weights
 from cmt_aqr.viz.analysis_figures import draw_attention, draw_weights

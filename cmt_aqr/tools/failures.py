@@ -140,24 +140,27 @@ def draw_all(options: argparse.Namespace) -> None:
     """Write a picture of every failure; says which cannot be shown with this frame."""
     with tempfile.TemporaryDirectory() as temporary:
         index = load_index(dataroot=options.dataroot, version=options.version, split=options.split, cache_dir=temporary)
-    number = len(index) // 2
-    if options.token is not None:
-        if options.token not in index.tokens:
-            raise DataError(f"--token: split {index.split!r} has no sample {options.token!r}")
-        number = index.tokens.index(options.token)
-    for name in CASES:
-        try:
-            picture = draw_failure(index, number, name)
-        except DataError as error:
-            if CASES[name].delay is None:
-                raise
-            print(f"left out: {error}")
-            continue
-        data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1]
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"{name}.jpg"
-        path.write_bytes(data.tobytes())
-        print(path)
+        number = len(index) // 2
+        if options.token is not None:
+            if options.token not in index.tokens:
+                raise DataError(f"--token: split {index.split!r} has no sample {options.token!r}")
+            number = index.tokens.index(options.token)
+        for name in CASES:
+            try:
+                picture = draw_failure(index, number, name)
+            except DataError as error:
+                if CASES[name].delay is None:
+                    raise
+                print(f"left out: {error}")
+                continue
+            print(_write_jpeg(picture, options.out / f"{name}.jpg"))
+
+
+def _write_jpeg(picture: np.ndarray, path: Path) -> Path:
+    data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.tobytes())
+    return path
 
 
 def write_page(options: argparse.Namespace) -> None:

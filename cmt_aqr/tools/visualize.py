@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 cache_dir=options.index_dir or temporary,
                 velocity_file=options.velocity_file,
             )
-        for path in draw_frames(index, options):
-            print(path)
+            for path in draw_frames(index, options):
+                print(path)
         return 0
 
     return report_errors(run)

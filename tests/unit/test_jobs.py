@@ -48,11 +48,12 @@ def test_an_evaluation_has_a_precision_of_its_own(monkeypatch, tmp_path, trainin
 @pytest.mark.parametrize(
     ("changes", "cpu", "cuda"),
     [
-        ([], False, True),
+        ([], False, False),
+        (["evaluation.compile=auto"], False, True),
         (["evaluation.compile=true"], True, True),
         (["evaluation.compile=false"], False, False),
-        (["model.lidar.sparse_backend=spconv"], False, False),
-        (["model.attention.backend=lowrank"], False, False),
+        (["evaluation.compile=auto", "model.lidar.sparse_backend=spconv"], False, False),
+        (["evaluation.compile=auto", "model.attention.backend=lowrank"], False, False),
     ],
 )
 def test_what_evaluation_compile_means(monkeypatch, tmp_path, changes, cpu, cuda):

@@ -20,7 +20,7 @@ from cmt_aqr.data.readers import read_views
 from cmt_aqr.data.sample import collate
 from cmt_aqr.errors import UserError
 from cmt_aqr.evaluation.run import predict
-from cmt_aqr.jobs import decoding_of
+from cmt_aqr.jobs import make_detect
 from cmt_aqr.predictor import nuscenes_calibration
 from cmt_aqr.synthetic import generate_world
 from cmt_aqr.tools.import_checkpoint import write_weights
@@ -58,13 +58,8 @@ def case(tmp_path_factory):
 
 def detections_of(case, samples, model=None):
     """What test.py finds in samples."""
-    results = predict(
-        model or case.predictor.model,
-        [collate(samples)],
-        device=torch.device("cpu"),
-        precision=torch.float32,
-        decoding=decoding_of(case.config),
-    )
+    detect = make_detect(model or case.predictor.model, case.config, torch.device("cpu"))
+    results = predict(detect, [collate(samples)])
     return [result.detections for result in results]
 
 

@@ -45,7 +45,15 @@ def test_keys_of_earlier_versions_get_their_names_of_today(tmp_path):
     }
     new = {
         "model": {"init": "local", "denoising": {"num_dn": 4, "positive_threshold": 0.75}, "aqr": None},
-        "training": {"schedule": "cyclic", "pct_start": 0.4, "min_momentum_ratio": 0.9, "start": 1},
+        "training": {
+            "schedule": "cyclic",
+            "accumulation": 1,
+            "lr_batch_size": None,
+            "ema_decay": None,
+            "pct_start": 0.4,
+            "min_momentum_ratio": 0.9,
+            "start": 1,
+        },
         "data": {"split": "val", "failures": []},
     }
     save_checkpoint(tmp_path / "latest.pt", state(config=old))
