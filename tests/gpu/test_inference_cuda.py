@@ -1,4 +1,6 @@
-"""The inference pipeline on CUDA: compiled stages in CUDA graphs on three streams give the detections of the detector."""
+"""The inference pipeline on CUDA: compiled stages, CUDA graphs, three streams, and the detections of the detector."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -106,7 +108,7 @@ def test_frames_in_quick_succession_do_not_mix():
     frames = [pinned(make_inputs((800,), seed=seed, turn=0.1 * (seed % 3))) for seed in range(12)]
     for frame in frames:
         pipeline(*frame)
-    for first, second in zip(frames, frames[1:], strict=False):
+    for first, second in pairwise(frames):
         pipeline.launch(*first)
         pipeline.launch(*second)
         assert_matched(pipeline.read(), expected(detector, decoding, second))
