@@ -35,6 +35,7 @@ from cmt_aqr.models.sparse import Capacities
 from cmt_aqr.models.voxels import pad_points
 from cmt_aqr.tokens import Places
 
+STAGE_NAMES = ("images", "points", "places", "boxes")
 POINT_FEATURES = 5
 # Rows for points come in multiples of this, with this much room.
 POINT_STEP, HEAD_ROOM = 4096, 1.25
@@ -68,6 +69,11 @@ class Stage:
         self._is_warm = False
         self.stream = stream
         self.outputs = None
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether `run` replays a CUDA graph, whatever its inputs."""
+        return self._graph is not None
 
     def on_stream(self):
         """Context in which the inputs of the stage are written and it runs."""
@@ -198,6 +204,11 @@ class InferencePipeline:
         packed = self._host[0][: self._num_frames].clone()
         boxes, scores, labels, is_kept = packed.split((BOX_SIZE, 1, 1, 1), dim=-1)
         return keep_detections(BestBoxes(boxes, scores[..., 0], labels[..., 0].long(), is_kept[..., 0] > 0))
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stages by name, in their order: images, points, places, boxes; those of missing sensors never run."""
+        return dict(zip(STAGE_NAMES, self._stages, strict=True))
 
     def _check(self, images: Tensor | None, points: Sequence[Tensor] | None, lidar2img: Tensor | None) -> int:
         """Raise ValueError for inputs that do not fit; returns the number of frames."""

@@ -3,6 +3,9 @@
     python -m cmt_aqr.tools.bench data --dataroot data/nuscenes --version v1.0-mini --split mini_val
     python -m cmt_aqr.tools.bench attention
     python -m cmt_aqr.tools.bench sparse --cloud LIDAR_FILE.bin
+    python -m cmt_aqr.tools.bench end2end cmt_aqr_r50_800x320 --cloud LIDAR_FILE.bin --precision fp16
+    python -m cmt_aqr.tools.bench train cmt_aqr_r50_800x320 --batch-sizes 4
+    python -m cmt_aqr.tools.bench loader synthetic_small --workers 4 8 16
 
 ``data`` measures, on one thread and after a warm-up, the parts of a sample: the images of one frame to the network's
 input for both official sizes, beside a plain pipeline with the original's steps (decode, float32, resize, crop,
@@ -13,6 +16,12 @@ best of the repeats: on a shared machine the others measure the neighbours.
 attention without a bias and beside other ways to add one, with peak memory and the error against float64.
 
 ``sparse`` times, on a GPU where there is one, the sparse encoder of the r50 preset by spconv and by PyTorch.
+
+``end2end`` times images and points in, boxes out, stage by stage too, beside the same weights computed in the
+original's manner: eager, spconv, a dense float mask, or unbiased attention without AQR. With ``--frames`` it goes
+through the validation split, and with ``--checkpoint`` the differences of the boxes mean something.
+
+``train`` times training steps beside the original's manner on one made-up batch; ``loader`` the loading of batches.
 """
 
 import argparse
@@ -20,22 +29,28 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import cv2
 import numpy as np
 import torch
 import torchvision
 
+from cmt_aqr.config import load_config
 from cmt_aqr.data.dataset import FrameDataset
 from cmt_aqr.data.index import Frame, FrameIndex
 from cmt_aqr.data.nuscenes import load_index
 from cmt_aqr.data.readers import load_points
 from cmt_aqr.errors import report_errors
+from cmt_aqr.jobs import prepare_data
 from cmt_aqr.models.voxels import voxelize
+from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.tools.bench_attention import SHAPES, attention_tables
+from cmt_aqr.tools.bench_inference import Options, inference_tables
 from cmt_aqr.tools.bench_sparse import sparse_tables
+from cmt_aqr.tools.bench_training import loader_table, training_tables
 
+CONFIGURED = ("end2end", "train", "loader")
 IMAGE_SIZES = {"r50_800x320": (320, 800), "vov_1600x640": (640, 1600)}
 NUM_CLOUDS = 10
 VOXELS = {"voxel_size": (0.1, 0.1, 0.2), "point_range": (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0), "max_voxels": 120_000}
@@ -58,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ):
                 print(table, flush=True)
             return 0
+        if options.command in CONFIGURED:
+            for table in configured_tables(options):
+                print(table, flush=True)
+            return 0
         with tempfile.TemporaryDirectory() as temporary:
             index = load_index(
                 dataroot=options.dataroot, version=options.version, split=options.split, cache_dir=temporary
@@ -66,6 +85,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     return report_errors(run)
+
+
+def configured_tables(options: argparse.Namespace) -> Iterator[str]:
+    """The tables of the commands that take a configuration."""
+    config = load_config(options.config, options.set)
+    if options.command == "loader":
+        prepare_data(config, talk=True)
+        yield loader_table(config, workers=tuple(options.workers), num_batches=options.batches)
+        return
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    sizes = tuple(options.batch_sizes)
+    if options.command == "train":
+        yield from training_tables(config, device, cloud=options.cloud, batch_sizes=sizes, repeats=options.repeats)
+        return
+    if options.frames:
+        prepare_data(config, talk=True)
+    yield from inference_tables(
+        config,
+        device,
+        Options(
+            options.checkpoint,
+            options.cloud,
+            options.frames,
+            sizes,
+            options.precision,
+            options.repeats,
+            options.compile,
+        ),
+    )
 
 
 def data_table(index: FrameIndex, *, repeats: int) -> str:
@@ -122,6 +170,37 @@ def best_time(run: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
+def _add_configured(commands: argparse._SubParsersAction) -> None:
+    """The commands that take a configuration."""
+    end2end = commands.add_parser("end2end", help="images and points in, boxes out")
+    train = commands.add_parser("train", help="training steps")
+    loader = commands.add_parser("loader", help="batches of the training split")
+    for command in (end2end, train, loader):
+        command.add_argument("config", help="YAML file, or the name of one in configs/")
+        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
+    for command, repeats in ((end2end, 200), (train, 20)):
+        command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
+        command.add_argument("--cloud", help="a LiDAR file of nuScenes, .bin (default: a made-up scanner)")
+        command.add_argument(
+            "--batch-sizes", nargs="+", type=int, default=[1], metavar="N", help="frames (default: %(default)s)"
+        )
+        command.add_argument("--repeats", type=int, default=repeats, help="timed calls (default: %(default)s)")
+    end2end.add_argument("--checkpoint", help="weights (default: random ones)")
+    end2end.add_argument(
+        "--frames",
+        type=int,
+        default=0,
+        metavar="N",
+        help="go through N frames of the validation split",
+    )
+    end2end.add_argument("--precision", choices=tuple(PRECISIONS), default="fp16", help="default: %(default)s")
+    end2end.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="our stages as they are, uncompiled"
+    )
+    loader.add_argument("--workers", nargs="+", type=int, default=[0, 4, 16], help="default: %(default)s")
+    loader.add_argument("--batches", type=int, default=20, help="timed batches (default: %(default)s)")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cmt_aqr.tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -142,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     sparse.add_argument("--batch-size", type=int, default=1, help="frames (default: %(default)s)")
     sparse.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     sparse.add_argument("--repeats", type=int, default=5, help="runs of each part (default: %(default)s)")
+    _add_configured(commands)
     data.add_argument("--repeats", type=int, default=15, help="runs of each part (default: %(default)s)")
     return parser
 

@@ -68,17 +68,20 @@ def ten_sweeps(points: Tensor) -> Tensor:
 def random_voxels(batch_size: int) -> VoxelBatch:
     """Voxels of a scanner with 32 beams on a plane with walls at random distances, ten sweeps a frame."""
     generator = torch.Generator().manual_seed(0)
+    clouds = [ten_sweeps(random_cloud(generator)) for _ in range(batch_size)]
+    return voxelize_batch(clouds, **VOXELS | {"max_voxels": NUM_VOXELS})
+
+
+def random_cloud(generator: torch.Generator) -> Tensor:
+    """Points (P, 5) of one sweep of a scanner with 32 beams on a plane, with walls at random distances."""
     elevation = torch.linspace(-30, 10, 32).deg2rad()[:, None]
     azimuth = torch.linspace(0, 360, 1084).deg2rad()
-    clouds = []
-    for _ in range(batch_size):
-        walls = (torch.rand(100, generator=generator) * 70 + 5)[(azimuth * 15.9).long().clamp(max=99)]
-        ground = torch.where(elevation < 0, 1.8 / (-elevation).clamp(min=1e-3).tan(), 1e3)
-        distance = torch.minimum(ground, walls) + 0.03 * torch.randn(32, 1084, generator=generator)
-        x, y, z = distance * azimuth.cos(), distance * azimuth.sin(), distance * elevation.tan()
-        rest = torch.rand(2, 32, 1084, generator=generator)
-        clouds.append(ten_sweeps(torch.stack([x, y, z, *rest], dim=-1).flatten(0, 1)))
-    return voxelize_batch(clouds, **VOXELS | {"max_voxels": NUM_VOXELS})
+    walls = (torch.rand(100, generator=generator) * 70 + 5)[(azimuth * 15.9).long().clamp(max=99)]
+    ground = torch.where(elevation < 0, 1.8 / (-elevation).clamp(min=1e-3).tan(), 1e3)
+    distance = torch.minimum(ground, walls) + 0.03 * torch.randn(32, 1084, generator=generator)
+    x, y, z = distance * azimuth.cos(), distance * azimuth.sin(), distance * elevation.tan()
+    rest = torch.rand(2, 32, 1084, generator=generator)
+    return torch.stack([x, y, z, *rest], dim=-1).flatten(0, 1)
 
 
 def table(device: torch.device, voxels: VoxelBatch, *, is_training: bool, repeats: int) -> str:

@@ -1,0 +1,277 @@
+"""Images and points in, boxes out: time, busy share, memory and error of a detector, computed in several ways."""
+
+import copy
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from cmt_aqr.boxes import Detections
+from cmt_aqr.build import build_detector
+from cmt_aqr.config import Config
+from cmt_aqr.evaluation.postprocess import postprocess
+from cmt_aqr.evaluation.run import Detect, detect_eagerly
+from cmt_aqr.inference import InferencePipeline
+from cmt_aqr.jobs import decoding_of, load_model
+from cmt_aqr.models.detector import Detector
+from cmt_aqr.precision import PRECISIONS
+from cmt_aqr.tools.bench_frames import Inputs, inputs_of, made_up_batch, validation_batches
+from cmt_aqr.tools.bench_measure import Measured, describe_machine, measure, number
+from cmt_aqr.tools.bench_original import in_original_manner
+
+# Boxes that count in a comparison, and how far away the like of one is looked for.
+SURE_SCORE, NEAR_M = 0.1, 1.0
+OURS, REFERENCE = "ours, AQR", "ours, eager, AQR"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        checkpoint: weights; None: fresh ones, whose boxes say little about errors.
+        cloud: a LiDAR file (.bin) for made-up frames; None: a made-up scanner.
+        frames: frames of the validation split to go through; 0: one made-up batch again and again.
+        precision: of autocast in all ways: `fp32`, `bf16` or `fp16`.
+        compiled: whether our pipelines are; False is for a first look on a CPU.
+    """
+
+    checkpoint: str | None
+    cloud: str | None
+    frames: int
+    batch_sizes: tuple[int, ...]
+    precision: str
+    repeats: int
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Boxes of a way against those of float32 in eager mode: centres (cm), scores, and how many have no like."""
+
+    centre: float
+    score: float
+    missing: int
+    total: int
+
+
+def inference_tables(config: Config, device: torch.device, options: Options) -> Iterator[str]:
+    """What was measured on, a table for each batch size, then the stages of batch size 1, as Markdown."""
+    detector = build_detector(config.model)
+    if options.checkpoint is not None:
+        load_model(detector, config, options.checkpoint)
+    detector = detector.to(device).eval()
+    weights = options.checkpoint or "random weights"
+    yield f"{config.name}, {describe_machine(device)}, {options.precision}, {weights}\n"
+    for batch_size in options.batch_sizes:
+        inputs = make_inputs(config, device, batch_size, options)
+        yield batch_table(detector, config, device, inputs, batch_size, options) + "\n"
+    yield stage_table(detector, config, device, make_inputs(config, device, 1, options), options) + "\n"
+
+
+def make_inputs(config: Config, device: torch.device, batch_size: int, options: Options) -> list[Inputs]:
+    """Batches in host memory, page-locked where there is a GPU."""
+    if options.frames:
+        batches = validation_batches(config, batch_size, math.ceil(options.frames / batch_size))
+    else:
+        batches = [made_up_batch(config, batch_size, cloud=options.cloud)]
+    return [inputs_of(batch.pin_memory() if device.type == "cuda" else batch) for batch in batches]
+
+
+def batch_table(
+    detector: Detector,
+    config: Config,
+    device: torch.device,
+    inputs: Sequence[Inputs],
+    batch_size: int,
+    options: Options,
+) -> str:
+    """One line for each way."""
+    expected = reference_detections(detector, config, device, inputs)
+    lines = [
+        f"batch {batch_size}",
+        "",
+        "| | median, ms | p99, ms | frames/s | GPU busy, ms | peak, MiB | centre, cm | score | without its like |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, with_aqr in ways(config):
+        detect = make_way(name, detector, config, device, batch_size, options)
+        found = [each for batch in inputs for each in detect(*batch)]
+        difference = compare(found, expected) if with_aqr else None
+        measured = measure(Cycle(detect, inputs), device, repeats=options.repeats)
+        lines.append(f"| {name} | {cells(measured, difference, batch_size)} |")
+    return "\n".join(lines)
+
+
+class Cycle:
+    """Calls a detector with one batch after the other."""
+
+    def __init__(self, detect: Detect, inputs: Sequence[Inputs]) -> None:
+        self._detect, self._inputs, self._next = detect, inputs, 0
+
+    def __call__(self) -> list[Detections]:
+        """Detections of the next batch."""
+        batch = self._inputs[self._next % len(self._inputs)]
+        self._next += 1
+        return self._detect(*batch)
+
+
+def ways(config: Config) -> list[tuple[str, bool]]:
+    """Name of each way, and whether it computes the model of the reference."""
+    has_aqr = config.model.aqr is not None
+    rows = [(OURS, True), ("ours, AQR off", False), (REFERENCE, True)]
+    rows += [("original's manner, AQR", True), ("original's manner, AQR off", False)]
+    return [row for row in rows if has_aqr or row[0].endswith("off")]
+
+
+def make_way(
+    name: str, detector: Detector, config: Config, device: torch.device, batch_size: int, options: Options
+) -> Detect:
+    """A detector as a function of a batch."""
+    with_aqr = not name.endswith("off")
+    if name.startswith("original"):
+        return eager(in_original_manner(detector, with_aqr=with_aqr), config, device, options.precision)
+    if name == REFERENCE:
+        return eager(detector, config, device, options.precision)
+    return make_pipeline(detector if with_aqr else without_aqr(detector), config, batch_size, options)
+
+
+def make_pipeline(detector: Detector, config: Config, batch_size: int, options: Options) -> InferencePipeline:
+    """Our way."""
+    return InferencePipeline(
+        detector,
+        decoding=decoding_of(config),
+        batch_size=batch_size,
+        precision=PRECISIONS[options.precision],
+        compiled=options.compiled,
+    )
+
+
+def without_aqr(detector: Detector) -> Detector:
+    """A copy without AQR."""
+    plain = copy.deepcopy(detector)
+    plain.aqr = None
+    return plain
+
+
+def eager(model: nn.Module, config: Config, device: torch.device, precision: str) -> Detect:
+    """The detector as it is, one operation after the other."""
+    decoding = decoding_of(config)
+    return partial(detect_eagerly, model, device=device, precision=PRECISIONS[precision], decoding=decoding)
+
+
+def reference_detections(
+    detector: Detector, config: Config, device: torch.device, inputs: Sequence[Inputs]
+) -> list[Detections]:
+    """Detections of the eager detector in float32 without tf32."""
+    convolution, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        detect = eager(detector, config, device, "fp32")
+        return [each for batch in inputs for each in detect(*batch)]
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolution, matmul
+
+
+def compare(found: Sequence[Detections], expected: Sequence[Detections]) -> Difference:
+    """Largest differences between each box that scores at least 0.1 and the nearest of its class within a metre."""
+    centre = score = 0.0
+    missing = total = 0
+    for ours, theirs in zip(found, expected, strict=True):
+        is_sure = theirs.scores >= SURE_SCORE
+        total += int(is_sure.sum())
+        for box, value, label in zip(
+            theirs.boxes[is_sure], theirs.scores[is_sure], theirs.labels[is_sure], strict=True
+        ):
+            same = ours.labels == label
+            distance = (ours.boxes[same, :3] - box[:3]).norm(dim=-1)
+            if not len(distance) or distance.min() > NEAR_M:
+                missing += 1
+                continue
+            centre = max(centre, 100 * distance.min().item())
+            score = max(score, (ours.scores[same][distance.argmin()] - value).abs().item())
+    return Difference(centre, score, missing, total)
+
+
+def cells(measured: Measured, difference: Difference | None, batch_size: int) -> str:
+    """The cells of a line behind its name."""
+    values = [number(measured.median, 2), number(measured.p99, 2), number(1e3 * batch_size / measured.median)]
+    values += [number(measured.busy, 2), number(measured.peak, 0)]
+    if difference is None:
+        return " | ".join([*values, "-", "-", "-"])
+    counts = f"{difference.missing} of {difference.total}"
+    return " | ".join([*values, number(difference.centre, 2), f"{difference.score:.1e}", counts])
+
+
+def stage_table(
+    detector: Detector, config: Config, device: torch.device, inputs: Sequence[Inputs], options: Options
+) -> str:
+    """Time of each stage alone, in eager mode and, on a GPU, as a replay of its graph."""
+    pipeline = make_pipeline(detector, config, 1, options)
+    pipeline(*inputs[0])
+    eager_times = eager_stages(detector, config, device, inputs[0], options)
+    lines = ["stages, batch 1", "", "| | eager, ms | GPU busy, ms | one graph, ms |", "|---|---|---|---|"]
+    for name, measured in eager_times.items():
+        stage = pipeline.stages.get(name)
+        replay = None
+        if stage is not None and stage.is_captured:
+            replay = statistics.median(replay_times(stage.run, repeats=options.repeats))
+        lines.append(f"| {name} | {number(measured.median, 2)} | {number(measured.busy, 2)} | {number(replay, 2)} |")
+    return "\n".join(lines)
+
+
+def replay_times(run, *, repeats: int) -> list[float]:
+    """Milliseconds on the GPU of each replay of a graph."""
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return times
+
+
+@torch.inference_mode()
+def eager_stages(
+    detector: Detector, config: Config, device: torch.device, inputs: Inputs, options: Options
+) -> dict[str, Measured]:
+    """The stages of the pipeline, called one by one in eager mode."""
+    images, points, lidar2img = inputs
+    images = None if detector.image_branch is None else images.to(device)
+    points = None if detector.lidar_branch is None else [cloud.to(device) for cloud in points]
+    lidar2img, decoding = lidar2img.to(device), decoding_of(config)
+    precision = PRECISIONS[options.precision]
+    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+        pv_maps, bev_map = detector.encode_images(images), detector.encode_points(points)
+        size = None if images is None else tuple(images.shape[2:4])
+        cameras = detector.make_cameras(pv_maps, lidar2img, size)
+        layout = detector.make_layout(bev_map, pv_maps)
+        places = detector.locate(layout, len(lidar2img), cameras)
+
+        def boxes() -> list[Detections]:
+            predictions = detector.forward_located(bev_map, pv_maps, places)
+            return postprocess(
+                predictions,
+                max_detections=decoding.max_detections,
+                post_range=decoding.post_range,
+                score_threshold=decoding.score_threshold,
+            )
+
+        calls = {
+            "images": lambda: detector.encode_images(images),
+            "points": lambda: detector.encode_points(points),
+            "places": lambda: detector.locate(layout, len(lidar2img), cameras),
+            "boxes": boxes,
+        }
+        present = {"images": images is not None, "points": points is not None}
+        return {
+            name: measure(call, device, repeats=options.repeats)
+            for name, call in calls.items()
+            if present.get(name, True)
+        }

@@ -1,0 +1,82 @@
+"""Wall time, busy share of the GPU and peak memory of something that is called again and again."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+MEBIBYTE = 2**20
+# Calls that are profiled for the busy share: the profiler slows the host, so they are not timed.
+PROFILED_CALLS = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of a call; ``busy``, in ms of a call, and ``peak``, in MiB of all that is allocated, on a GPU."""
+
+    median: float
+    p99: float
+    busy: float | None
+    peak: float | None
+
+
+def measure(call: Callable[[], object], device: torch.device, *, repeats: int, warm_up: int = 3) -> Measured:
+    """Wall time of calls that end when their results are there; on a GPU also what it did meanwhile."""
+    for _ in range(warm_up):
+        call()
+    _wait(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    peak = torch.cuda.max_memory_allocated(device) / MEBIBYTE if device.type == "cuda" else None
+    times.sort()
+    p99 = times[min(len(times) - 1, int(0.99 * len(times)))]
+    return Measured(statistics.median(times), p99, busy_time(call, device), peak)
+
+
+def busy_time(call: Callable[[], object], device: torch.device) -> float | None:
+    """Milliseconds of a call in which the GPU runs or copies anything, however many streams do; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(PROFILED_CALLS):
+            call()
+        torch.cuda.synchronize(device)
+    spans = [event.time_range for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return covered([(span.start, span.end) for span in spans]) / 1e3 / PROFILED_CALLS
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of spans (start, end)."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def describe_machine(device: torch.device) -> str:
+    """Hardware and version, for the line above a table."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"CPU, {os.uname().machine}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A cell of a table."""
+    return "-" if value is None else f"{value:,.{digits}f}".replace(",", " ")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
