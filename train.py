@@ -27,12 +27,13 @@ from cmt_aqr.config import Config, load_config, naming_source
 from cmt_aqr.data.loader import explain_killed_worker
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.errors import UserError, report_errors
-from cmt_aqr.evaluation.nuscenes_eval import format_table
+from cmt_aqr.evaluation.nuscenes_eval import METRICS_FILE, format_table
 from cmt_aqr.jobs import evaluate_split, prepare_data
 from cmt_aqr.losses.criterion import total_loss
 from cmt_aqr.losses.matcher import NonFiniteError
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.probe import log_probe
+from cmt_aqr.progress import phase
 from cmt_aqr.replay import replay, stop_at_failed_step
 from cmt_aqr.run import (
     Run,
@@ -153,7 +154,7 @@ def train(config: Config, rank_info: RankInfo, work_dir: Path, arguments: argpar
         if run.step < run.total_steps:
             log.print(f"stopped after step {run.step} (--max-steps); {resume_hint(work_dir)}")
         else:
-            log.print(f"finished: weights {work_dir / LATEST}, log {log.path}")
+            log.print(describe_results(run, log))
     return 0
 
 
@@ -215,18 +216,27 @@ def train_epoch(run: Run, log: RunLog, progress: Progress, stop: StopFlag) -> bo
     epoch, first_step = divmod(run.step, run.steps_per_epoch)
     run.loader.set_epoch(epoch, first_step)
     clock = progress.restart_clock()
-    for batch in islice(run.loader, run.steps_per_epoch - first_step):
-        data_time = time.perf_counter() - clock
-        metrics = train_step(run, batch)
-        step_time = time.perf_counter() - clock
-        if run.step % run.config.training.log_every == 0 or run.step == run.total_steps:
-            log_step(run, log, metrics | {"data_time": data_time, "step_time": step_time})
-        progress.advance(loss=metrics["loss"], epoch=run.step / run.steps_per_epoch, lr=metrics["lr"])
-        if any_process(stop.is_set, run.rank_info.device):
-            return True
-        if run.step == run.last_step:
-            break
-        clock = time.perf_counter()
+    losses = []
+    with ExitStack() as first:
+        if progress.is_first:
+            first.enter_context(phase("first step (starts the data workers, compiles)"))
+        for batch in islice(run.loader, run.steps_per_epoch - first_step):
+            data_time = time.perf_counter() - clock
+            metrics = train_step(run, batch)
+            step_time = time.perf_counter() - clock
+            first.close()
+            if run.step % run.config.training.log_every == 0 or run.step == run.total_steps:
+                log_step(run, log, metrics | {"data_time": data_time, "step_time": step_time})
+            progress.advance(loss=metrics["loss"], epoch=run.step / run.steps_per_epoch, lr=metrics["lr"])
+            losses.append(metrics["loss"])
+            if any_process(stop.is_set, run.rank_info.device):
+                return True
+            if run.step == run.last_step:
+                break
+            clock = time.perf_counter()
+    mean_loss = torch.stack(losses).mean().item()
+    title = f"epoch {epoch + 1}/{run.config.training.epochs}"
+    log.print(f"{progress.line(title, loss=mean_loss, lr=metrics['lr'])} of training alone")
     return False
 
 
@@ -330,6 +340,21 @@ def evaluate_epoch(run: Run, log: RunLog, stop: StopFlag) -> None:
     if metrics is not None:
         log.record("eval", run.step, epoch=epoch, **metrics.scalars())
         log.print(format_table(metrics))
+
+
+def describe_results(run: Run, log: RunLog) -> str:
+    """Where a finished run has left its results; empty in a process that is not the main one."""
+    if not run.rank_info.is_main:
+        return ""
+    rows = [("weights", str(run.work_dir / LATEST))]
+    evaluations = [line for line in read_log(log.path) if line["kind"] == "eval" and "error" not in line]
+    if evaluations:
+        last = evaluations[-1]
+        folder = run.work_dir / "eval" / f"epoch_{last['epoch']}"
+        rows.append(("scores", f"{folder / METRICS_FILE} (mAP {last['mAP']:.4f}, NDS {last['NDS']:.4f})"))
+        rows += [("pictures", str(path)) for path in (folder / "pictures",) if path.is_dir()]
+    rows.append(("log", str(log.path)))
+    return "\n".join(["finished", *(f"  {name:<8}  {place}" for name, place in rows)])
 
 
 def log_step(run: Run, log: RunLog, metrics: dict[str, Tensor | float]) -> None:

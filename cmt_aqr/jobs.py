@@ -29,6 +29,7 @@ from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.inference import InferencePipeline
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.precision import PRECISIONS
+from cmt_aqr.progress import phase
 from cmt_aqr.strict_yaml import differences
 from cmt_aqr.synthetic import WorldSettings, generate_world
 from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights_and_config
@@ -74,14 +75,15 @@ def evaluate_split(
     if results is None:
         return None
     velocities = config.data.velocity_file
-    return evaluate(
-        results,
-        folder=folder,
-        tables=tables,
-        split=split,
-        velocity_file=None if velocities is None else str(Path(config.data.root) / velocities),
-        **used_sensors(config),
-    )
+    with phase(f"scoring {split} with the nuScenes devkit"):
+        return evaluate(
+            results,
+            folder=folder,
+            tables=tables,
+            split=split,
+            velocity_file=None if velocities is None else str(Path(config.data.root) / velocities),
+            **used_sensors(config),
+        )
 
 
 def submit_split(model: nn.Module, config: Config, split: str, rank_info: RankInfo, folder: Path, log: RunLog) -> None:

@@ -19,6 +19,7 @@ from nuscenes.nuscenes import NuScenes
 from nuscenes.utils.splits import create_splits_scenes
 
 from cmt_aqr import table_schema as schema
+from cmt_aqr.progress import phase
 from cmt_aqr.table_schema import TableError, check_column, name_of, show
 
 LIDAR_CHANNEL = "LIDAR_TOP"
@@ -157,7 +158,8 @@ class Tables:
     @cached_property
     def nusc(self) -> CheckedNuScenes:
         """The devkit's object; raises TableError."""
-        nusc = CheckedNuScenes(self.dataroot, self.version)
+        with phase(f"loading the tables of {Path(self.dataroot) / self.version}"):
+            nusc = CheckedNuScenes(self.dataroot, self.version)
         gc.freeze()  # else the collector of every worker forked later would touch, and so copy, all of it
         return nusc
 

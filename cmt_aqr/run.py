@@ -25,6 +25,7 @@ from cmt_aqr.models.local_init import init_reference_points
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.predictions import DenoisingQueries
+from cmt_aqr.progress import counted
 from cmt_aqr.strict_yaml import to_yaml
 from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights
 from cmt_aqr.training.checkpoint_checks import check_finite
@@ -197,7 +198,8 @@ def make_training_loader(config: Config, index: FrameIndex, rank_info: RankInfo)
 
 def training_centres(index: FrameIndex, choice: BoxChoice) -> Tensor:
     """Centres (N, 3) of the training split's boxes that training uses, metres, LiDAR frame."""
-    return torch.cat([index.frame(i).targets(choice).boxes[:, :3] for i in range(len(index))])
+    frames = counted(range(len(index)), "box centres of the training frames", total=len(index), unit="frame")
+    return torch.cat([index.frame(i).targets(choice).boxes[:, :3] for i in frames])
 
 
 def initialise(model: nn.Module, path: str) -> str:

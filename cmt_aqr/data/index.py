@@ -10,7 +10,6 @@ a time stamp differs the table is hashed; where the hash differs the index is re
 
 import hashlib
 import json
-import logging
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -24,8 +23,7 @@ from torch import Tensor
 from cmt_aqr.boxes import BOX_SIZE, BoxChoice, Targets
 from cmt_aqr.data.cache import exclusive_lock, fingerprint, new_cache, same_content
 from cmt_aqr.data.sample import DataError
-
-logger = logging.getLogger(__name__)
+from cmt_aqr.progress import phase
 
 # Raise whenever the meaning or layout of the file changes; older files are then rebuilt.
 FORMAT_VERSION = 3
@@ -223,13 +221,12 @@ def open_index(
         index, reason = _read_if_fresh(path, dataroot, settings, tables)
         if index is not None:
             return index
-        logger.info("building index %s (%s)", path, reason)
-        with new_cache(path) as temporary, open(temporary, "wb") as file:
-            header = {"format": FORMAT_VERSION, "settings": settings, "tables": fingerprint(tables)}
+        with phase(f"building index {path} ({reason})"), new_cache(path) as temporary, open(temporary, "wb") as file:
+            with phase(f"computing the checksums of the {len(tables)} tables"):
+                header = {"format": FORMAT_VERSION, "settings": settings, "tables": fingerprint(tables)}
             header |= _write_frames(file, build())
             content = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), _COMPRESSION)
             file.write(content + _END.pack(header["places"][-1], _MARK))
-        logger.info("index %s: %d frames, %.1f MB", path, len(header["tokens"]), path.stat().st_size / 1e6)
     return FrameIndex(dataroot=dataroot, header=header, path=path)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from nuscenes.eval.detection.utils import category_to_detection_name
-from tqdm import tqdm
 
 from cmt_aqr.classes import CAMERAS, CLASSES
 from cmt_aqr.data.index import CameraRecord, Frame, FrameIndex, SweepRecord, open_index
@@ -26,6 +25,7 @@ from cmt_aqr.nuscenes_tables import (
     read_table,
     read_velocities,
 )
+from cmt_aqr.progress import counted
 from cmt_aqr.rotations import rotation_matrix
 from cmt_aqr.table_schema import SCHEMA, TableError
 
@@ -141,7 +141,7 @@ def _build_frames(
     samples = [sample for sample in nusc.sample if nusc.get("scene", sample["scene_token"])["name"] in scenes]
     if not samples:
         raise DataError(f"split {split!r} has scenes but no sample in {folder / 'sample.json'}, expected at least one")
-    for sample in tqdm(samples, desc=f"index of {split}", unit="frame", disable=None):
+    for sample in counted(samples, f"index of {split}", total=len(samples), unit="frame"):
         yield tables.frame(sample)
 
 

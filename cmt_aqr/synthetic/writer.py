@@ -2,19 +2,17 @@
 
 import json
 import logging
-import sys
 import time
-from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import cv2
-from tqdm import tqdm
 
 from cmt_aqr.classes import CLASSES
 from cmt_aqr.errors import UserError, describe_os_error
 from cmt_aqr.files import atomic_path, write_bytes
 from cmt_aqr.locks import exclusive_lock
+from cmt_aqr.progress import make_bar, say
 from cmt_aqr.synthetic.calibration import CAMERA_CHANNELS, LIDAR_CHANNEL, yaw_quaternion
 from cmt_aqr.synthetic.objects import CATEGORIES
 from cmt_aqr.synthetic.recording import Block, Sighting, WorldSettings, record_block, release, scene_name
@@ -39,8 +37,6 @@ GENERATOR_VERSION = 2
 MANIFEST = "synthetic.json"
 _BLOCK = 10
 """Samples that one process records at a time."""
-
-_SECONDS_BETWEEN_LINES = 15.0
 
 
 class WorldError(UserError):
@@ -172,39 +168,20 @@ def _record(world: WorldSettings, root: Path, workers: int, progress: bool) -> l
         for index in indices
         for first in range(0, world.samples_per_scene, _BLOCK)
     ]
-    tick = _ticker(len(indices) * world.samples_per_scene, progress)
     try:
-        if workers == 0:
-            return [record_block(world, *job, root, lambda: tick(1)) for job in jobs]
-        arguments = [(world, *job, root) for job in jobs]
-        blocks = run_jobs(record_block, arguments, workers, on_done=lambda done: tick(done[3] - done[2]))
-        return [blocks[each] for each in arguments]
+        with make_bar("synthetic world", len(indices) * world.samples_per_scene, "sample", is_shown=progress) as bar:
+            if workers == 0:
+                return [record_block(world, *job, root, bar.update) for job in jobs]
+            arguments = [(world, *job, root) for job in jobs]
+            blocks = run_jobs(record_block, arguments, workers, on_done=lambda done: bar.update(done[3] - done[2]))
+            return [blocks[each] for each in arguments]
     finally:
-        tick(0)
         release()
-
-
-def _ticker(total: int, progress: bool) -> Callable[[int], None]:
-    """A function to be told of each finished sample; 0 means the end. Draws a bar, or prints lines now and then."""
-    if not progress:
-        return lambda count: None
-    if sys.stderr.isatty():
-        bar = tqdm(total=total, unit="sample", file=sys.stderr)
-        return lambda count: bar.update(count) if count else bar.close()
-    state = {"done": 0, "said": time.monotonic()}
-
-    def tick(count: int) -> None:
-        state["done"] += count
-        if count and time.monotonic() - state["said"] > _SECONDS_BETWEEN_LINES:
-            state["said"] = time.monotonic()
-            _say(True, f"synthetic world: {state['done']} of {total} samples")
-
-    return tick
 
 
 def _say(progress: bool, line: str) -> None:
     if progress:
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
 
 def _write_tables(world: WorldSettings, root: Path, blocks: list[Block]) -> dict[str, int]:

@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.std import EMA
 
 from cmt_aqr.errors import UserError
 from cmt_aqr.files import atomic_path
+from cmt_aqr.progress import LINE, make_bar
 from cmt_aqr.training.tensorboard import ScalarWriter
 
 LOG_FILE = "log.jsonl"
@@ -131,7 +133,12 @@ class RunLog:
             total: steps of the whole; the remaining time is that to ``total``.
             done: steps done before.
         """
-        progress = Progress(self, title, total, done, self._plain_period)
+        bar = None
+        if self._is_main:
+            bar = make_bar(
+                title, total, "step", done=done, smoothing=SMOOTHING, write=self.print, period=self._plain_period
+            )
+        progress = Progress(bar)
         try:
             yield progress
         finally:
@@ -170,23 +177,24 @@ class RunLog:
 
 
 class Progress:
-    """A counter of steps with a smoothed loss and the time that remains; made by :meth:`RunLog.progress`."""
+    """A counter of steps with a smoothed loss and the time that remains; made by :meth:`RunLog.progress`.
 
-    def __init__(self, log: RunLog, title: str, total: int, done: int, plain_period: float):
-        self.title = title
-        self.total = total
-        self.done = done
-        self.loss: float | None = None
-        self.seconds_per_step: float | None = None
-        self._log = log
-        self._plain_period = plain_period
-        self._last_step = self._last_line = time.monotonic()
-        self._shown = ""
-        self._bar = None
-        if log.is_main and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total, initial=done, desc=title, dynamic_ncols=True, leave=False, smoothing=SMOOTHING
-            )
+    The first step is counted but not measured: it starts workers and compiles.
+
+    Attributes:
+        is_first: whether no step was done yet.
+    """
+
+    def __init__(self, bar: tqdm | None):
+        self._bar = bar
+        self._loss = EMA(SMOOTHING)
+        self.is_first = True
+        self._last_step = time.monotonic()
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of the losses so far, in which the newer ones weigh more."""
+        return self._loss() if self._loss.calls else None
 
     def advance(self, count: int = 1, *, loss: float | Tensor | None = None, **figures: float) -> None:
         """Count steps.
@@ -196,38 +204,37 @@ class Progress:
             loss: of these steps, also as a tensor of one element; shown smoothed, non-finite ones are left out.
             figures: shown as they are.
         """
-        if not self._log.is_main:
+        bar = self._bar
+        if bar is None:
             return
-        now = time.monotonic()
-        self.seconds_per_step = _smoothed(self.seconds_per_step, (now - self._last_step) / count)
-        self._last_step = now
-        self.done += count
         if loss is not None and math.isfinite(loss):
-            self.loss = _smoothed(self.loss, float(loss))
-        parts = [] if self.loss is None else [f"loss {self.loss:.4g}"]
-        self._shown = "  ".join(parts + [f"{name} {value:.4g}" for name, value in figures.items()])
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._shown, refresh=False)
-            self._bar.update(count)
-        elif now - self._last_line >= self._plain_period:
-            self._last_line = now
-            self._log.print(self.line())
+            self._loss(float(loss))
+        shown = figures if self.loss is None else {"loss": self.loss} | figures
+        bar.set_postfix_str(_shown(shown), refresh=False)
+        if self.is_first:
+            self.is_first = False
+            bar.n += count
+            bar.initial = bar.last_print_n = bar.n
+            self.restart_clock()
+        else:
+            bar.update(count)
+            self._last_step = time.monotonic()
 
     def restart_clock(self) -> float:
         """Leave the time since the last step (an evaluation, a checkpoint) out of the speed; returns perf_counter()."""
-        self._last_step = time.monotonic()
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.start_t += now - self._last_step
+            self._bar.last_print_t += now - self._last_step
+        self._last_step = now
         return time.perf_counter()
 
-    def line(self) -> str:
-        """The state as one line of text."""
-        share = f"{100 * self.done / self.total:.1f} %" if self.total else "-"
-        parts = [f"{self.title}  {self.done}/{self.total} ({share})"]
-        if self._shown:
-            parts.append(self._shown)
-        if self.seconds_per_step is not None:
-            rest = max(self.total - self.done, 0) * self.seconds_per_step
-            parts.append(f"{self.seconds_per_step:.3g} s/step  remaining {duration(rest)}")
-        return "  ".join(parts)
+    def line(self, title: str, **figures: float) -> str:
+        """The state as one line of text, with other figures; empty in a process that is not the main one."""
+        if self._bar is None:
+            return ""
+        changes = {"bar_format": LINE, "prefix": title, "postfix": _shown(figures)}
+        return " ".join(tqdm.format_meter(**self._bar.format_dict | changes).split())
 
     def close(self) -> None:
         """Remove the bar."""
@@ -257,14 +264,6 @@ def read_log(path: str | os.PathLike) -> list[dict]:
     return lines
 
 
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, with days from the first on."""
-    whole = round(seconds)
-    days, rest = divmod(whole, 86400)
-    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-    return f"{days} d {clock}" if days else clock
-
-
 def _set_aside(path: Path) -> None:
     """Rename the log of an earlier run to the first free number."""
     if not path.exists():
@@ -282,8 +281,8 @@ def _keep_until(path: Path, step: int) -> None:
         part.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in kept), encoding="utf-8")
 
 
-def _smoothed(mean: float | None, value: float) -> float:
-    return value if mean is None else mean + SMOOTHING * (value - mean)
+def _shown(figures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
 def _plain(value: Any) -> Any:

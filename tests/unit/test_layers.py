@@ -12,8 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
     "boxes", "cameras", "classes", "config", "config_checks", "config_data_checks", "errors", "files", "geometry",
-    "locks", "nuscenes_tables", "precision", "predictions", "rotations", "strict_yaml", "table_schema", "tokens",
-    "transformer_layers", "yaml_reader",
+    "locks", "nuscenes_tables", "precision", "predictions", "progress", "rotations", "strict_yaml", "table_schema",
+    "tokens", "transformer_layers", "yaml_reader",
 }  # fmt: skip
 # What the files of a package may import besides the base layer and their own package.
 ALLOWED = {

@@ -3,7 +3,6 @@ import dataclasses
 import errno
 import io
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -147,24 +146,22 @@ def test_velocity_file_overrides(world, tmp_path):
         index_of(world, tmp_path / "cache", velocity_file=path)
 
 
-def test_index_is_reused_until_a_table_changes(world, tmp_path, caplog):
-    caplog.set_level(logging.INFO, logger="cmt_aqr.data.index")
+def test_index_is_reused_until_a_table_changes(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cmt_aqr.progress.PATIENCE", 1e-9)
     cache = tmp_path / "cache"
     first = index_of(world, cache)
-    assert "none yet" in caplog.text
+    assert f"building index {first.path} (none yet): done in 00:00\n" in capsys.readouterr().err
     written = first.path.stat().st_mtime_ns
     world.table("sample").touch()  # another time stamp, same content
-    caplog.clear()
     assert index_of(world, cache).content_hash == first.content_hash
-    assert first.path.stat().st_mtime_ns == written and not caplog.text
+    assert first.path.stat().st_mtime_ns == written and capsys.readouterr().err == ""
     world.edit("sample_annotation", lambda rows: rows[0].update(num_lidar_pts=0))
     second = index_of(world, cache)
-    assert "tables changed: sample_annotation" in caplog.text
+    assert "tables changed: sample_annotation" in capsys.readouterr().err
     assert second.content_hash != first.content_hash and second.frame_labels("lidar_or_radar")[0] == []
     second.path.write_bytes(second.path.read_bytes()[:-40])
-    caplog.clear()
     assert len(index_of(world, cache)) == 3
-    assert "damaged" in caplog.text
+    assert "damaged" in capsys.readouterr().err
     assert sorted(path.name for path in cache.iterdir()) == [second.path.name]
 
 

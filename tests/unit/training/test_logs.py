@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from cmt_aqr.training import logs
-from cmt_aqr.training.logs import LogError, RunLog, duration, read_log
+from cmt_aqr.training.logs import LogError, RunLog, read_log
 
 
 class Clock:
-    """Stands in for ``time.monotonic``."""
+    """Stands in for the clocks of the log and of tqdm."""
 
     def __init__(self, monkeypatch):
         self.now = 100.0
         monkeypatch.setattr(logs.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr("tqdm.std.time", lambda: self.now)
 
 
 class Terminal(io.StringIO):
@@ -103,39 +104,79 @@ def test_tensorboard_scalars_and_purge(tmp_path):
 
 def test_plain_lines_come_now_and_then(tmp_path, capsys, monkeypatch):
     clock = Clock(monkeypatch)
-    with quiet(tmp_path, plain_period=10) as log, log.progress("epoch 1/2", total=100, done=10) as progress:
+    with quiet(tmp_path, plain_period=10) as log, log.progress("train", total=100, done=10) as progress:
         for _ in range(25):
             clock.now += 1
             progress.advance(loss=2.0, lr=1.5e-4)
+    assert capsys.readouterr().out.splitlines() == [  # the first after 3 s of measured steps
+        "train: 14/100 (14.0 %), loss 2, lr 0.00015, 1.00step/s, remaining 01:26",
+        "train: 24/100 (24.0 %), loss 2, lr 0.00015, 1.00step/s, remaining 01:16",
+        "train: 34/100 (34.0 %), loss 2, lr 0.00015, 1.00step/s, remaining 01:06",
+    ]
+
+
+def test_the_first_step_is_no_measure_of_those_to_come(tmp_path, capsys, monkeypatch):
+    clock = Clock(monkeypatch)
+    with quiet(tmp_path) as log, log.progress("train", total=101) as progress:
+        clock.now += 100  # compiles
+        progress.advance()
+        assert progress.line("first") == "first: 1/101 (1.0 %), ?step/s, remaining ?"
+        for _ in range(4):
+            clock.now += 2
+            progress.advance()
+        assert progress.line("fifth") == "fifth: 5/101 (5.0 %), 2.00s/step, remaining 03:12"
+    assert capsys.readouterr().out == "train: 3/101 (3.0 %), 2.00s/step, remaining 03:16\n"
+
+
+@pytest.mark.parametrize("steps_before", [2, 3, 8])  # between two lines, after one
+def test_time_between_epochs_is_not_that_of_a_step(tmp_path, capsys, monkeypatch, steps_before):
+    clock = Clock(monkeypatch)
+    with quiet(tmp_path, plain_period=4) as log, log.progress("train", total=1000) as progress:
+        for steps in (steps_before, 20):
+            for _ in range(steps):
+                clock.now += 2
+                progress.advance()
+            clock.now += 500  # an evaluation
+            progress.restart_clock()
+        rest = 1000 - steps_before - 20
+        assert f"2.00s/step, remaining {rest * 2 // 60:02d}:{rest * 2 % 60:02d}" in progress.line("train")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert lines[0] == "epoch 1/2  20/100 (20.0 %)  loss 2  lr 0.00015  1 s/step  remaining 0:01:20"
+    assert len(lines) >= 9 and all(", 2.00s/step, " in line for line in lines)
 
 
-def test_loss_is_smoothed_and_a_non_finite_one_left_out(tmp_path):
+def test_the_time_that_remains_follows_the_speed(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    with quiet(tmp_path, plain_period=3) as log, log.progress("train", total=10_000) as progress:
+        for seconds, steps in ((1, 20), (3, 100)):
+            for _ in range(steps):
+                clock.now += seconds
+                progress.advance()
+        assert "3.00s/step" in progress.line("train")
+
+
+def test_the_loss_is_a_mean_from_the_first_step_on(tmp_path):
     with quiet(tmp_path) as log, log.progress("train", 10) as progress:
-        for loss in (1.0, math.nan, 2.0):
-            progress.advance(loss=loss)
-        assert progress.loss == pytest.approx(1 + logs.SMOOTHING)
-        assert progress.done == 3
+        assert progress.loss is None
+        progress.advance(loss=1.0)
+        assert progress.loss == pytest.approx(1.0)
+        progress.advance(loss=math.nan)
+        progress.advance(loss=torch.tensor(2.0))
+        # Not 1.02: the first step counts no more than the second.
+        assert progress.loss == pytest.approx((0.98 * 1 + 2) / 1.98)
+        assert progress.line("epoch 1/2", loss=1.5).startswith("epoch 1/2: 3/10 (30.0 %), loss 1.5, ")
 
 
 def test_bar_on_a_terminal_and_lines_beside_it(tmp_path, capsys, monkeypatch):
+    clock = Clock(monkeypatch)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with quiet(tmp_path) as log, log.progress("epoch 1/2", total=4) as progress:
+    with quiet(tmp_path) as log, log.progress("train", total=6) as progress:
         progress.advance(2, loss=3.0)
         log.print("saved")
+        clock.now += 4
         progress.advance(2, loss=3.0)
-    assert "epoch 1/2" in terminal.getvalue()
+        assert re.search(r"train: +67%.* 4/6 \[00:04<00:04, +2\.00s/step, loss=?:? ?3\]", terminal.getvalue())
     assert capsys.readouterr().out == "saved\n"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3725, "1:02:05"), (2 * 86400 + 61, "2 d 0:01:01")]
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
 
 
 def test_errors_are_one_sentence(tmp_path):
