@@ -1,7 +1,6 @@
 """Time, memory and error of attention with the bias, beside attention without it and beside other ways to add it."""
 
 import math
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from cmt_aqr.attention.flex.kernel import flex_attention_with_bias, plan
 from cmt_aqr.attention.score_mod import attention_with_score_mod
 from cmt_aqr.errors import UserError
 from cmt_aqr.tools.attention_cases import fusion_layout, make_windows
+from cmt_aqr.tools.bench_timing import event_time, extra_memory, gpu_time
 
 R50 = fusion_layout((128, 128), (6, 20, 50), cell_size=(0.8, 0.8))
 VOV = fusion_layout((180, 180), (6, 40, 100), cell_size=(0.6, 0.6))
@@ -26,7 +26,6 @@ SCALE, MAX_BIAS = 2.5, 5.0
 DTYPE = torch.bfloat16
 ENERGIES = (0.90, 0.99)
 BASE = "FlashAttention-2, no bias"
-MEGABYTE = 2**20
 
 
 class DeviceError(UserError):
@@ -83,7 +82,7 @@ def shape_table(layout: TokenLayout, batch_size: int, num_queries: int) -> str:
     reference = float64_output(problem)
     rows = [measure_row(*way, problem, reference) for way in ways(problem)]
     rows += lowrank_rows(problem, reference)
-    shared = run_time(lambda: plan(problem.windows))
+    shared = gpu_time(lambda: plan(problem.windows))
     rows.append(Row("our schedule: sorting and block ranges, once for all layers", forward=shared))
     base = rows[0]
     lines = [
@@ -212,8 +211,8 @@ def measure_row(
     try:
         if is_biased:
             row.error = relative_error(forward(), reference)
-        row.forward, row.memory = run_time(forward), extra_memory(forward)
-        row.both, row.memory_both = run_time(both), extra_memory(both)
+        row.forward, row.memory = gpu_time(forward), extra_memory(forward)
+        row.both, row.memory_both = gpu_time(both), extra_memory(both)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         row.note = f" ({str(error).splitlines()[0][:60]})"
         torch.cuda.empty_cache()
@@ -226,13 +225,8 @@ def lowrank_rows(problem: Problem, reference: Tensor) -> list[Row]:
     bias = AttentionBias(problem.windows, problem.bias().values.detach())
     factorise(bias, ENERGIES[0])  # the first SVD sets up its library
     for energy in ENERGIES:
-        torch.cuda.synchronize()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        svd = event_time(lambda energy=energy: factorise(bias, energy))
         factors = factorise(bias, energy)
-        stop.record()
-        torch.cuda.synchronize()
-        svd = start.elapsed_time(stop) * 1e3
 
         def forward(factors: LowRankFactors = factors) -> Tensor:
             with torch.no_grad():
@@ -241,7 +235,7 @@ def lowrank_rows(problem: Problem, reference: Tensor) -> list[Row]:
         row = Row(f"low rank, {energy:.0%} energy: rank {factors.rank}; SVD {svd / 1e3:.0f} ms")
         row.error, row.forward, row.memory = (
             relative_error(forward(), reference),
-            run_time(forward),
+            gpu_time(forward),
             extra_memory(forward),
         )
         rows.append(row)
@@ -258,50 +252,6 @@ def float64_output(problem: Problem) -> Tensor:
 def relative_error(out: Tensor, reference: Tensor) -> float:
     """max |out - reference| / max |reference|."""
     return ((out.double() - reference).abs().max() / reference.abs().max()).item()
-
-
-def run_time(function: Callable[[], object], *, inner: int = 10, repeats: int = 10) -> float:
-    """Median microseconds on the GPU, from a CUDA graph of ``inner`` calls; from plain calls where capture fails."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-
-    def plain() -> None:
-        for _ in range(inner):
-            function()
-
-    run = plain
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            plain()
-        run = graph.replay
-    except RuntimeError:
-        torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / inner * 1e3)
-    return statistics.median(times)
-
-
-def extra_memory(function: Callable[[], object]) -> float:
-    """Peak MiB during a call beyond what was there before; results are in it."""
-    function()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / MEGABYTE
 
 
 def _number(value: float | None) -> str:

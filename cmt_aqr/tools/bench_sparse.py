@@ -16,12 +16,12 @@ from cmt_aqr.models import spconv_backend
 from cmt_aqr.models.lidar import SparseEncoder
 from cmt_aqr.models.sparse import Capacities
 from cmt_aqr.models.voxels import VoxelBatch, pad_voxels, voxelize_batch
+from cmt_aqr.tools.bench_timing import capture, extra_memory
 
 SHAPE = (41, 1024, 1024)
 VOXELS = {"voxel_size": (0.1, 0.1, 0.2), "point_range": (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0), "max_voxels": 120_000}
 NUM_VOXELS = 113_000
 SWEEPS, SWEEP_STEP = 10, 0.35  # a car at 7 m/s, 20 sweeps a second
-MEGABYTE = 2**20
 
 
 @dataclass
@@ -134,20 +134,6 @@ def fixed_rows(
     return found
 
 
-def capture(run: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of a call, after calls that warm up."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
 def measure(name: str, run: Callable[[], Tensor], encoder: SparseEncoder, expected: Tensor | None, repeats: int) -> Row:
     """Time, peak memory beyond what was there, and error of a call."""
     on_gpu = next(encoder.parameters()).is_cuda
@@ -179,16 +165,6 @@ def median_time(run: Callable[[], object], repeats: int, *, on_gpu: bool) -> flo
             torch.cuda.synchronize()
         times.append(1e3 * (clock() - start))
     return statistics.median(times[3:]) if on_gpu else min(times)
-
-
-def extra_memory(run: Callable[[], object]) -> float:
-    """Peak MiB during a call beyond what was there before; results are in it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / MEGABYTE
 
 
 def _number(value: float | None, form: str) -> str:
