@@ -141,7 +141,7 @@ class Pairing:
 
 def name_table(keys: list[Tensor]) -> Tensor:
     """Integer tensors (n,) or (n, columns) side by side: (n, all columns) int64."""
-    return torch.cat([key.long().reshape(len(key), -1) for key in keys], dim=1)
+    return torch.cat([key.long().reshape(len(key), math.prod(key.shape[1:])) for key in keys], dim=1)
 
 
 def pair_rows(names_a: Tensor, names_b: Tensor) -> Pairing:

@@ -158,6 +158,11 @@ def test_a_row_too_many_is_found(exact, port):
     assert status == 1 and "1 rows are in B only" in text
 
 
+def test_a_port_without_any_box_is_compared(exact, port):
+    status, text = port({name: lambda x: x[:0] for name in exact if name.startswith("boxes/")})
+    assert status == 1 and "boxes/queries.0: 40 rows are in A only" in text
+
+
 def test_npz_missing_stages_and_layout_hints(exact, tmp_path, capsys):
     port = {"lidar/bev_map": exact["lidar/bev_map"].permute(0, 2, 3, 1).numpy(), "tokens/value": np.zeros(3)}
     np.savez(tmp_path / "port.npz", **port)
