@@ -24,10 +24,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from cmt_aqr.attention import TokenLayout
-from cmt_aqr.boxes import BOX_SIZE, Detections
+from cmt_aqr.attention import QueryWindows, TokenLayout
+from cmt_aqr.boxes import Detections
 from cmt_aqr.cameras import Cameras
-from cmt_aqr.evaluation.postprocess import BestBoxes, Decoding, class_tables, find_best, keep_detections
+from cmt_aqr.evaluation.postprocess import Decoding, class_tables, find_best
+from cmt_aqr.found import Found, find_kept, pack
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.models.fixed_lidar import encode_points_fixed, measure_sizes
 from cmt_aqr.models.folding import fold_batch_norm
@@ -178,7 +179,7 @@ class InferencePipeline:
             ValueError: inputs that are missing, do not fit each other or are more than `batch_size`.
         """
         self.launch(images, points, lidar2img)
-        return self.read()
+        return [found.detections for found in self.read()]
 
     @torch.inference_mode()
     def launch(self, images: Tensor | None, points: Sequence[Tensor] | None, lidar2img: Tensor | None) -> None:
@@ -193,17 +194,20 @@ class InferencePipeline:
         self._run(images, points, lidar2img)
 
     @torch.inference_mode()
-    def read(self) -> list[Detections]:
-        """The second half: waits for the boxes of the last `launch`."""
+    def read(self) -> list[Found]:
+        """The second half: waits for the boxes of the last `launch`; one record a frame."""
         self._wait()
         if self._capacities is not None and not self._fits():
             self._capacities.hold(torch.tensor(measure_sizes(self.detector.lidar_branch, self._points)))
             self._make_stages()
             self._run(None, None, None)
             self._wait()
-        packed = self._host[0][: self._num_frames].clone()
-        boxes, scores, labels, is_kept = packed.split((BOX_SIZE, 1, 1, 1), dim=-1)
-        return keep_detections(BestBoxes(boxes, scores[..., 0], labels[..., 0].long(), is_kept[..., 0] > 0))
+        return find_kept(self._host[0][: self._num_frames].clone())
+
+    @property
+    def windows(self) -> QueryWindows | None:
+        """Windows of all matching queries under the calibration of the last `launch`; None without AQR."""
+        return self._stages[2].outputs.windows
 
     @property
     def stages(self) -> dict[str, Stage]:
@@ -358,10 +362,9 @@ class InferencePipeline:
         return self.detector.locate(layout, self.batch_size, cameras)
 
     def _find_boxes(self, bev_map: Tensor | None, pv_maps: Tensor | None, places: Places) -> Tensor:
-        """(B, N, 12): boxes, score, label, whether it is kept."""
+        """See :func:`pack`."""
         predictions = self.detector.forward_located(bev_map, pv_maps, places)
-        boxes, *rest = find_best(predictions, self.decoding, self._tables)
-        return torch.cat((boxes, *(x[..., None].to(boxes.dtype) for x in rest)), dim=-1)
+        return pack(find_best(predictions, self.decoding, self._tables), predictions.aqr_weights)
 
 
 def _use_channels_last(detector: Detector) -> None:

@@ -27,6 +27,7 @@ from cmt_aqr.evaluation.run import (
 )
 from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.inference import InferencePipeline
+from cmt_aqr.models.detector import Detector
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.progress import phase
@@ -195,18 +196,25 @@ def model_for_test(
 ) -> nn.Module | InferencePipeline:
     """The detector as `evaluation.compile` wants it, on its device."""
     model = model.to(device)
-    choice, lidar = config.evaluation.compile, config.model.lidar
-    if choice == "auto":
-        cannot = config.model.attention.backend == "lowrank" or (lidar is not None and lidar.sparse_backend == "spconv")
-        choice = device.type == "cuda" and not cannot
-    if not choice:
+    if not is_compiled(config, device):
         return model
     log.print(f"compiling the detector, a minute or more (evaluation.compile: {config.evaluation.compile})")
+    return make_pipeline(model, config, config.evaluation.batch_size)
+
+
+def is_compiled(config: Config, device: torch.device) -> bool:
+    """What `evaluation.compile` means on a device: `auto` compiles on a GPU whatever can be compiled."""
+    if config.evaluation.compile != "auto":
+        return config.evaluation.compile
+    lidar = config.model.lidar
+    cannot = config.model.attention.backend == "lowrank" or (lidar is not None and lidar.sparse_backend == "spconv")
+    return device.type == "cuda" and not cannot
+
+
+def make_pipeline(model: Detector, config: Config, batch_size: int) -> InferencePipeline:
+    """The compiled pipeline of a detector, with the configuration's precision and decoding."""
     return InferencePipeline(
-        model,
-        decoding=decoding_of(config),
-        batch_size=config.evaluation.batch_size,
-        precision=PRECISIONS[config.evaluation.precision],
+        model, decoding=decoding_of(config), batch_size=batch_size, precision=PRECISIONS[config.evaluation.precision]
     )
 
 

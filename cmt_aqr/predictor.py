@@ -9,6 +9,7 @@ result.draw("detections.jpg")
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,13 +17,14 @@ from numpy.typing import ArrayLike
 from safetensors import safe_open
 from torch import Tensor
 
-from cmt_aqr.boxes import Detections
+from cmt_aqr.attention import QueryWindows
 from cmt_aqr.build import build_detector, check_device
 from cmt_aqr.classes import CAMERAS
-from cmt_aqr.config import Config, config_from_tree, load_config, naming_source
+from cmt_aqr.config import Config, config_from_tree, load_config, naming_source, to_tree
 from cmt_aqr.data.image_transforms import fixed_image_draw, image_matrix, transform_image
-from cmt_aqr.evaluation.postprocess import class_tables, find_best, select_best
-from cmt_aqr.jobs import decoding_of, load_model
+from cmt_aqr.evaluation.postprocess import class_tables, find_best
+from cmt_aqr.found import Found, find_kept, pack
+from cmt_aqr.jobs import decoding_of, is_compiled, load_model, make_pipeline
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.predictor_inputs import InputError, check_calibration, check_images, check_points
@@ -58,11 +60,15 @@ class Predictor:
         self.model = model.to(device).eval()
         self.config = config
         self.device = device
-        self._decoding = decoding_of(config)
+        self._pipeline = make_pipeline(self.model, config, batch_size=1) if is_compiled(config, device) else None
 
     @classmethod
     def load(
-        cls, path: str | Path, config: str | Path | Config | None = None, device: str | torch.device | None = None
+        cls,
+        path: str | Path,
+        config: str | Path | Config | None = None,
+        device: str | torch.device | None = None,
+        compile: Literal["auto", True, False] | None = None,
     ) -> "Predictor":
         """Load a detector.
 
@@ -70,6 +76,9 @@ class Predictor:
             path: a checkpoint of train.py, which holds its configuration, or .safetensors weights, which do not.
             config: a YAML file, the bare name of one in configs/, or a :class:`Config`; None: the checkpoint's own.
             device: None: CUDA where there is a GPU, else the CPU.
+            compile: replaces the configuration's `evaluation.compile`. A compiled predictor takes a minute or more for
+                its first frame, or for one with more points or voxels than before, and runs the frames of a batch one
+                after the other.
 
         Raises:
             UserError: a missing or damaged file, weights without a configuration or of another model.
@@ -78,6 +87,8 @@ class Predictor:
             config = _own_config(Path(path))
         elif not isinstance(config, Config):
             config = load_config(config)
+        if compile is not None:
+            config = _with_compile(config, compile)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"device is {device}, and there is no CUDA GPU; use 'cpu'")
@@ -129,6 +140,12 @@ class Predictor:
         if isinstance(frames, Mapping) or not len(frames):
             raise InputError("batch: expected a list of at least one dictionary with images, points, lidar2img")
         inputs = [self._prepare(frame, f"frame {i}: " if len(frames) > 1 else "") for i, frame in enumerate(frames)]
+        if self._pipeline is None:
+            return self._detect(inputs)
+        return [self._detect_compiled(one) for one in inputs]
+
+    def _detect(self, inputs: list[_Input]) -> list[Result]:
+        """All frames at once, in eager mode."""
         images = None if inputs[0].images is None else torch.stack([x.images for x in inputs]).to(self.device)
         points = None if inputs[0].points is None else [x.points.to(self.device) for x in inputs]
         lidar2img = None if images is None else torch.stack([x.lidar2img for x in inputs]).to(self.device)
@@ -139,18 +156,18 @@ class Predictor:
             cameras = self.model.make_cameras(pv_maps, lidar2img, image_size)
             places = self.model.locate(self.model.make_layout(bev_map, pv_maps), len(inputs), cameras)
             predictions = self.model.forward_located(bev_map, pv_maps, places)
-        tables = class_tables(predictions.classes, self.device)
-        best = find_best(predictions, self._decoding, tables)
-        queries = select_best(predictions, self._decoding)[1]
-        results = []
-        for i, given in enumerate(inputs):
-            kept = best.is_kept[i]
-            found = Detections(best.boxes[i][kept], best.scores[i][kept], best.labels[i][kept]).cpu()
-            own = queries[i][kept]
-            weights = None if predictions.aqr_weights is None else predictions.aqr_weights[i][own].cpu()
-            windows = None if places.windows is None else find_windows(places.windows, i, own, given.frame, image_size)
-            results.append(Result(found, weights, windows, given.frame))
-        return results
+        best = find_best(predictions, decoding_of(self.config), class_tables(predictions.classes, self.device))
+        found = find_kept(pack(best, predictions.aqr_weights).cpu())
+        return [_result(found[i], places.windows, i, given) for i, given in enumerate(inputs)]
+
+    def _detect_compiled(self, given: _Input) -> Result:
+        """One frame by the pipeline."""
+        images = None if given.images is None else given.images[None]
+        lidar2img = None if given.lidar2img is None else given.lidar2img[None]
+        points = None if given.points is None else [given.points]
+        self._pipeline.launch(images, points, lidar2img)
+        (found,) = self._pipeline.read()
+        return _result(found, self._pipeline.windows, 0, given)
 
     def _prepare(self, frame: Mapping, where: str) -> _Input:
         """Check a frame and bring it to the network's sizes."""
@@ -201,6 +218,15 @@ class Predictor:
         return _Input(torch.from_numpy(images), points, to_network @ projections, pixels)
 
 
+def _result(found: Found, windows: QueryWindows | None, sample: int, given: _Input) -> Result:
+    """What is returned for the frame that has this number in the windows' batch."""
+    if windows is None:
+        return Result(found.detections, found.aqr_weights, None, given.frame)
+    size = tuple(given.images.shape[1:3])
+    own = find_windows(windows, sample, found.queries, given.frame, size)
+    return Result(found.detections, found.aqr_weights, own, given.frame)
+
+
 def nuscenes_calibration() -> np.ndarray:
     """(6, 4, 4) LiDAR frame to pixels of images of 900 x 1600: cameras mounted as on nuScenes' car."""
     lidar2ego = _pose(LIDAR_TRANSLATION, LIDAR_ROTATION)
@@ -217,6 +243,13 @@ def _pose(translation: Sequence[float], rotation: Sequence[float]) -> np.ndarray
     pose[:3, :3] = rotation_matrix(rotation)
     pose[:3, 3] = translation
     return pose
+
+
+def _with_compile(config: Config, compile: Literal["auto", True, False]) -> Config:
+    """The configuration with another `evaluation.compile`, checked as in a file."""
+    tree = to_tree(config)
+    tree["evaluation"]["compile"] = compile
+    return config_from_tree(tree, "Predictor.load(compile=...)")
 
 
 def _own_config(path: Path) -> Config:

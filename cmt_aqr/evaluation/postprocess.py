@@ -34,13 +34,15 @@ class ClassTables(NamedTuple):
 class BestBoxes(NamedTuple):
     """The best scores of a batch in tensors of a fixed size N, best first.
 
-    boxes (B, N, 9), scores (B, N), labels (B, N) int64; is_kept (B, N) bool: inside the range and above the threshold.
+    boxes (B, N, 9), scores (B, N), labels (B, N) int64; is_kept (B, N) bool: inside the range and above the threshold;
+    queries (B, N) int64: the matching query of each box.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     is_kept: Tensor
+    queries: Tensor
 
 
 def inside(centres: Tensor, post_range: Sequence[float]) -> Tensor:
@@ -98,7 +100,7 @@ def find_best(predictions: Predictions, decoding: Decoding, tables: ClassTables)
     is_kept = inside(boxes[..., :3], decoding.post_range)
     if decoding.score_threshold:
         is_kept = is_kept & (best > decoding.score_threshold)
-    return BestBoxes(boxes, best, tables.class_of[column], is_kept)
+    return BestBoxes(boxes, best, tables.class_of[column], is_kept, query)
 
 
 def select_best(predictions: Predictions, decoding: Decoding) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,5 +116,6 @@ def select_best(predictions: Predictions, decoding: Decoding) -> tuple[Tensor, T
 def keep_detections(best: BestBoxes) -> list[Detections]:
     """One record per sample, with the boxes that are kept."""
     return [
-        Detections(boxes[kept], scores[kept], labels[kept]) for boxes, scores, labels, kept in zip(*best, strict=True)
+        Detections(boxes[kept], scores[kept], labels[kept])
+        for boxes, scores, labels, kept, _ in zip(*best, strict=True)
     ]

@@ -92,7 +92,7 @@ ENTRIES = (
     Entry("heads/task*.rot", "L B Q 2", "1", "", "sin yaw, cos yaw, not normalised", "models/heads.py TaskHead"),
     Entry("heads/task*.vel", "L B Q 2", "m/s", _LIDAR, "vx, vy", "models/heads.py TaskHead"),
     Entry("heads/task*.cls_logits", "L B Q classes", "logit", "classes of the task", "one logit a class, sigmoid not yet taken", "models/heads.py TaskHead"),
-    Entry("boxes/queries.*", "n", "index of the matching query", "", "query of each box; with its label the name of a row", "evaluation/postprocess.py select_best"),
+    Entry("boxes/queries.*", "n", "index of the matching query", "", "query of each box; with its label the name of a row", "evaluation/postprocess.py find_best"),
     Entry("boxes/labels.*", "n", "index into classes.CLASSES", "", "class of each box", "evaluation/postprocess.py find_best"),
     Entry("boxes/scores.*", "n", "probability", "", "best first", "evaluation/postprocess.py find_best"),
     Entry("boxes/boxes.*", "n 9", "m, rad, m/s", _LIDAR, "cx cy cz length width height yaw vx vy, gravity centre", "boxes.py decode_boxes"),

@@ -18,7 +18,7 @@ from cmt_aqr.attention.bias import is_inside
 from cmt_aqr.attention.dense import dense_attention
 from cmt_aqr.boxes import Targets
 from cmt_aqr.cameras import Cameras
-from cmt_aqr.evaluation.postprocess import Decoding, class_tables, find_best, select_best
+from cmt_aqr.evaluation.postprocess import Decoding, class_tables, find_best
 from cmt_aqr.losses.criterion import Criterion, total_loss
 from cmt_aqr.losses.matcher import encode_targets
 from cmt_aqr.models.decoder import Decoder
@@ -228,10 +228,8 @@ def run_boxes(predictions: Predictions, decoding: Decoding, made: Tensors) -> No
     """Predictions -> boxes, as ``postprocess`` does, with the query of each."""
     tables = class_tables(predictions.classes, predictions.logits(0).device)
     found = find_best(predictions, decoding, tables)
-    _, queries, _ = select_best(predictions, decoding)
     for sample, kept in enumerate(found.is_kept):
-        made[f"boxes/queries.{sample}"] = queries[sample, kept]
-        for name in ("labels", "scores", "boxes"):
+        for name in ("queries", "labels", "scores", "boxes"):
             made[f"boxes/{name}.{sample}"] = getattr(found, name)[sample, kept]
 
 

@@ -98,7 +98,7 @@ def test_launching_waits_for_nothing():
             pipeline.launch(*inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert_matched(pipeline.read(), expected(detector, decoding, inputs))
+        assert_matched([found.detections for found in pipeline.read()], expected(detector, decoding, inputs))
 
 
 def test_frames_in_quick_succession_do_not_mix():
@@ -111,7 +111,7 @@ def test_frames_in_quick_succession_do_not_mix():
     for first, second in pairwise(frames):
         pipeline.launch(*first)
         pipeline.launch(*second)
-        assert_matched(pipeline.read(), expected(detector, decoding, second))
+        assert_matched([found.detections for found in pipeline.read()], expected(detector, decoding, second))
 
 
 def test_sizes_that_are_too_small_grow():
