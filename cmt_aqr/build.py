@@ -303,7 +303,7 @@ def training_dataset(config: Config, index: FrameIndex) -> FrameDataset:
         database = open_gt_database(
             index,
             cache_dir=data.index_dir,
-            num_clouds=1 + data.num_sweeps,
+            num_sweeps=data.num_sweeps,
             with_patches=config.model.camera is not None,
             min_points=data.gt_sampling.min_points,
             num_workers=data.workers,
@@ -320,7 +320,7 @@ def training_dataset(config: Config, index: FrameIndex) -> FrameDataset:
         gt_sampler=sampler,
         gt_sampling_epochs=0 if sampler is None else config.training.epochs - data.gt_sampling.stop_before_end,
         failures=training_failures(
-            [(entry.case, entry.probability) for entry in data.failures], index, num_clouds=1 + data.num_sweeps
+            [(entry.case, entry.probability) for entry in data.failures], index, num_sweeps=data.num_sweeps
         ),
     )
     return FrameDataset(
@@ -335,7 +335,7 @@ def training_dataset(config: Config, index: FrameIndex) -> FrameDataset:
 def _sensors(config: Config) -> dict:
     return {
         "final_size": None if config.model.camera is None else config.model.camera.input_size,
-        "num_clouds": None if config.model.lidar is None else 1 + config.data.num_sweeps,
+        "num_sweeps": None if config.model.lidar is None else config.data.num_sweeps,
     }
 
 

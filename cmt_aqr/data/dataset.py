@@ -75,7 +75,7 @@ class FrameDataset(Dataset[Sample]):
         index: FrameIndex,
         *,
         final_size: tuple[int, int] | None,
-        num_clouds: int | None,
+        num_sweeps: int | None,
         boxes: BoxChoice = "all",
         skip_empty_frames: bool = False,
         augmentation: TrainingAugmentation | None = None,
@@ -85,26 +85,25 @@ class FrameDataset(Dataset[Sample]):
         Args:
             index: frames of the split.
             final_size: (height, width) of the network's images; None: cameras are not used.
-            num_clouds: LiDAR clouds per sample, the key frame and previous sweeps, most recent first; None: no LiDAR.
-                The original's configs load the key frame and ten sweeps, that is 11, and keep points near the car. It
-                draws sweeps at random only where a frame lists more than it loads, which its index never does.
+            num_sweeps: previous LiDAR sweeps added to the key frame's, most recent first; None: LiDAR is not used. The
+                original's configs add ten and keep points near the car. It draws sweeps at random only where a frame
+                lists more than it loads, which its index never does.
             boxes: which boxes are ground truth.
             skip_empty_frames: replace a training sample that ends without a box, see `_training_sample`.
             augmentation: random augmentation; None: evaluation.
 
         Raises:
-            ValueError: neither sensor used, more clouds than the index knows, or sensor dropout with only one sensor.
+            ValueError: neither sensor used, more sweeps than the index keeps, or sensor dropout with only one sensor.
         """
-        if final_size is None and num_clouds is None:
-            raise ValueError("FrameDataset: final_size and num_clouds are both None, expected at least one sensor")
-        most = index.max_sweeps + 1
-        if num_clouds is not None and not 1 <= num_clouds <= most:
-            raise ValueError(f"FrameDataset: num_clouds is {num_clouds}, expected 1 (the key frame) to {most}")
-        if augmentation is not None and augmentation.dropout is not None and None in (final_size, num_clouds):
+        if final_size is None and num_sweeps is None:
+            raise ValueError("FrameDataset: final_size and num_sweeps are both None, expected at least one sensor")
+        if num_sweeps is not None and not 0 <= num_sweeps <= index.max_sweeps:
+            raise ValueError(f"FrameDataset: num_sweeps is {num_sweeps}, expected 0 to {index.max_sweeps}")
+        if augmentation is not None and augmentation.dropout is not None and None in (final_size, num_sweeps):
             raise ValueError("FrameDataset: sensor dropout needs both sensors, but one is not used")
         self.index = index
         self._final_size = final_size
-        self._num_clouds = num_clouds
+        self._num_sweeps = num_sweeps
         self._boxes = boxes
         self._skip_empty_frames = skip_empty_frames
         self._augmentation = augmentation
@@ -120,7 +119,7 @@ class FrameDataset(Dataset[Sample]):
 
     def _evaluation_sample(self, frame: Frame) -> Sample:
         sample = bare_sample(frame, self._boxes)
-        if self._num_clouds is not None:
+        if self._num_sweeps is not None:
             sample = replace(sample, points=self._points(frame))
         if self._final_size is not None:
             draw = fixed_image_draw(image_size=image_size_of(frame), final_size=self._final_size)
@@ -164,7 +163,7 @@ class FrameDataset(Dataset[Sample]):
         drop_images, drop_points = (False, False)
         if augmentation.dropout is not None:
             drop_images, drop_points = draw_dropout(dropout_rng, augmentation.dropout)
-        if self._num_clouds is not None:
+        if self._num_sweeps is not None:
             sample = replace(sample, points=self._points(frame))
         views = None
         if self._final_size is not None and not drop_images:
@@ -195,4 +194,4 @@ class FrameDataset(Dataset[Sample]):
         return draw_image_augmentation(rng, image_size=size, final_size=self._final_size, augmentation=image)
 
     def _points(self, frame: Frame) -> Tensor:
-        return load_points(frame, self.index.dataroot, num_clouds=self._num_clouds, close_radius=0.0)
+        return load_points(frame, self.index.dataroot, num_sweeps=self._num_sweeps, close_radius=0.0)

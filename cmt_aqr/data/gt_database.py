@@ -91,7 +91,7 @@ def open_gt_database(
     index: FrameIndex,
     *,
     cache_dir: str | Path,
-    num_clouds: int,
+    num_sweeps: int,
     with_patches: bool,
     min_points: int = 5,
     num_workers: int = 0,
@@ -103,7 +103,7 @@ def open_gt_database(
     Args:
         index: training split.
         cache_dir: folder of the database's folder.
-        num_clouds: clouds per frame, as the training samples have them.
+        num_sweeps: previous sweeps added to a key frame's points, as in the training samples.
         with_patches: cut image patches too (needs the cameras).
         min_points: objects with fewer points are left out (*Source*: CMT configs, `filter_by_min_points`).
         num_workers: processes that read frames.
@@ -114,7 +114,7 @@ def open_gt_database(
     settings = {
         "format": FORMAT_VERSION,
         "index": index.content_hash,
-        "num_clouds": num_clouds,
+        "num_sweeps": num_sweeps,
         "with_patches": with_patches,
         "min_points": min_points,
     }
@@ -123,7 +123,7 @@ def open_gt_database(
     if not folder.is_dir():
         with exclusive_lock(folder):
             if not folder.is_dir():
-                frames = _FrameObjects(index, num_clouds, with_patches, min_points)
+                frames = _FrameObjects(index, num_sweeps, with_patches, min_points)
                 with new_cache(folder) as temporary:
                     _write(frames, temporary, num_workers)
     with np.load(folder / "objects.npz", allow_pickle=False) as arrays:
@@ -197,9 +197,9 @@ def project_boxes(boxes: Tensor, lidar2img: Tensor, image_size: tuple[int, int])
 class _FrameObjects(Dataset):
     """The objects of each frame as (label, box, points, JPEG bytes), or the DataError met on the way."""
 
-    def __init__(self, index: FrameIndex, num_clouds: int, with_patches: bool, min_points: int):
+    def __init__(self, index: FrameIndex, num_sweeps: int, with_patches: bool, min_points: int):
         self._index = index
-        self._num_clouds = num_clouds
+        self._num_sweeps = num_sweeps
         self._with_patches = with_patches
         self._min_points = min_points
 
@@ -215,7 +215,7 @@ class _FrameObjects(Dataset):
     def _objects(self, item: int) -> Iterator[tuple[int, Tensor, Tensor, bytes]]:
         frame, root = self._index.frame(item), self._index.dataroot
         targets = frame.targets("lidar_or_radar")
-        points = load_points(frame, root, num_clouds=self._num_clouds, close_radius=CLOSE_RADIUS)
+        points = load_points(frame, root, num_sweeps=self._num_sweeps, close_radius=CLOSE_RADIUS)
         inside = points_of_boxes(points, targets.boxes)
         keep = [i for i, indices in enumerate(inside) if len(indices) >= self._min_points]
         patches = [b""] * len(targets.labels)

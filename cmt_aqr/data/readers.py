@@ -45,7 +45,7 @@ def read_points(path: Path) -> Tensor:
 
     Args:
         path: nuScenes .bin file with at least one point: a real sweep has tens of thousands, an empty file is a copy
-            that failed. (In memory an empty cloud is legal, it is what remains when no point is in range.)
+            that failed. (In memory an empty point cloud is legal: it is what remains when no point is in range.)
 
     Returns:
         (P, 5) float32: x, y, z in metres in the sensor's frame, intensity 0..255, ring index.
@@ -101,14 +101,14 @@ def read_sweeps(key_file: Path, sweeps: Sequence[tuple[Path, Tensor, float]], *,
     """
     points = read_points(key_file)
     points[:, 4] = 0
-    clouds = [points]
+    sweep_points = [points]
     for path, sweep2key, lag in sweeps:
         points = read_points(path)
         if close_radius > 0:
             points = remove_close(points, close_radius)
         place_sweep(points, sweep2key, lag)
-        clouds.append(points)
-    return torch.cat(clouds)
+        sweep_points.append(points)
+    return torch.cat(sweep_points)
 
 
 def place_sweep(points: Tensor, sweep2key: Tensor, lag: float) -> None:
@@ -160,11 +160,11 @@ def _wrong_size(path: Path, found: Sequence[int], size: tuple[int, int]) -> Data
     )
 
 
-def load_points(frame: Frame, dataroot: Path, *, num_clouds: int, close_radius: float) -> Tensor:
-    """The frame's key cloud and its most recent `num_clouds` - 1 sweeps; see :func:`read_sweeps`."""
+def load_points(frame: Frame, dataroot: Path, *, num_sweeps: int, close_radius: float) -> Tensor:
+    """Points of a key frame and of its most recent `num_sweeps` previous sweeps; see :func:`read_sweeps`."""
     sweeps = [
         (dataroot / sweep.file, torch.tensor(sweep.sweep2key, dtype=torch.float64), sweep.time_lag)
-        for sweep in frame.sweeps[: num_clouds - 1]
+        for sweep in frame.sweeps[:num_sweeps]
     ]
     return read_sweeps(dataroot / frame.lidar_file, sweeps, close_radius=close_radius)
 

@@ -9,7 +9,7 @@
 
 ``data`` measures, on one thread and after a warm-up, the parts of a sample: the images of one frame to the network's
 input for both official sizes, beside a plain pipeline with the original's steps (decode, float32, resize, crop,
-normalise, pad, transpose); ten LiDAR clouds read and brought into one frame; voxelisation. Times are of the CPU and the
+normalise, pad, transpose); ten LiDAR sweeps read and brought into one frame; voxelisation. Times are of the CPU and the
 best of the repeats: on a shared machine the others measure the neighbours.
 
 ``attention`` times, on a GPU, the cross-attention with the bias, with gradients of the weights and the scale, beside
@@ -52,7 +52,7 @@ from cmt_aqr.tools.bench_training import loader_table, training_tables
 
 CONFIGURED = ("end2end", "train", "loader")
 IMAGE_SIZES = {"r50_800x320": (320, 800), "vov_1600x640": (640, 1600)}
-NUM_CLOUDS = 10
+NUM_SWEEPS = 9  # with the key frame ten
 VOXELS = {"voxel_size": (0.1, 0.1, 0.2), "point_range": (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0), "max_voxels": 120_000}
 MEAN = np.array([103.530, 116.280, 123.675], np.float32)
 STD = np.array([57.375, 57.120, 58.395], np.float32)
@@ -123,14 +123,14 @@ def data_table(index: FrameIndex, *, repeats: int) -> str:
     frame = index.frame(len(index) - 1)
     rows = []
     for name, size in IMAGE_SIZES.items():
-        dataset = FrameDataset(index, final_size=size, num_clouds=None)
+        dataset = FrameDataset(index, final_size=size, num_sweeps=None)
         ours = best_time(lambda dataset=dataset: dataset[len(dataset) - 1], repeats)
         plain = best_time(lambda size=size: plain_images(index, frame, size), repeats)
         rows.append((f"six images, {name}", ours, plain))
-    clouds = load_points(frame, index.dataroot, num_clouds=NUM_CLOUDS, close_radius=0.0)
-    read = best_time(lambda: load_points(frame, index.dataroot, num_clouds=NUM_CLOUDS, close_radius=0.0), repeats)
-    rows.append((f"{1 + min(len(frame.sweeps), NUM_CLOUDS - 1)} LiDAR clouds, {len(clouds)} points", read, None))
-    rows.append(("voxelise them at 0.1 m", best_time(lambda: voxelize(clouds, **VOXELS), repeats), None))
+    points = load_points(frame, index.dataroot, num_sweeps=NUM_SWEEPS, close_radius=0.0)
+    read = best_time(lambda: load_points(frame, index.dataroot, num_sweeps=NUM_SWEEPS, close_radius=0.0), repeats)
+    rows.append((f"{1 + min(len(frame.sweeps), NUM_SWEEPS)} LiDAR sweeps, {len(points)} points", read, None))
+    rows.append(("voxelise them at 0.1 m", best_time(lambda: voxelize(points, **VOXELS), repeats), None))
     lines = [
         f"CPU time of one thread, best of {repeats}; torch {torch.__version__}, torchvision {torchvision.__version__}, "
         f"OpenCV {cv2.__version__}, {os.uname().machine}",

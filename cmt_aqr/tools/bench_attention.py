@@ -83,7 +83,7 @@ def shape_table(layout: TokenLayout, batch_size: int, num_queries: int) -> str:
     rows = [measure_row(*way, problem, reference) for way in ways(problem)]
     rows += lowrank_rows(problem, reference)
     shared = gpu_time(lambda: plan(problem.windows))
-    rows.append(Row("our schedule: sorting and block ranges, once for all layers", forward=shared))
+    rows.append(Row("flex: sorting and block ranges, once for all layers", forward=shared))
     base = rows[0]
     lines = [
         f"B{batch_size} Q{num_queries} K{layout.num_tokens}",

@@ -50,7 +50,7 @@ def levels(case: Case) -> str:
 
 def functions(case: Case) -> list[Callable]:
     """What a case calls."""
-    parts = (case.image, case.cloud, case.points, case.calibration, case.delay)
+    parts = (case.image, case.sweep, case.points, case.calibration, case.delay)
     return [part for part in parts if part is not None]
 
 
@@ -94,7 +94,7 @@ def draw_failure(index: FrameIndex, number: int, name: str) -> np.ndarray:
         DataError: the failure cannot happen to this frame.
     """
     failure = parse_failure(name)[-1]
-    if failure.definition.delay and len(SensorFiles(index, num_clouds=1).history(index.frame(number))) == 1:
+    if failure.definition.delay and len(SensorFiles(index, num_sweeps=0).history(index.frame(number))) == 1:
         raise DataError(f"{name}: {index.tokens[number]} is the first frame of its scene, which is never late")
     clean = _sample(index, number, None, 0)
     for seed in range(MAX_SEEDS):
@@ -108,7 +108,7 @@ def draw_failure(index: FrameIndex, number: int, name: str) -> np.ndarray:
 
 def _sample(index: FrameIndex, number: int, failure: Failure | None, seed: int) -> Sample:
     size = image_size_of(index.frame(number))
-    return FailureDataset(index, [failure], final_size=size, num_clouds=1, seed=seed)[number]
+    return FailureDataset(index, [failure], final_size=size, num_sweeps=0, seed=seed)[number]
 
 
 def _differs(clean: Sample, failing: Sample, failure: Failure) -> bool:

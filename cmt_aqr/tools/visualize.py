@@ -55,7 +55,7 @@ def draw_frames(index: FrameIndex, options: argparse.Namespace) -> list[Path]:
     dataset = FrameDataset(
         index,
         final_size=image_size_of(index.frame(frames[0])) if options.sensors != "lidar" else None,
-        num_clouds=options.clouds if options.sensors != "camera" else None,
+        num_sweeps=options.sweeps if options.sensors != "camera" else None,
     )
     written = []
     for number in frames:
@@ -103,6 +103,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cmt_aqr.tools.visualize",
@@ -119,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--score", type=float, default=0.3, help="leave out detections below (default 0.3)")
     parser.add_argument("--no-ground-truth", action="store_true", help="leave out the ground truth")
     parser.add_argument("--sensors", choices=("both", "camera", "lidar"), default="both", help="default: both")
-    parser.add_argument("--clouds", type=_positive, default=1, help="LiDAR clouds: 1 and previous sweeps (default 1)")
+    parser.add_argument(
+        "--sweeps", type=_not_negative, default=0, help="previous LiDAR sweeps added to the key frame's (default 0)"
+    )
     parser.add_argument("--velocity-file", metavar="JSON", help="velocities of annotations, for single frames")
     parser.add_argument("--index-dir", help="keep the index of the split here; default: build it anew")
     parser.add_argument("--format", choices=("jpg", "png"), default="jpg", help="default: jpg")

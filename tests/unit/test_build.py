@@ -143,21 +143,21 @@ def test_the_official_fusion_augmentation(augmentation_of):
     assert augmentation.point_range == config.model.point_range
     assert augmentation.gt_sampler["counts"] == config.data.gt_sampling.per_class
     assert augmentation.gt_sampling_epochs == config.training.epochs - config.data.gt_sampling.stop_before_end
-    assert asked["num_clouds"] == 11 and asked["with_patches"] is True
-    assert dataset._final_size == config.model.camera.input_size and dataset._num_clouds == 11
+    assert asked["num_sweeps"] == 10 and asked["with_patches"] is True
+    assert dataset._final_size == config.model.camera.input_size and dataset._num_sweeps == 10
     assert dataset._boxes == "lidar" and dataset._skip_empty_frames is True
 
 
 def test_a_lidar_model_pastes_no_patches_and_reads_no_image(augmentation_of):
     augmentation, dataset, asked = augmentation_of(shipped("cmt_lidar_0075"))
     assert asked["with_patches"] is False
-    assert dataset._final_size is None and dataset._num_clouds == 11
+    assert dataset._final_size is None and dataset._num_sweeps == 10
     assert augmentation.image is None
 
 
 def test_a_camera_model_reads_no_points(augmentation_of):
     _, dataset, _ = augmentation_of(shipped("cmt_camera_vov_1600x640"))
-    assert dataset._num_clouds is None and dataset._final_size == (640, 1600)
+    assert dataset._num_sweeps is None and dataset._final_size == (640, 1600)
 
 
 def test_what_is_null_is_off(augmentation_of):

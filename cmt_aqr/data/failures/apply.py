@@ -1,7 +1,7 @@
-"""Failures applied to the parts of a frame: files before anything is merged or resized, then arrays.
+"""Failures applied to the data of a frame: to files before anything is merged or resized, then to arrays.
 
-Every number is drawn from a generator of (seed, case, sample token, file), so a frame fails alike in any batch, order
-or process. A failure leaves ground truth and calibration alone, except calibration noise, which is what it is about.
+Every number is drawn from a generator of (seed, case, sample token, file), so a frame fails in the same way in any
+batch, order or process. A failure leaves ground truth and calibration unchanged, except calibration noise.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ def generator(seed: int, case: str, token: str, file: str) -> np.random.Generato
 
 
 class SensorFiles:
-    """Files of a split as read from disk; the last ones stay in memory, for failure after failure of one frame."""
+    """Files of a split as read from disk; the latest ones stay in memory for the next failure of the same frame."""
 
-    def __init__(self, index: FrameIndex, *, num_clouds: int | None):
+    def __init__(self, index: FrameIndex, *, num_sweeps: int | None):
         self._index = index
-        self._num_clouds = num_clouds
+        self._num_sweeps = num_sweeps
         self._kept: dict[str, np.ndarray] = {}
         self._history: dict[str, list[int]] = {}
 
@@ -42,9 +42,9 @@ class SensorFiles:
         return self._keep(camera.file or f"black {camera.height} x {camera.width}", lambda: read_view(
             camera, self._index.dataroot))  # fmt: skip
 
-    def clouds(self, frame: Frame) -> list[np.ndarray]:
+    def sweeps(self, frame: Frame) -> list[np.ndarray]:
         """Key frame and sweeps (P, 5) float32 with ring indices, each in its own frame. Not to be changed."""
-        files = (frame.lidar_file, *(sweep.file for sweep in frame.sweeps[: self._num_clouds - 1]))
+        files = (frame.lidar_file, *(sweep.file for sweep in frame.sweeps[: self._num_sweeps]))
         return [self._keep(file, lambda file=file: read_points(self._index.dataroot / file).numpy()) for file in files]
 
     def history(self, frame: Frame) -> list[int]:
@@ -108,21 +108,21 @@ def fail_views(failure: Failure, views: Sequence[np.ndarray], token: str, seed: 
     ]
 
 
-def fail_clouds(
-    failure: Failure, clouds: Sequence[np.ndarray], names: Sequence[str], token: str, seed: int
+def fail_sweeps(
+    failure: Failure, sweeps: Sequence[np.ndarray], names: Sequence[str], token: str, seed: int
 ) -> list[np.ndarray]:
     """LiDAR files (P, 5) with ring indices, each in its own frame; ``names`` are those of the files."""
-    change = failure.definition.cloud
+    change = failure.definition.sweep
     if change is None:
-        return list(clouds)
+        return list(sweeps)
     return [
-        change(cloud, failure.parameter, generator(seed, failure.case, token, name))
-        for cloud, name in zip(clouds, names, strict=True)
+        change(points, failure.parameter, generator(seed, failure.case, token, name))
+        for points, name in zip(sweeps, names, strict=True)
     ]
 
 
 def fail_points(failure: Failure, points: Tensor, boxes: Tensor, token: str, seed: int) -> Tensor:
-    """The merged cloud (P, 5) of a frame with boxes (G, 9)."""
+    """The merged points (P, 5) of a frame with boxes (G, 9)."""
     change = failure.definition.points
     if change is None:
         return points
@@ -131,7 +131,7 @@ def fail_points(failure: Failure, points: Tensor, boxes: Tensor, token: str, see
 
 
 def fail_calibration(failure: Failure, lidar2img: Tensor, lidar2ego: Tensor, token: str, seed: int) -> Tensor:
-    """What the network is told of the cameras, (V, 4, 4) float64."""
+    """The calibration that the network is given, (V, 4, 4) float64."""
     change = failure.definition.calibration
     if change is None:
         return lidar2img
@@ -139,32 +139,32 @@ def fail_calibration(failure: Failure, lidar2img: Tensor, lidar2ego: Tensor, tok
     return change(lidar2img, lidar2ego, views, failure.parameter, generator(seed, failure.case, token, "calibration"))
 
 
-def merge(frame: Frame, clouds: Sequence[np.ndarray]) -> Tensor:
+def merge_sweeps(frame: Frame, sweeps: Sequence[np.ndarray]) -> Tensor:
     """Files of a frame, key frame first -> (P, 5) in the key frame's LiDAR frame with the time lag as fifth column."""
-    key = torch.from_numpy(clouds[0]).clone()
+    key = torch.from_numpy(sweeps[0]).clone()
     key[:, 4] = 0
     placed = [key]
-    for cloud, sweep in zip(clouds[1:], frame.sweeps, strict=False):
-        points = torch.from_numpy(cloud).clone()
+    for sweep_points, sweep in zip(sweeps[1:], frame.sweeps, strict=False):
+        points = torch.from_numpy(sweep_points).clone()
         place_sweep(points, torch.tensor(sweep.sweep2key, dtype=torch.float64), sweep.time_lag)
         placed.append(points)
     return torch.cat(placed)
 
 
-def split(frame: Frame, points: Tensor, num_clouds: int) -> list[np.ndarray]:
-    """The inverse of :func:`merge`, for points among which others were pasted: files without ring indices.
+def split_sweeps(frame: Frame, points: Tensor, num_sweeps: int) -> list[np.ndarray]:
+    """The inverse of :func:`merge_sweeps`, without ring indices; points of pasted objects may be among the merged ones.
 
-    A point belongs to the sweep whose time lag is nearest to its own; what was pasted has lags of another frame.
+    A point goes to the sweep with the nearest time lag: the lags of pasted points are those of another frame.
     """
-    sweeps = frame.sweeps[: num_clouds - 1]
+    sweeps = frame.sweeps[:num_sweeps]
     lags = torch.tensor([0.0, *(sweep.time_lag for sweep in sweeps)])
-    owner = (points[:, 4:5] - lags).abs().argmin(dim=1)
-    clouds = []
+    nearest = (points[:, 4:5] - lags).abs().argmin(dim=1)
+    files = []
     for number in range(len(lags)):
-        cloud = points[owner == number]
+        sweep_points = points[nearest == number]
         if number:
             key2sweep = torch.linalg.inv(torch.tensor(sweeps[number - 1].sweep2key, dtype=torch.float64))
-            place_sweep(cloud, key2sweep, 0.0)
-        cloud[:, 4] = 0
-        clouds.append(cloud.numpy())
-    return clouds
+            place_sweep(sweep_points, key2sweep, 0.0)
+        sweep_points[:, 4] = 0
+        files.append(sweep_points.numpy())
+    return files

@@ -15,15 +15,15 @@ Protocol = Literal["MultiCorrupt", "nuScenes-R"]
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of failure: what it does to the parts of a frame. None leaves a part alone.
+    """One kind of failure: what it does to each kind of data of a frame; None leaves that kind unchanged.
 
     Attributes:
         source: the protocol that defines it.
         about: what fails, in a few words for tables and pictures.
         levels: name of a severity -> its parameter, mildest first; one nameless level where there is no choice.
         image: (image, parameter, rng) -> image, for every camera's file.
-        cloud: (points, parameter, rng) -> points, for every LiDAR file.
-        points: (points, boxes, parameter, rng) -> points, for the merged cloud.
+        sweep: (points, parameter, rng) -> points, for every LiDAR file.
+        points: (points, boxes, parameter, rng) -> points, for the merged points of a frame.
         calibration: see :func:`cmt_aqr.data.failures.calibration.disturb`.
         delay: (history, parameter, coin) -> key frames back, for the sensors in ``delayed``.
         delayed: ``lidar``, ``camera`` or both.
@@ -35,7 +35,7 @@ class Case:
     about: str
     levels: Mapping[str, Any] = field(default_factory=lambda: {"": None})
     image: Callable | None = None
-    cloud: Callable | None = None
+    sweep: Callable | None = None
     points: Callable | None = None
     calibration: Callable | None = None
     delay: Callable | None = None
@@ -45,16 +45,16 @@ class Case:
 
     @property
     def sensors(self) -> tuple[str, ...]:
-        """Which of ``lidar`` and ``camera`` it touches."""
-        parts = {"lidar": self.cloud or self.points, "camera": self.image or self.calibration}
-        return tuple(name for name, part in parts.items() if part or name in self.delayed)
+        """Which of ``lidar`` and ``camera`` it affects."""
+        changes = {"lidar": self.sweep or self.points, "camera": self.image or self.calibration}
+        return tuple(name for name, change in changes.items() if change or name in self.delayed)
 
 
 _SHARES = {str(percent): percent / 100 for percent in range(10, 100, 10)}
 _THIRDS = {"1": 0.2, "2": 0.4, "3": 0.6}
 
 CASES: dict[str, Case] = {
-    "beams": Case("MultiCorrupt", "LiDAR with fewer beams", {"16": 16, "8": 8, "4": 4}, cloud=lidar.keep_beams),
+    "beams": Case("MultiCorrupt", "LiDAR with fewer beams", {"16": 16, "8": 8, "4": 4}, sweep=lidar.keep_beams),
     "brightness": Case("MultiCorrupt", "images too bright", {"1": 0.1, "2": 0.3, "3": 0.5}, image=cameras.brighten),
     "darkness": Case(
         "MultiCorrupt",
@@ -67,7 +67,7 @@ CASES: dict[str, Case] = {
         "fog",
         {"1": (2, 0.0005, 0.02, 0.008), "2": (3, 0.001, 0.03, 0.008), "3": (4, 0.002, 0.06, 0.05)},
         image=weather.fog,
-        cloud=lidar.fog,
+        sweep=lidar.fog,
     ),
     "missing_camera": Case("MultiCorrupt", "some images black", _THIRDS, image=cameras.blacken_some),
     "motion": Case(
@@ -75,9 +75,9 @@ CASES: dict[str, Case] = {
         "motion blur, LiDAR jitter",
         {"1": 0.06, "2": 0.10, "3": 0.13},
         image=cameras.blur,
-        cloud=lidar.shake,
+        sweep=lidar.shake,
     ),
-    "points": Case("MultiCorrupt", "LiDAR points lost (%)", {"20": 20, "40": 40, "60": 60}, cloud=lidar.drop_share),
+    "points": Case("MultiCorrupt", "LiDAR points lost (%)", {"20": 20, "40": 40, "60": 60}, sweep=lidar.drop_share),
     "snow": Case(
         "MultiCorrupt",
         "snow in the images",
@@ -88,7 +88,7 @@ CASES: dict[str, Case] = {
         "MultiCorrupt",
         "LiDAR misaligned in space",
         {"1": (0.2, 1), "2": (0.4, 2), "3": (0.6, 3)},
-        cloud=lidar.misalign,
+        sweep=lidar.misalign,
     ),
     "temporal": Case(
         "MultiCorrupt", "data of the previous key frame", _THIRDS, delay=timing.previous, delayed=("lidar", "camera")
@@ -101,7 +101,7 @@ CASES: dict[str, Case] = {
         "nuScenes-R",
         "LiDAR with fewer beams, by elevation",
         {"4": (1, 9, 17, 25), "1": (9,)},
-        cloud=lidar.keep_elevations,
+        sweep=lidar.keep_elevations,
     ),
     "object_failure": Case("nuScenes-R", "objects reflect nothing", {"": 0.5}, points=lidar.drop_objects),
     "occlusion": Case("nuScenes-R", "dirt on the lenses", image=cameras.soil),
@@ -152,5 +152,5 @@ SUITES: dict[str, tuple[str, ...]] = {
     "mome": ("elevation_beams:4", "lidar_drop", "fov:60", "object_failure", "view_drop", "occlusion"),
     "all": tuple(name for name in CASES if name != "camera_drop"),  # the same as view_drop
 }
-# Of MultiCorrupt's ten: snow acts on the LiDAR as well there, which is left out here, so its number has no peer.
+# Left out of mRA: MultiCorrupt's snow also acts on the LiDAR, which ours does not, so the scores cannot be compared.
 OUTSIDE_MRA = ("snow",)

@@ -12,10 +12,10 @@ from cmt_aqr.data.failures.apply import (
     LIDAR,
     SensorFiles,
     fail_calibration,
-    fail_clouds,
     fail_points,
+    fail_sweeps,
     fail_views,
-    merge,
+    merge_sweeps,
     past_frame,
 )
 from cmt_aqr.data.failures.names import Failure
@@ -34,7 +34,7 @@ class FailureDataset(Dataset[Sample]):
         index: frames of the split.
         failures: None for none.
         final_size: (height, width) of the network's images; None: cameras are not used.
-        num_clouds: LiDAR clouds per sample; None: no LiDAR.
+        num_sweeps: previous LiDAR sweeps added to the key frame's; None: LiDAR is not used.
         seed: of all random numbers.
     """
 
@@ -44,15 +44,15 @@ class FailureDataset(Dataset[Sample]):
         failures: Sequence[Failure | None],
         *,
         final_size: tuple[int, int] | None,
-        num_clouds: int | None,
+        num_sweeps: int | None,
         seed: int,
     ):
         self.index = index
         self.failures = tuple(failures)
         self._final_size = final_size
-        self._num_clouds = num_clouds
+        self._num_sweeps = num_sweeps
         self._seed = seed
-        self._files = SensorFiles(index, num_clouds=num_clouds)
+        self._files = SensorFiles(index, num_sweeps=num_sweeps)
         if any(failure is not None and failure.definition.delay for failure in failures):
             self._files.find_history()
         self._clean: tuple[str, Sample] | None = None
@@ -67,11 +67,11 @@ class FailureDataset(Dataset[Sample]):
         return clean if failure is None else self._failing_sample(frame, failure, clean)
 
     def _clean_sample(self, frame: Frame) -> Sample:
-        """The frame as it is; kept, because failures of one sensor leave the other's part as it is here."""
+        """The frame without a failure; kept, because a failure of one sensor leaves the other's data unchanged."""
         if self._clean is None or self._clean[0] != frame.token:
             sample = bare_sample(frame, "all")
-            if self._num_clouds is not None:
-                sample = replace(sample, points=merge(frame, self._files.clouds(frame)))
+            if self._num_sweeps is not None:
+                sample = replace(sample, points=merge_sweeps(frame, self._files.sweeps(frame)))
             if self._final_size is not None:
                 sample = self._with_images(frame, sample, [self._files.view(frame, i) for i in range(len(CAMERAS))])
             self._clean = frame.token, sample
@@ -79,30 +79,30 @@ class FailureDataset(Dataset[Sample]):
 
     def _failing_sample(self, frame: Frame, failure: Failure, clean: Sample) -> Sample:
         case, sample = failure.definition, bare_sample(frame, "all")
-        if self._num_clouds is not None:
-            touched = case.cloud or case.points or "lidar" in case.delayed
-            points = self._failing_points(frame, failure, sample) if touched else clean.points
+        if self._num_sweeps is not None:
+            is_affected = case.sweep or case.points or "lidar" in case.delayed
+            points = self._failing_points(frame, failure, sample) if is_affected else clean.points
             sample = replace(sample, points=points)
         if self._final_size is None:
             return sample
         if not (case.image or case.calibration or "camera" in case.delayed):
             return replace(sample, images=clean.images, lidar2img=clean.lidar2img)
-        told = fail_calibration(failure, sample.lidar2img, sample.lidar2ego, frame.token, self._seed)
+        lidar2img = fail_calibration(failure, sample.lidar2img, sample.lidar2ego, frame.token, self._seed)
         views = [
             self._files.view(past_frame(failure, self._files, frame, camera, self._seed), i)
             for i, camera in enumerate(CAMERAS)
         ]
         views = fail_views(failure, views, frame.token, self._seed)
-        return self._with_images(frame, replace(sample, lidar2img=told), views)
+        return self._with_images(frame, replace(sample, lidar2img=lidar2img), views)
 
     def _failing_points(self, frame: Frame, failure: Failure, sample: Sample) -> Tensor:
         source = past_frame(failure, self._files, frame, LIDAR, self._seed)
         if source is not frame:
-            return merge(source, self._files.clouds(source))
+            return merge_sweeps(source, self._files.sweeps(source))
         names = (frame.lidar_file, *(sweep.file for sweep in frame.sweeps))
-        clouds = self._files.clouds(frame)
-        clouds = fail_clouds(failure, clouds, names[: len(clouds)], frame.token, self._seed)
-        return fail_points(failure, merge(frame, clouds), sample.targets.boxes, frame.token, self._seed)
+        sweeps = self._files.sweeps(frame)
+        sweeps = fail_sweeps(failure, sweeps, names[: len(sweeps)], frame.token, self._seed)
+        return fail_points(failure, merge_sweeps(frame, sweeps), sample.targets.boxes, frame.token, self._seed)
 
     def _with_images(self, frame: Frame, sample: Sample, views: Sequence[np.ndarray]) -> Sample:
         draw = fixed_image_draw(image_size=image_size_of(frame), final_size=self._final_size)

@@ -2,7 +2,7 @@
 
 Functions of a *file* take x, y, z in metres in the sensor's own frame, intensity 0..255 and the ring index, as a
 nuScenes .bin stores them: a key frame and every sweep by itself, before they are merged. Functions of *points* take the
-merged cloud of a frame, whose fifth column is the time lag. No function changes its arguments.
+merged points of a frame, whose fifth column is the time lag. No function changes its arguments.
 
 *Source*: MultiCorrupt (Beemelmanns et al., 2402.11677), program `converter/lidar.py`; nuScenes-R (Yu et al.,
 2205.14951) and its toolkit; MoME (CVPR 2025), which evaluates on six cases of the latter.
@@ -207,7 +207,7 @@ def blank_points(points: np.ndarray, boxes: Tensor, level: None, rng: np.random.
     """No LiDAR: all points times 0, before the range filter, so that they fall into one voxel at the origin.
 
     Args:
-        points: the merged cloud (P, 5).
+        points: the merged points (P, 5).
         boxes: not used.
 
     *Source*: nuScenes-R and MoME, LiDAR drop; the same as `drop_lidar` in training (*Quirk Q17*).
@@ -219,7 +219,7 @@ def keep_sector(points: np.ndarray, boxes: Tensor, degrees: float, rng: np.rando
     """A LiDAR that looks ahead only: points whose direction seen from above is within +-degrees of +y.
 
     Args:
-        points: the merged cloud (P, 5): sweeps are merged first.
+        points: the merged points (P, 5): sweeps are merged first.
         boxes: not used.
         degrees: 90 or 60.
 
@@ -233,7 +233,7 @@ def drop_objects(points: np.ndarray, boxes: Tensor, probability: float, rng: np.
     """Objects that reflect nothing: by one coin a frame, the points in all ground-truth boxes go.
 
     Args:
-        points: the merged cloud (P, 5).
+        points: the merged points (P, 5).
         boxes: (G, 9), all of the frame.
         probability: of the coin, 0.5.
 

@@ -11,12 +11,12 @@ from cmt_aqr.data.failures.apply import (
     LIDAR,
     SensorFiles,
     fail_calibration,
-    fail_clouds,
     fail_points,
+    fail_sweeps,
     fail_views,
-    merge,
+    merge_sweeps,
     past_frame,
-    split,
+    split_sweeps,
 )
 from cmt_aqr.data.failures.names import Failure, parse_failure
 from cmt_aqr.data.index import Frame, FrameIndex
@@ -28,20 +28,20 @@ class TrainingFailures:
     """Failures in training: each of the entries happens by itself with its probability.
 
     Attributes:
-        choices: per entry the failures of its name, one of which is drawn, and the probability. Points are taken apart
-            into files again, whose rings are then known by elevation only.
-        files: of the split, for sensors that deliver the past.
-        num_clouds: LiDAR clouds per sample.
+        choices: per entry the failures of its name, one of which is drawn, and the probability. Merged points are
+            split into sweeps again; their ring indices are lost, so rings are told apart by elevation.
+        files: of the split, for sensors that deliver data of earlier frames.
+        num_sweeps: previous LiDAR sweeps added to the key frame's.
     """
 
     choices: tuple[tuple[tuple[Failure, ...], float], ...]
     files: SensorFiles
-    num_clouds: int
+    num_sweeps: int
 
     def fail(
         self, frame: Frame, sample: Sample, views: Iterable[np.ndarray] | None, rng: np.random.Generator
     ) -> tuple[Sample, Iterable[np.ndarray] | None]:
-        """Draw failures and let them happen, one after another.
+        """Draw failures and apply them, one after another.
 
         Args:
             frame: of the sample.
@@ -62,28 +62,28 @@ class TrainingFailures:
     ) -> tuple[Sample, list[np.ndarray] | None]:
         if sample.points is not None:
             sample = replace(sample, points=self._points(failure, seed, frame, sample))
-        told = fail_calibration(failure, sample.lidar2img, sample.lidar2ego, frame.token, seed)
+        lidar2img = fail_calibration(failure, sample.lidar2img, sample.lidar2ego, frame.token, seed)
         if views is not None:
             past = [past_frame(failure, self.files, frame, camera, seed) for camera in CAMERAS]
             views = [views[i] if source is frame else self.files.view(source, i) for i, source in enumerate(past)]
             views = fail_views(failure, views, frame.token, seed)
-        return replace(sample, lidar2img=told), views
+        return replace(sample, lidar2img=lidar2img), views
 
     def _points(self, failure: Failure, seed: int, frame: Frame, sample: Sample) -> Tensor:
         source = past_frame(failure, self.files, frame, LIDAR, seed)
         if source is not frame:
-            return merge(source, self.files.clouds(source))
+            return merge_sweeps(source, self.files.sweeps(source))
         points = sample.points
-        if failure.definition.cloud is not None:
+        if failure.definition.sweep is not None:
             names = (frame.lidar_file, *(sweep.file for sweep in frame.sweeps))
-            clouds = split(frame, points, self.num_clouds)
-            clouds = fail_clouds(failure, clouds, names[: len(clouds)], frame.token, seed)
-            points = merge(frame, clouds)
+            sweeps = split_sweeps(frame, points, self.num_sweeps)
+            sweeps = fail_sweeps(failure, sweeps, names[: len(sweeps)], frame.token, seed)
+            points = merge_sweeps(frame, sweeps)
         return fail_points(failure, points, sample.targets.boxes, frame.token, seed)
 
 
 def training_failures(
-    entries: Sequence[tuple[str, float]], index: FrameIndex, *, num_clouds: int
+    entries: Sequence[tuple[str, float]], index: FrameIndex, *, num_sweeps: int
 ) -> TrainingFailures | None:
     """From (name, probability) of a configuration; None where there are none.
 
@@ -93,7 +93,7 @@ def training_failures(
     if not entries:
         return None
     choices = tuple((tuple(parse_failure(name, "data.failures")), probability) for name, probability in entries)
-    files = SensorFiles(index, num_clouds=num_clouds)
+    files = SensorFiles(index, num_sweeps=num_sweeps)
     if any(failure.definition.delay for failures, _ in choices for failure in failures):
         files.find_history()
-    return TrainingFailures(choices, files, num_clouds)
+    return TrainingFailures(choices, files, num_sweeps)

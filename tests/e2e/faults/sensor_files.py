@@ -77,7 +77,7 @@ def _try_damage(base: Base, rng: random.Random) -> Outcome:
 
 
 def _read(index: FrameIndex) -> Sample:
-    return FrameDataset(index, final_size=FINAL_SIZE, num_clouds=1)[0]
+    return FrameDataset(index, final_size=FINAL_SIZE, num_sweeps=0)[0]
 
 
 def _is_identical(base: Base) -> bool:

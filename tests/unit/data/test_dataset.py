@@ -28,7 +28,7 @@ def _augmentation(**options) -> TrainingAugmentation:
 
 
 def _dataset(index, **options) -> FrameDataset:
-    return FrameDataset(index, **{"final_size": FINAL_SIZE, "num_clouds": 3} | options)
+    return FrameDataset(index, **{"final_size": FINAL_SIZE, "num_sweeps": 2} | options)
 
 
 def test_evaluation_sample(index):
@@ -58,16 +58,16 @@ def test_only_what_is_used_is_read(world, index):
     assert sample.images is None and len(sample.points) > 300 and sample.lidar2img.shape == (6, 4, 4)
     os.rename(camera.with_suffix(".away"), camera)
     os.remove(lidar)
-    sample = _dataset(index, num_clouds=None, augmentation=_augmentation(scene=SceneAugmentation()))[0]
+    sample = _dataset(index, num_sweeps=None, augmentation=_augmentation(scene=SceneAugmentation()))[0]
     assert sample.points is None and sample.images is not None
     assert collate([sample, sample]).points is None
     with pytest.raises(ValueError, match="expected at least one sensor"):
-        _dataset(index, final_size=None, num_clouds=None)
-    for num_clouds in (0, 12):
-        with pytest.raises(ValueError, match=rf"num_clouds is {num_clouds}, expected 1 \(the key frame\) to 11"):
-            _dataset(index, num_clouds=num_clouds)
+        _dataset(index, final_size=None, num_sweeps=None)
+    for num_sweeps in (-1, 11):
+        with pytest.raises(ValueError, match=rf"num_sweeps is {num_sweeps}, expected 0 to 10"):
+            _dataset(index, num_sweeps=num_sweeps)
     with pytest.raises(ValueError, match="dropout needs both sensors"):
-        _dataset(index, num_clouds=None, augmentation=_augmentation(dropout=ModalityDropout()))
+        _dataset(index, num_sweeps=None, augmentation=_augmentation(dropout=ModalityDropout()))
 
 
 def test_training_draws_depend_on_the_key_alone(index):
@@ -293,8 +293,8 @@ def test_whether_a_frame_is_empty_is_seen_after_pasting_and_after_the_range_filt
     world = write_world(tmp_path / "world", scenes={"scene-a": 3})
     _with_cars_in(world, {1})
     index = index_of(world, tmp_path / "cache")
-    options = {"num_clouds": 2, "boxes": "lidar", "skip_empty_frames": True}
-    database = open_gt_database(index, cache_dir=tmp_path / "cache", num_clouds=2, with_patches=True)
+    options = {"num_sweeps": 1, "boxes": "lidar", "skip_empty_frames": True}
+    database = open_gt_database(index, cache_dir=tmp_path / "cache", num_sweeps=1, with_patches=True)
     pasting = _augmentation(gt_sampler=GtSampler(database, counts={"car": 1}), gt_sampling_epochs=1)
     dataset = _dataset(index, augmentation=pasting, **options)
     assert dataset[SampleKey(0, 0)].token == "scene-a-sample-0"  # it has the pasted car

@@ -18,7 +18,7 @@ from cmt_aqr.geometry import transform_points
 from tests.unit.data.conftest import index_of
 from tests.unit.data.world import KEY_INTERVAL, ego_pose, view_colour, write_world
 
-BUILD = {"num_clouds": 2, "with_patches": True}
+BUILD = {"num_sweeps": 1, "with_patches": True}
 
 
 def _random_boxes(count: int, extent: float, seed: int) -> torch.Tensor:
@@ -98,7 +98,7 @@ def test_empty_database_changes_nothing(world, tmp_path):
     world.edit("instance", lambda rows: rows.clear())
     index = index_of(world, tmp_path / "cache")
     database = open_gt_database(index, cache_dir=tmp_path / "cache", **BUILD)
-    sample = FrameDataset(index, final_size=None, num_clouds=1)[0]
+    sample = FrameDataset(index, final_size=None, num_sweeps=0)[0]
     assert len(database) == 0
     assert GtSampler(database).paste(sample, None, np.random.default_rng(0)) is sample
 
@@ -119,8 +119,8 @@ def _bare(sample: Sample, targets: Targets) -> Sample:
 @pytest.fixture
 def real(real_frame, tmp_path):
     index = load_index(dataroot=real_frame, version="v1.0-mini", split="one_frame", cache_dir=tmp_path)
-    database = open_gt_database(index, cache_dir=tmp_path, num_clouds=1, with_patches=True)
-    sample = FrameDataset(index, final_size=None, num_clouds=1)[0]
+    database = open_gt_database(index, cache_dir=tmp_path, num_sweeps=0, with_patches=True)
+    sample = FrameDataset(index, final_size=None, num_sweeps=0)[0]
     return index, database, sample
 
 
@@ -161,7 +161,7 @@ def test_pasted_patches_appear_where_the_box_projects(tmp_path):
     index = index_of(write_world(tmp_path / "world", scenes={"scene-a": 2}), tmp_path / "cache")
     database = open_gt_database(index, cache_dir=tmp_path / "cache", **BUILD)
     source = next(i for i in range(len(database)) if database.patch(i) is not None)
-    sample = FrameDataset(index, final_size=None, num_clouds=1)[source]
+    sample = FrameDataset(index, final_size=None, num_sweeps=0)[source]
     empty = _bare(sample, Targets(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64)))
     for mix in (1.0, 0.5):
         views = [np.zeros((36, 64, 3), dtype=np.uint8) for _ in CAMERAS]
@@ -188,7 +188,7 @@ def test_pasted_patches_appear_where_the_box_projects(tmp_path):
 def front_view(index, tmp_path):
     """A sampler with a near and a far object, one behind the other in view 0, and their rectangles there."""
     database = open_gt_database(index, cache_dir=tmp_path / "cache", **BUILD)
-    sample = FrameDataset(index, final_size=None, num_clouds=1)[0]
+    sample = FrameDataset(index, final_size=None, num_sweeps=0)[0]
     inverse = torch.linalg.inv(sample.lidar2img[0])
     centres = [transform_points(inverse, torch.tensor([[32.0 * d, 18.0 * d, d]]).double())[0] for d in (8.0, 16.0)]
     boxes = torch.stack([torch.cat((c.float(), torch.tensor([2.0, 2, 2, 0, 0, 0]))) for c in centres])
@@ -265,13 +265,13 @@ def test_objects_have_no_sweep_points_close_to_the_car(world, tmp_path):
     (walker,) = np.flatnonzero(database.labels == CLASSES.index("pedestrian"))
     points = database.points(walker)
     torch.testing.assert_close(points[:, :3], torch.tensor([[0.5, -0.5, 0.1]]))
-    sample = FrameDataset(index, final_size=None, num_clouds=2)[1]
+    sample = FrameDataset(index, final_size=None, num_sweeps=1)[1]
     assert points_in_boxes(sample.points, torch.from_numpy(database.boxes[[walker]])).sum() == 2
 
 
 def test_points_hidden_by_a_pasted_object_stay(index, tmp_path):
     database = open_gt_database(index, cache_dir=tmp_path / "cache", **BUILD)
-    sample = FrameDataset(index, final_size=None, num_clouds=1)[0]
+    sample = FrameDataset(index, final_size=None, num_sweeps=0)[0]
     centre = torch.from_numpy(database.boxes[0, :3])
     points = torch.tensor([[0.0, 0, 0, 1, 0], [0.0, 0, 0, 2, 0]])
     points[:, :3] = torch.stack((centre, 2 * centre))  # inside the object, and behind it
@@ -288,6 +288,6 @@ def test_camera_only_and_lidar_only_pasting(real):
     augmentation = TrainingAugmentation(
         seed=0, point_range=(-54, -54, -5, 54, 54, 3), gt_sampler=GtSampler(database), gt_sampling_epochs=1
     )
-    for options in ({"final_size": None, "num_clouds": 1}, {"final_size": (80, 200), "num_clouds": None}):
+    for options in ({"final_size": None, "num_sweeps": 0}, {"final_size": (80, 200), "num_sweeps": None}):
         sample = FrameDataset(index, **options, augmentation=augmentation, boxes="lidar_or_radar")[0]
         assert len(sample.targets.labels) > 0 and not math.isnan(sample.targets.boxes[:, :7].sum())

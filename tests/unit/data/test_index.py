@@ -106,7 +106,7 @@ def test_sweeps_are_the_most_recent_and_align_static_points(world, index):
     frame = index.frame(2)
     lags = [sweep.time_lag for sweep in frame.sweeps]
     np.testing.assert_allclose(lags, SWEEP_INTERVAL * np.arange(1, 11), atol=1e-9)
-    points = load_points(frame, world.root, num_clouds=4, close_radius=1.0)
+    points = load_points(frame, world.root, num_sweeps=3, close_radius=1.0)
     per_sweep = len(world.wall) + 30
     assert len(points) == 4 * per_sweep + 1  # the own-vehicle point stays in the key frame only
     assert torch.equal(points[: per_sweep + 1, 4], torch.zeros(per_sweep + 1))
@@ -118,8 +118,8 @@ def test_sweeps_are_the_most_recent_and_align_static_points(world, index):
         assert points[start, 3].item() == 7
     moved = points[per_sweep + 1 + len(wall), :2] - points[len(wall), :2]
     assert moved.norm().item() == pytest.approx(np.hypot(*CAR_VELOCITY) * SWEEP_INTERVAL, rel=1e-2)
-    assert len(load_points(frame, world.root, num_clouds=4, close_radius=0)) == 4 * (per_sweep + 1)
-    assert len(load_points(index.frame(0), world.root, num_clouds=10, close_radius=1.0)) == per_sweep + 1
+    assert len(load_points(frame, world.root, num_sweeps=3, close_radius=0)) == 4 * (per_sweep + 1)
+    assert len(load_points(index.frame(0), world.root, num_sweeps=9, close_radius=1.0)) == per_sweep + 1
 
 
 def test_json_round_trip(index):

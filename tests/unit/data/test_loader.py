@@ -27,7 +27,7 @@ def _training_loader(index, num_workers, *, gt_sampler=None, gt_sampling_epochs=
         gt_sampler=gt_sampler,
         gt_sampling_epochs=gt_sampling_epochs,
     )
-    dataset = FrameDataset(index, final_size=(16, 48), num_clouds=2, boxes="lidar_or_radar", augmentation=augmentation)
+    dataset = FrameDataset(index, final_size=(16, 48), num_sweeps=1, boxes="lidar_or_radar", augmentation=augmentation)
     sampler = TrainingSampler(frame_labels=index.frame_labels("lidar_or_radar"), class_balanced=True, seed=2)
     return make_loader(dataset, sampler=sampler, batch_size=2, num_workers=num_workers, drop_last=True)
 
@@ -58,7 +58,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
 def test_gt_sampling_stops_in_persistent_workers(tmp_path):
     world = write_world(tmp_path / "world", scenes={"scene-a": 4})
     index = index_of(world, tmp_path / "cache")
-    database = open_gt_database(index, cache_dir=tmp_path / "cache", num_clouds=2, with_patches=True, min_points=5)
+    database = open_gt_database(index, cache_dir=tmp_path / "cache", num_sweeps=1, with_patches=True, min_points=5)
     sampler = GtSampler(database, counts={"car": 3})
     loader = _training_loader(index, 2, gt_sampler=sampler, gt_sampling_epochs=2)
     most = []
@@ -71,7 +71,7 @@ def test_gt_sampling_stops_in_persistent_workers(tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_errors_keep_their_sentence(world, index, num_workers):
     (world.root / index.frame(1).lidar_file).write_bytes(b"x" * 30)
-    dataset = FrameDataset(index, final_size=None, num_clouds=1)
+    dataset = FrameDataset(index, final_size=None, num_sweeps=0)
     loader = make_loader(
         dataset, sampler=EvaluationSampler(num_frames=len(index)), batch_size=1, num_workers=num_workers
     )
@@ -84,7 +84,7 @@ def test_errors_keep_their_sentence(world, index, num_workers):
 
 
 def test_dataset_survives_pickling_for_spawned_workers(world, index, tmp_path):
-    options = {"num_clouds": 2, "with_patches": True}
+    options = {"num_sweeps": 1, "with_patches": True}
     sampler = GtSampler(open_gt_database(index, cache_dir=tmp_path, **options))
     loader = _training_loader(index, 0, gt_sampler=sampler, gt_sampling_epochs=1)
     (batch,) = list(loader)
@@ -94,7 +94,7 @@ def test_dataset_survives_pickling_for_spawned_workers(world, index, tmp_path):
 
 
 def test_evaluation_keeps_the_last_small_batch(index):
-    dataset = FrameDataset(index, final_size=(16, 48), num_clouds=None)
+    dataset = FrameDataset(index, final_size=(16, 48), num_sweeps=None)
     loader = make_loader(dataset, sampler=EvaluationSampler(num_frames=3), batch_size=2, num_workers=1)
     assert [batch.tokens for batch in loader] == [index.tokens[:2], index.tokens[2:]]
 
@@ -110,7 +110,7 @@ def test_replaced_samples_depend_neither_on_workers_nor_on_processes(tmp_path):
     world.edit("sample_annotation", edit)
     index = index_of(world, tmp_path / "cache")
     augmentation = TrainingAugmentation(seed=1, point_range=POINT_RANGE, scene=SceneAugmentation())
-    options = {"num_clouds": 2, "boxes": "lidar", "skip_empty_frames": True, "augmentation": augmentation}
+    options = {"num_sweeps": 1, "boxes": "lidar", "skip_empty_frames": True, "augmentation": augmentation}
     dataset = FrameDataset(index, final_size=None, **options)
 
     def epoch(workers: int, rank: int = 0, world_size: int = 1, first_batch: int = 0):

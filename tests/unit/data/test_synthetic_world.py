@@ -37,7 +37,7 @@ def synthetic(tmp_path_factory) -> FrameIndex:
 def test_point_counts(synthetic):
     for k in range(len(synthetic)):
         frame = synthetic.frame(k)
-        points = load_points(frame, synthetic.dataroot, num_clouds=1, close_radius=0)
+        points = load_points(frame, synthetic.dataroot, num_sweeps=0, close_radius=0)
         counts = points_in_boxes(points, frame.targets("all").boxes).sum(dim=0)
         stored = torch.tensor(frame.num_lidar_points)
         assert stored.sum() > 500 and (counts - stored).abs().sum() <= 0.03 * stored.sum()
@@ -55,7 +55,7 @@ def test_standing_objects_keep_their_points_over_the_sweeps(synthetic):
     distance = targets.boxes[:, :2].norm(dim=1)
     standing = (targets.boxes[:, 7:9].norm(dim=1) < 0.05) & (distance > 12) & (distance < 40)
     assert standing.sum() >= 3
-    points = load_points(frame, synthetic.dataroot, num_clouds=10, close_radius=1.0)
+    points = load_points(frame, synthetic.dataroot, num_sweeps=9, close_radius=1.0)
     inside = points_in_boxes(points, targets.boxes[standing]).any(dim=1)
     lag = points[inside, 4]
     per_sweep = torch.stack([(lag == value).sum() for value in lag.unique()]).float()
@@ -85,7 +85,7 @@ def test_velocities_are_the_motion_of_the_instances(synthetic):
 
 def test_training_batches_of_everything(synthetic):
     cache = synthetic.path.parent
-    database = open_gt_database(synthetic, cache_dir=cache, num_clouds=10, with_patches=True)
+    database = open_gt_database(synthetic, cache_dir=cache, num_sweeps=9, with_patches=True)
     assert len(np.unique(database.labels)) >= 6
     augmentation = TrainingAugmentation(
         seed=0,
@@ -97,7 +97,7 @@ def test_training_batches_of_everything(synthetic):
         gt_sampling_epochs=1,
     )
     dataset = FrameDataset(
-        synthetic, final_size=(320, 800), num_clouds=10, boxes="lidar_or_radar", augmentation=augmentation
+        synthetic, final_size=(320, 800), num_sweeps=9, boxes="lidar_or_radar", augmentation=augmentation
     )
     sampler = TrainingSampler(frame_labels=synthetic.frame_labels("lidar_or_radar"), class_balanced=True, seed=0)
     loader = make_loader(dataset, sampler=sampler, batch_size=4, num_workers=0)

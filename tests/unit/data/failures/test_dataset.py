@@ -10,7 +10,7 @@ import torch
 from cmt_aqr.classes import CAMERAS
 from cmt_aqr.data.dataset import FrameDataset, TrainingAugmentation
 from cmt_aqr.data.failures import FailureDataset, FailureSampler, parse_failures, training_failures
-from cmt_aqr.data.failures.apply import SensorFiles, merge, split
+from cmt_aqr.data.failures.apply import SensorFiles, merge_sweeps, split_sweeps
 from cmt_aqr.data.loader import make_loader
 from cmt_aqr.data.sample import Sample
 from cmt_aqr.data.sampling import SampleKey
@@ -27,7 +27,7 @@ def everything(index) -> FailureDataset:
 
 
 def failing(index, *failures, seed: int = 0, **options) -> FailureDataset:
-    return FailureDataset(index, failures, **{"final_size": FINAL_SIZE, "num_clouds": 3} | options, seed=seed)
+    return FailureDataset(index, failures, **{"final_size": FINAL_SIZE, "num_sweeps": 2} | options, seed=seed)
 
 
 def one(index, name: str, frame: int = 1, **options) -> Sample:
@@ -47,7 +47,7 @@ def assert_same(left: Sample, right: Sample) -> None:
 
 
 def test_a_clean_frame_is_that_of_an_ordinary_evaluation(index):
-    ordinary = FrameDataset(index, final_size=FINAL_SIZE, num_clouds=3)
+    ordinary = FrameDataset(index, final_size=FINAL_SIZE, num_sweeps=2)
     for frame in range(len(index)):
         assert_same(failing(index, None)[frame], ordinary[frame])
 
@@ -150,7 +150,7 @@ def test_files_fail_before_sweeps_merge_and_arrays_after(index):
 def test_a_model_with_one_sensor(index):
     lidar = failing(index, *parse_failures(["beams:4", "fog:1"]), final_size=None)
     assert lidar[0].images is None and lidar[0].points is not None
-    camera = failing(index, *parse_failures(["fog:1", "calibration_noise", "temporal:3"]), num_clouds=None)
+    camera = failing(index, *parse_failures(["fog:1", "calibration_noise", "temporal:3"]), num_sweeps=None)
     assert camera[0].points is None and camera[0].images is not None
 
 
@@ -199,29 +199,29 @@ def test_a_late_lidar_delivers_the_whole_earlier_cloud(coloured):
     assert torch.equal(failing(coloured, *parse_failures(["frozen_lidar:90"]))[6].points, clean[6].points)
 
 
-def test_points_are_taken_apart_into_their_files(index):
+def test_merged_points_are_split_into_their_sweeps(index):
     frame = index.frame(1)
-    files = SensorFiles(index, num_clouds=3)
-    clouds = files.clouds(frame)
-    parts = split(frame, merge(frame, clouds), 3)
-    assert [len(part) for part in parts] == [len(cloud) for cloud in clouds]
-    for part, cloud in zip(parts, clouds, strict=True):
-        assert np.abs(part[:, :4] - cloud[:, :4]).max() < 1e-4 and not part[:, 4].any()
+    files = SensorFiles(index, num_sweeps=2)
+    sweeps = files.sweeps(frame)
+    found = split_sweeps(frame, merge_sweeps(frame, sweeps), 2)
+    assert [len(points) for points in found] == [len(points) for points in sweeps]
+    for points, expected in zip(found, sweeps, strict=True):
+        assert np.abs(points[:, :4] - expected[:, :4]).max() < 1e-4 and not points[:, 4].any()
 
 
 def augmentation(index, *entries: tuple[str, float]) -> TrainingAugmentation:
-    failures = training_failures(entries, index, num_clouds=3)
+    failures = training_failures(entries, index, num_sweeps=2)
     return TrainingAugmentation(seed=3, point_range=POINT_RANGE, failures=failures)
 
 
 def trained(index, *entries: tuple[str, float], number: int = 1, position: int = 0) -> Sample:
-    dataset = FrameDataset(index, final_size=FINAL_SIZE, num_clouds=3, augmentation=augmentation(index, *entries))
+    dataset = FrameDataset(index, final_size=FINAL_SIZE, num_sweeps=2, augmentation=augmentation(index, *entries))
     return dataset[SampleKey(number, 0, position)]
 
 
 def test_failures_in_training(index):
     plain = trained(index)
-    assert training_failures((), index, num_clouds=3) is None
+    assert training_failures((), index, num_sweeps=2) is None
     assert_same(trained(index, ("beams:4", 0.0), ("view_drop", 0.0)), plain)
     black = trained(index, ("view_drop:FRONT", 1.0))
     assert not black.images[0].any() and torch.equal(black.images[1:], plain.images[1:])
@@ -254,17 +254,17 @@ def test_a_late_sensor_in_training(coloured):
 @pytest.mark.data
 def test_real_frame_as_the_network_gets_it(real_index):
     clean, black = (
-        FailureDataset(real_index, failures, final_size=(320, 800), num_clouds=1, seed=0)[0]
+        FailureDataset(real_index, failures, final_size=(320, 800), num_sweeps=0, seed=0)[0]
         for failures in ((None,), parse_failures(["view_drop:FRONT,BACK"]))
     )
     assert (black.images == 0).all(dim=-1).sum() - (clean.images == 0).all(dim=-1).sum() >= 2 * 320 * 800 - 100
     views = [i for i in range(6) if not black.images[i].any()]
     assert views == [0, 3] and torch.equal(black.images[[1, 2, 4, 5]], clean.images[[1, 2, 4, 5]])
-    beams = FailureDataset(real_index, parse_failures(["beams:4"]), final_size=None, num_clouds=1, seed=0)[0]
+    beams = FailureDataset(real_index, parse_failures(["beams:4"]), final_size=None, num_sweeps=0, seed=0)[0]
     assert len(beams.points) == 4336 and not beams.points[:, 4].any()
     heads = {
         len(
-            FailureDataset(real_index, parse_failures(["object_failure"]), final_size=None, num_clouds=1, seed=s)[
+            FailureDataset(real_index, parse_failures(["object_failure"]), final_size=None, num_sweeps=0, seed=s)[
                 0
             ].points
         )

@@ -92,6 +92,6 @@ def test_problems_of_a_configuration():
 def test_every_case_says_what_it_is():
     for name, case in CASES.items():
         assert case.sensors and case.about, name
-        parts = [case.image, case.cloud, case.points, case.calibration, case.delay]
+        parts = [case.image, case.sweep, case.points, case.calibration, case.delay]
         assert any(parts) and (case.delay is None) == (not case.delayed), name
         assert set(case.bare) <= set(case.levels), name
