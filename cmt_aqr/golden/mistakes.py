@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cmt_aqr.attention.windows import camera_cells
 from cmt_aqr.boxes import decode_boxes
 from cmt_aqr.geometry import to_metres, to_unit
 from cmt_aqr.golden.bundle import Source
 from cmt_aqr.golden.measure import YAW, same_turn
+from cmt_aqr.golden.rebuild import rebuild_layout
 from cmt_aqr.models.position import camera_rays, ray_depths, sine_embedding
 from cmt_aqr.predictions import BOX_BRANCHES
 
@@ -42,6 +44,7 @@ class Case:
         a: the reference, with its manifest.
         left, right: A's and B's values, rows paired where they have names.
         rows: of A that are in ``left``; None for all.
+        is_first: no tensor of the stage before this one departs.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Case:
     left: Tensor
     right: Tensor
     rows: Tensor | None = None
+    is_first: bool = True
 
     @property
     def constants(self) -> dict:
@@ -221,6 +225,20 @@ def bev_windows(case: Case) -> Attempts:
         yield words, torch.minimum(cells.long().clamp(min=0), last), case.right[:, :, 0, 1:]
 
 
+def camera_choice(case: Case) -> Attempts:
+    """The window of a point that several cameras see."""
+    constants = case.constants
+    if constants.get("camera_assignment") != "first" or not case.has("queries/reference_points", "inputs/lidar2img"):
+        return
+    points = to_metres(case.a["queries/reference_points"].double()[:, -case.left.shape[1] :], constants["point_range"])
+    grid = next(grid for grid in rebuild_layout(case.a).grids if grid.cell_size is None)
+    cells, is_seen = camera_cells(points, case.a["inputs/lidar2img"].double(), tuple(constants["image_size"]), grid)
+    last = grid.views - 1 - is_seen.flip(-1).int().argmax(dim=-1, keepdim=True)
+    chosen = torch.cat((last[..., None], cells.gather(2, last[..., None].expand(*last.shape, 2))), dim=-1)
+    words = "the window is in the last camera that sees the point, it belongs to the first one in order (quirk Q11)"
+    yield words, torch.where(is_seen.any(-1)[..., None, None], chosen, case.left), case.right
+
+
 def channel_order(case: Case) -> Attempts:
     """Colours in the other order, before or after the mean was taken off."""
     right = case.right.double()
@@ -315,10 +333,15 @@ def log_base(case: Case) -> Attempts:
 
 
 def bias_limits(case: Case) -> Attempts:
-    """A bias that was not clamped."""
-    limit = case.constants.get("max_bias")
+    """A bias that was not clamped, or has the wrong sign or no scale."""
+    limit, scale = case.constants.get("max_bias"), case.constants.get("scale")
+    left, right = case.left.double(), case.right.double()
     if limit is not None:
-        yield f"the bias was not clamped to {limit:g}", case.left, case.right.double().clamp(-limit, limit)
+        yield f"the bias was not clamped to {limit:g}", left, right.clamp(-limit, limit)
+    yield "the sign of the bias: it is clamp(scale * weight), added to the scores", -left, right
+    if scale is not None:
+        again = scale * right if limit is None else (scale * right).clamp(-limit, limit)
+        yield f"the scale of {scale:g} is missing: the bias is clamp(scale * weight)", left, again
 
 
 def shared_norm(case: Case) -> Attempts:

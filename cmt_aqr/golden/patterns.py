@@ -1,11 +1,12 @@
 """Likely causes of a difference, in words. Each is tried: only a mistake that explains the difference is named."""
 
+import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from cmt_aqr.golden import mistakes
+from cmt_aqr.golden import layer_mistakes, mistakes
 from cmt_aqr.golden.bundle import Source
 from cmt_aqr.golden.catalogue import stage_of
 from cmt_aqr.golden.compare import Comparison, Row, aligned, largest, share_within
@@ -15,10 +16,13 @@ from cmt_aqr.golden.measure import is_exact
 EXPLAINED = 0.9
 # Of the largest value: a mistake repeated with A's rounded numbers is not exact.
 LOOSE = 2e-5
+# Of the largest difference: what is left of it must be small against it.
+LEFT = 0.05
 
 # Where each mistake can show: patterns of names.
 PATTERNS: tuple[tuple[tuple[str, ...], Callable[[mistakes.Case], mistakes.Attempts]], ...] = (
     (("windows/*",), mistakes.bev_windows),
+    (("windows/camera",), mistakes.camera_choice),
     (("windows/*", "lidar/*", "images/*"), mistakes.rows_and_cols),
     (("voxels/coords",), mistakes.voxel_axes),
     (("tokens/*", "aqr/tokens"), mistakes.token_order),
@@ -34,6 +38,9 @@ PATTERNS: tuple[tuple[tuple[str, ...], Callable[[mistakes.Case], mistakes.Attemp
     (("decoder/*.lse", "boxes/boxes.*"), mistakes.log_base),
     (("bias/values",), mistakes.bias_limits),
     (("decoder/*.output",), mistakes.shared_norm),
+    (("aqr/weights",), layer_mistakes.generator),
+    (("decoder/layer*",), layer_mistakes.decoder_layer),
+    (("heads/*.center", "heads/*.height"), layer_mistakes.reference),
     (("*",), mistakes.anything),
 )
 
@@ -41,29 +48,40 @@ PATTERNS: tuple[tuple[tuple[str, ...], Callable[[mistakes.Case], mistakes.Attemp
 def likely_causes(comparison: Comparison, a: Source, b: Source) -> dict[str, list[str]]:
     """Name of a tensor of the first departing stage -> causes that explain its difference, the specific ones first."""
     stage, found = comparison.first_stage, {}
-    for row in comparison.rows:
-        if row.is_past and stage_of(row.name) == stage:
-            causes = causes_of(row, a, b)
-            if causes:
-                found[row.name] = causes
+    past = [row for row in comparison.rows if row.is_past and stage_of(row.name) == stage]
+    for row in past:
+        causes = causes_of(row, a, b, is_first=row is past[0])
+        if causes:
+            found[row.name] = causes
     return found
 
 
-def causes_of(row: Row, a: Source, b: Source) -> list[str]:
-    """Causes that explain the difference of one tensor; a general one only where there is no specific one."""
+def causes_of(row: Row, a: Source, b: Source, *, is_first: bool) -> list[str]:
+    """Causes that explain the difference of one tensor; a general one only where there is no specific one.
+
+    Args:
+        is_first: no tensor of the stage before this one departs.
+    """
     left, right = aligned(row.name, a, b, row.pairing)
-    case = mistakes.Case(row.name, a, left, right, None if row.pairing is None else row.pairing.rows_a)
+    case = mistakes.Case(row.name, a, left, right, None if row.pairing is None else row.pairing.rows_a, is_first)
     if row.unpaired:
-        case = mistakes.Case(row.name, a, a[row.name], b[row.name])
-    past = 1.0 if row.difference is None or row.unpaired else row.difference.past / row.difference.count
+        case = mistakes.Case(row.name, a, a[row.name], b[row.name], is_first=is_first)
+    is_whole = row.difference is None or row.unpaired
+    past = 1.0 if is_whole else row.difference.past / row.difference.count
+    apart = math.inf if is_whole else row.difference.max_abs
     causes: list[str] = []
     for names, attempts in PATTERNS:
         if any(fnmatchcase(row.name, name) for name in names) and not (causes and attempts is mistakes.anything):
-            causes += [words for words, x, y in attempts(case) if explains(x, y, past, row.limit)]
+            causes += [words for words, x, y in attempts(case) if explains(x, y, past, row.limit, apart)]
     return list(dict.fromkeys(causes))
 
 
-def explains(x: Tensor, y: Tensor, past: float, limit: float) -> bool:
-    """Whether x and y agree but for a small part of what was past its limit before."""
-    loose = 0.0 if is_exact(x) and is_exact(y) else max(limit, LOOSE * largest(x))
+def explains(x: Tensor, y: Tensor, past: float, limit: float, apart: float) -> bool:
+    """Whether x and y agree but for a small part of what was past its limit before.
+
+    Args:
+        past: share of the elements that was past its limit.
+        apart: largest difference there was; infinite where there is no number for it.
+    """
+    loose = 0.0 if is_exact(x) and is_exact(y) else max(limit, min(LOOSE * largest(x), LEFT * apart))
     return x.shape == y.shape and 1 - share_within(x, y, loose) <= (1 - EXPLAINED) * past

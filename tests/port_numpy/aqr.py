@@ -67,7 +67,7 @@ def camera_windows(model: Model, points: ndarray, grid: dict) -> ndarray:
 def radius(model: Model, grid: dict) -> int:
     """Cells that a window reaches to every side."""
     size = model.constants["windows"][grid["name"]]
-    return (size - 1) // 2 - 1 if model.mistake == "window radius" else size // 2
+    return (size - 1) // 2 if model.mistake == "even windows" else size // 2
 
 
 def window_tokens(model: Model, grid: dict, cells: ndarray) -> tuple[ndarray, ndarray]:

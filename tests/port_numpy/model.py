@@ -18,7 +18,7 @@ class Model:
         constants: sizes and settings, as in the manifest.
         aqr: its configuration; None without AQR.
         dtype: float64 or float32, of everything that is computed.
-        mistake: of `mistakes.MISTAKES`, or empty.
+        mistake: one of MISTAKES in test_port.py, or empty.
     """
 
     def __init__(self, folder: Path, dtype: str, mistake: str = "") -> None:

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
     parser.add_argument("out", type=Path, metavar="OUT", help=".safetensors file to write")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
-    parser.add_argument("--mistake", default="", help="one of tests/port_numpy/test_port.py, made on purpose")
+    parser.add_argument("--mistake", default="", help="one of MISTAKES in test_port.py, made on purpose")
     options = parser.parse_args(arguments)
     save_file(run(Model(options.bundle, options.dtype, options.mistake)), options.out)
 

@@ -33,6 +33,31 @@ OTHERS = {
     "cameras alone": ("model.lidar=null", "model.aqr=null"),
 }  # fmt: skip
 
+# Mistake of the port: the stage that departs first, and words that name it.
+MISTAKES = {
+    "x before y in the sine embedding": ("positions", "the sine embedding has y before x (quirk Q3)"),
+    "corners of BEV cells": ("positions", "half-pixel offset: BEV cells are embedded at their centres"),
+    "centres of camera cells": ("positions", "half-pixel offset: rays start at the corners of camera cells"),
+    "rows and columns of windows": ("windows", "rows and columns are swapped"),
+    "stretched windows": ("windows", "stretched windows: the point range was divided by the number of cells"),
+    "last camera": ("windows", "the window is in the last camera that sees the point"),
+    "even windows": ("aqr", "a window of size w reaches w // 2 cells to every side, those of camera one less"),
+    "sigmoid for tanh": ("aqr", "the activation of the weights is tanh, not sigmoid"),
+    "layer norm eps": ("aqr", "the layer norms have an eps of 1e-6"),
+    "sign of the scale": ("bias", "the sign of the bias"),
+    "no clamp": ("bias", "the bias was not clamped to 0.8"),
+    "no softmax scale": ("decoder", "the scores were not divided by sqrt(D)"),
+    "lse to base 2": ("decoder", "this lse has base 2, expected the natural logarithm"),
+    "norm before the residual": ("decoder", "the norm was taken before the residual sum"),
+    "shared norm in the chain": ("decoder", "the next layer is given the output without it (quirk Q7)"),
+    "no inverse sigmoid": ("heads", "the reference point was added without its inverse sigmoid"),
+    "box code order": ("boxes", "read as cx cy cz log-l log-w log-h"),
+    "yaw sign": ("boxes", "yaw sign: the angle is counter-clockwise about +z"),
+    "sigmoid twice": ("boxes", "sigmoid twice: the values are scores already"),
+}
+# Mistakes that the tiny bundle cannot show: all its windows are odd, and its bias is far from its limit.
+SHOWN_BY = {"even windows": "first camera", "no clamp": "all cameras"}
+
 
 @pytest.fixture(scope="session")
 def other_bundle(tmp_path_factory):
@@ -41,6 +66,8 @@ def other_bundle(tmp_path_factory):
 
     def write(name):
         path = folder / name
+        if path.exists():
+            return path
         command = [
             "export",
             str(CONFIG),
@@ -93,6 +120,17 @@ def test_the_port_agrees_with_bundles_of_other_configurations(name, other_bundle
         assert "not in A" not in text
         left = {part.split("/")[0].split()[0] for part in text.partition("not in B: ")[2].split(", ")}
         assert left <= {"inputs", "weights", "voxels", "lidar", "images", "denoising", "losses", "gradients"}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_fails_at_its_stage_and_is_named(mistake, other_bundle, compared):
+    stage, words = MISTAKES[mistake]
+    bundle = other_bundle(SHOWN_BY[mistake]) if mistake in SHOWN_BY else FOLDER
+    status, text = compared(bundle, mistake=mistake)
+    assert status == 1
+    assert f"first stage that departs: {stage}\n" in text
+    causes = text.split("likely cause: ")[1:]
+    assert causes and all(words in cause for cause in causes), text
 
 
 def test_the_port_imports_numpy_and_safetensors_alone():

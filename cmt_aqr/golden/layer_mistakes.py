@@ -1,0 +1,214 @@
+"""Mistakes inside AQR, the decoder and the heads: the layer is computed again from A's inputs, with the mistake.
+
+Functions as in mistakes.py. They look at the first departing tensor of a stage alone: what the layers before it made is
+then A's in both. Of the queries the last few are enough.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cmt_aqr.attention.dense import dense_attention
+from cmt_aqr.geometry import inverse_sigmoid
+from cmt_aqr.golden.mistakes import Attempts, Case
+from cmt_aqr.golden.rebuild import rebuild_bias, rebuild_generator, rebuild_layer, rebuild_windows, set_eps
+from cmt_aqr.models.decoder import DecoderLayer
+from cmt_aqr.transformer_layers import KEY, VALUE, Attend
+
+ROWS = slice(-64, None)
+# Other programs' defaults for layer norm.
+EPS = {1e-6: "1e-6", 1e-12: "1e-12", 1e-3: "1e-3"}
+TOKENS = ("queries/positions", "tokens/values", "tokens/positions")
+NO_SCALE = "the scores were not divided by sqrt(D), D = hidden_dim / num_heads, before the softmax"
+WHOLE_SCALE = "the scores were divided by sqrt(hidden_dim), they are divided by sqrt(D), D = hidden_dim / num_heads"
+BARE_KEYS = "the keys have no position embeddings: keys are tokens + positions, values the tokens alone"
+BARE_QUERIES = "the queries have no position embeddings: what asks is x + queries/positions"
+PLACED_VALUES = "the values have position embeddings: keys are tokens + positions, values the tokens alone"
+LATE_RESIDUAL = "the norm was taken before the residual sum: the layers are post-norm, norm(x + f(x))"
+PRE_NORM = "pre-norm, x + f(norm(x)): the layers are post-norm, norm(x + f(x))"
+
+
+def eps_words(eps: float) -> str:
+    """What is wrong with a layer norm's eps."""
+    return f"the layer norms have an eps of {EPS[eps]}; in the decoder and the weight generator it is 1e-5"
+
+
+def generator(case: Case) -> Attempts:
+    """The weights of AQR from other windows, or by a generator with a mistake."""
+    windows = tuple(f"windows/{grid['name']}" for grid in case.constants.get("grids", []))
+    if not case.is_first or case.left.shape != case.right.shape or not case.has(*TOKENS, *windows):
+        return
+    module, place = rebuild_generator(case.a), rebuild_windows(case.a, ROWS)
+    queries, values, positions = (case.a[name].double() for name in TOKENS)
+    queries, right = queries[:, ROWS], case.right[:, ROWS]
+    for words, radii in other_radii({grid.name: place.settings.radius(grid) for grid in place.layout.grids}):
+        yield words, module(queries, values, positions, rebuild_windows(case.a, ROWS, radii)), right
+    nowhere = torch.zeros_like(positions)
+    yield f"weight generator: {BARE_KEYS}", module(queries, values, nowhere, place), right
+    yield f"weight generator: {BARE_QUERIES}", module(torch.zeros_like(queries), values, positions, place), right
+    for eps in EPS:
+        set_eps(module, eps)
+        yield eps_words(eps), module(queries, values, positions, place), right
+    for words, factor in other_scales(case):
+        module = rebuild_generator(case.a)
+        for layer in module.layers:
+            layer.attention.in_proj_weight[: queries.shape[-1]] *= factor
+            layer.attention.in_proj_bias[: queries.shape[-1]] *= factor
+        yield f"weight generator: {words}", module(queries, values, positions, place), right
+
+
+def other_radii(radii: dict[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
+    """Windows that reach a cell less or more than they should, in one grid or in all."""
+    for change, how in ((-1, "one less"), (1, "one more")):
+        for names in [[name] for name in radii] + [list(radii)] * (len(radii) > 1):
+            if all(radii[name] + change >= 0 for name in names):
+                who = " and ".join(names)
+                words = f"window radius: a window of size w reaches w // 2 cells to every side, those of {who} {how}"
+                yield words, {name: radius + change * (name in names) for name, radius in radii.items()}
+
+
+def other_scales(case: Case) -> Iterator[tuple[str, float]]:
+    """Factors on the queries that undo, or change, the division of the scores."""
+    dim, heads = case.constants["hidden_dim"], case.constants["num_heads"]
+    yield NO_SCALE, math.sqrt(dim / heads)
+    if heads > 1:
+        yield WHOLE_SCALE, math.sqrt(1 / heads)
+
+
+def decoder_layer(case: Case) -> Attempts:
+    """A decoder layer's tensors with a mistake in self-attention, cross-attention or FFN."""
+    number, _, part = case.name.removeprefix("decoder/layer").partition(".")
+    steps = {"self": self_attention, "lse": cross_attention, "cross": cross_attention, "output": feed_forward}
+    if not case.is_first or part not in steps or not number.isdecimal() or case.left.shape != case.right.shape:
+        return
+    name = f"decoder/layer{number}"
+    needed = {
+        "self": (f"decoder/layer{int(number) - 1}.output",) if int(number) else (),
+        "output": (f"{name}.cross",),
+    }.get(part, (f"{name}.self",))
+    if not case.has(*TOKENS, *needed):
+        return
+    before = case.a[needed[0]].double() if needed else torch.zeros_like(case.a["queries/positions"].double())
+    yield from steps[part](case, int(number), before)
+
+
+def self_attention(case: Case, number: int, x: Tensor) -> Attempts:
+    """After self-attention and norm."""
+    positions, mask = case.a["queries/positions"].double(), None
+    if case.has("denoising/attention_mask"):
+        mask = case.a["denoising/attention_mask"]
+        words = "the denoising mask was not applied to the self-attention"
+        yield words, rebuild_layer(case.a, number).attend_to_queries(x, positions, None), case.right
+    for words, layer in other_norms(case, number):
+        yield words, layer.attend_to_queries(x, positions, mask), case.right
+
+    def attend(factor: float) -> Attend:
+        return lambda q, k, v: F.scaled_dot_product_attention(q * factor, k, v, attn_mask=mask)
+
+    layer, placed = rebuild_layer(case.a, number), x + positions
+    for words, factor in other_scales(case):
+        yield words, layer.norms[0](x + layer.self_attention(placed, placed, x, attend(factor))), case.right
+    yield PLACED_VALUES, layer.norms[0](x + layer.self_attention(placed, placed, placed, attend(1))), case.right
+    yield LATE_RESIDUAL, x + layer.norms[0](layer.self_attention(placed, placed, x, attend(1))), case.right
+    normal = layer.norms[0](x)
+    placed = normal + positions
+    yield PRE_NORM, x + layer.self_attention(placed, placed, normal, attend(1)), case.right
+
+
+def cross_attention(case: Case, number: int, x: Tensor) -> Attempts:
+    """lse of the cross-attention, or what comes after it and its norm."""
+    queries, tokens, places = (case.a[name].double() for name in TOKENS)
+    tokens = case.a["aqr/tokens"].double() if case.has("aqr/tokens") else tokens
+    x, queries = x[:, ROWS], queries[:, ROWS]
+    bias, layer = rebuild_bias(case.a, ROWS), rebuild_layer(case.a, number)
+    attention, norm, lses = layer.cross_attention, layer.norms[1], []
+    k, v = attention.project(KEY, tokens + places), attention.project(VALUE, tokens)
+    is_lse = case.name.endswith(".lse")
+    right = case.right[:, :, ROWS] if is_lse else case.right[:, ROWS]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = dense_attention(q * factor, k, v, used)
+        lses.append(lse)
+        return out
+
+    def outcome(asking: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attention.attend_to(asking, k, v, attend)
+        return lses[-1] if is_lse else norm(x + out)
+
+    used, factor = bias, 1.0
+    yield BARE_QUERIES, outcome(x, k, v), right
+    yield BARE_KEYS, outcome(x + queries, attention.project(KEY, tokens), v), right
+    if not is_lse:
+        yield PLACED_VALUES, outcome(x + queries, k, attention.project(VALUE, tokens + places)), right
+        out = attention.attend_to(x + queries, k, v, attend)
+        yield LATE_RESIDUAL, x + norm(out), right
+        yield PRE_NORM, x + attention.attend_to(norm(x) + queries, k, v, attend), right
+        for words, other in other_norms(case, number):
+            yield words, other.norms[1](x + out), right
+    for words, factor in other_scales(case):  # noqa: B007 (attend reads it)
+        yield words, outcome(x + queries, k, v), right
+    factor = 1.0
+    for words, used in other_biases(case, bias):  # noqa: B007
+        yield words, outcome(x + queries, k, v), right
+
+
+def other_biases(case: Case, bias) -> Iterator:
+    """No bias, one that was divided with the scores, and one of the opposite sign."""
+    if bias is None:
+        return
+    yield "the cross-attention has no bias: it belongs to all decoder layers", None
+    share = 1 / math.sqrt(case.constants["hidden_dim"] / case.constants["num_heads"])
+    yield (
+        "the bias was added before the division by sqrt(D): it is added after it",
+        replace(bias, values=bias.values * share),
+    )
+
+
+def feed_forward(case: Case, number: int, x: Tensor) -> Attempts:
+    """After the FFN and norm."""
+    for words, layer in other_norms(case, number):
+        yield words, layer.transform(x), case.right
+    layer = rebuild_layer(case.a, number)
+    norm, first, last = layer.norms[2], layer.ffn[0], layer.ffn[2]
+    yield LATE_RESIDUAL, x + norm(layer.ffn(x)), case.right
+    yield PRE_NORM, x + layer.ffn(norm(x)), case.right
+    yield "the FFN has GELU, not ReLU", norm(x + last(F.gelu(first(x)))), case.right
+
+
+def other_norms(case: Case, number: int) -> Iterator[tuple[str, DecoderLayer]]:
+    """The layer with another eps in its norms."""
+    for eps in EPS:
+        layer = rebuild_layer(case.a, number)
+        set_eps(layer, eps)
+        yield eps_words(eps), layer
+
+
+def reference(case: Case) -> Attempts:
+    """Centre and height of the heads, relative to the reference point in another way."""
+    if not case.has("queries/reference_points") or case.left.shape != case.right.shape:
+        return
+    axes = slice(0, 2) if case.name.endswith(".center") else slice(2, 3)
+    low, high = (x[axes] for x in torch.tensor(case.constants["point_range"], dtype=torch.float64).chunk(2))
+    points = case.a["queries/reference_points"].double()
+    raw = (((case.left.double() - low) / (high - low)).logit()) - inverse_sigmoid(points)[..., axes]
+    attempts: dict[str, Callable[[], Tensor]] = {
+        "the reference point was added without its inverse sigmoid: sigmoid(raw + inverse_sigmoid(r))": lambda: (
+            raw + points[..., axes]
+        ).sigmoid(),
+        "the reference point was not added: sigmoid(raw + inverse_sigmoid(r))": raw.sigmoid,
+        "raw output was added to the reference point: sigmoid(raw + inverse_sigmoid(r))": lambda: (
+            raw + points[..., axes]
+        ),
+        "the sigmoid is missing: sigmoid(raw + inverse_sigmoid(r)) over the point range": lambda: (
+            raw + inverse_sigmoid(points)[..., axes]
+        ),
+    }
+    for words, attempt in attempts.items():
+        yield words, attempt() * (high - low) + low, case.right
+    if axes == slice(0, 2):
+        swapped = inverse_sigmoid(points)[..., [1, 0]]
+        yield "y of the reference point was added to x", (raw + swapped).sigmoid() * (high - low) + low, case.right
