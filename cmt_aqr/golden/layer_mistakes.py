@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmt_aqr.attention import AttentionBias
 from cmt_aqr.attention.dense import dense_attention
 from cmt_aqr.geometry import inverse_sigmoid
 from cmt_aqr.golden.mistakes import Attempts, Case
 from cmt_aqr.golden.rebuild import rebuild_bias, rebuild_generator, rebuild_layer, rebuild_windows, set_eps
 from cmt_aqr.models.decoder import DecoderLayer
-from cmt_aqr.transformer_layers import KEY, VALUE, Attend
+from cmt_aqr.transformer_layers import KEY, QUERY, VALUE, Attend, merge_heads
 
 ROWS = slice(-64, None)
 # Other programs' defaults for layer norm.
@@ -121,51 +122,47 @@ def self_attention(case: Case, number: int, x: Tensor) -> Attempts:
 
 def cross_attention(case: Case, number: int, x: Tensor) -> Attempts:
     """lse of the cross-attention, or what comes after it and its norm."""
-    queries, tokens, places = (case.a[name].double() for name in TOKENS)
+    p, tokens, e = (case.a[name].double() for name in TOKENS)
     tokens = case.a["aqr/tokens"].double() if case.has("aqr/tokens") else tokens
-    x, queries = x[:, ROWS], queries[:, ROWS]
+    x, p = x[:, ROWS], p[:, ROWS]
     bias, layer = rebuild_bias(case.a, ROWS), rebuild_layer(case.a, number)
-    attention, norm, lses = layer.cross_attention, layer.norms[1], []
-    k, v = attention.project(KEY, tokens + places), attention.project(VALUE, tokens)
+    attention, norm = layer.cross_attention, layer.norms[1]
+    k, v = attention.project(KEY, tokens + e), attention.project(VALUE, tokens)
     is_lse = case.name.endswith(".lse")
     right = case.right[:, :, ROWS] if is_lse else case.right[:, ROWS]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = dense_attention(q * factor, k, v, used)
-        lses.append(lse)
-        return out
+    def attend(asking: Tensor, k: Tensor, v: Tensor, bias: AttentionBias | None, factor: float = 1) -> tuple:
+        out, lse = dense_attention(factor * attention.project(QUERY, asking), k, v, bias)
+        return attention.out_proj(merge_heads(out)), lse
 
-    def outcome(asking: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attention.attend_to(asking, k, v, attend)
-        return lses[-1] if is_lse else norm(x + out)
+    def outcome(*arguments) -> Tensor:
+        out, lse = attend(*arguments)
+        return lse if is_lse else norm(x + out)
 
-    used, factor = bias, 1.0
-    yield BARE_QUERIES, outcome(x, k, v), right
-    yield BARE_KEYS, outcome(x + queries, attention.project(KEY, tokens), v), right
+    yield BARE_QUERIES, outcome(x, k, v, bias), right
+    yield BARE_KEYS, outcome(x + p, attention.project(KEY, tokens), v, bias), right
+    for words, factor in other_scales(case):
+        yield words, outcome(x + p, k, v, bias, factor), right
+    for words, other in other_biases(case, bias):
+        yield words, outcome(x + p, k, v, other), right
+    out, lse = attend(norm(x) + p, k, v, bias)
+    yield PRE_NORM, lse if is_lse else x + out, right
     if not is_lse:
-        yield PLACED_VALUES, outcome(x + queries, k, attention.project(VALUE, tokens + places)), right
-        out = attention.attend_to(x + queries, k, v, attend)
+        yield PLACED_VALUES, outcome(x + p, k, attention.project(VALUE, tokens + e), bias), right
+        out, _ = attend(x + p, k, v, bias)
         yield LATE_RESIDUAL, x + norm(out), right
-        yield PRE_NORM, x + attention.attend_to(norm(x) + queries, k, v, attend), right
         for words, other in other_norms(case, number):
             yield words, other.norms[1](x + out), right
-    for words, factor in other_scales(case):  # noqa: B007 (attend reads it)
-        yield words, outcome(x + queries, k, v), right
-    factor = 1.0
-    for words, used in other_biases(case, bias):  # noqa: B007
-        yield words, outcome(x + queries, k, v), right
 
 
-def other_biases(case: Case, bias) -> Iterator:
-    """No bias, one that was divided with the scores, and one of the opposite sign."""
+def other_biases(case: Case, bias: AttentionBias | None) -> Iterator[tuple[str, AttentionBias | None]]:
+    """No bias, and one that was divided with the scores."""
     if bias is None:
         return
     yield "the cross-attention has no bias: it belongs to all decoder layers", None
-    share = 1 / math.sqrt(case.constants["hidden_dim"] / case.constants["num_heads"])
-    yield (
-        "the bias was added before the division by sqrt(D): it is added after it",
-        replace(bias, values=bias.values * share),
-    )
+    share = math.sqrt(case.constants["num_heads"] / case.constants["hidden_dim"])
+    divided = replace(bias, values=bias.values * share)
+    yield "the bias was added before the division by sqrt(D): it is added after it", divided
 
 
 def feed_forward(case: Case, number: int, x: Tensor) -> Attempts:

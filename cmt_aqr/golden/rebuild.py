@@ -35,9 +35,10 @@ def rebuild_windows(bundle: Source, rows: slice, radii: Mapping[str, int] | None
 
 
 def rebuild_bias(bundle: Source, rows: slice) -> AttentionBias | None:
-    """The bias of some queries; None in a model that has none."""
+    """The bias of some queries; None in a model that has none, or where the bundle lacks the stages that make it."""
     constants = bundle.manifest["constants"]
-    if "aqr/weights" not in bundle or constants.get("scale") is None:
+    needed = ["aqr/weights", *(f"windows/{grid['name']}" for grid in constants["grids"])]
+    if constants.get("scale") is None or any(name not in bundle for name in needed):
         return None
     values = bias_values(bundle["aqr/weights"][:, rows].double(), constants["scale"], constants["max_bias"])
     return AttentionBias(rebuild_windows(bundle, rows), values)
