@@ -20,9 +20,8 @@ def format_report(comparison: Comparison, a: Source, b: Source, causes: dict[str
     Args:
         causes: name of a tensor -> words.
     """
-    factor = a.manifest.get("tolerance_factor")
-    limits = f"{factor} times the error of {b.precision} against float64" if factor else "1e-5 of the largest value"
-    lines = [f"A: {describe_source(a)}", f"B: {describe_source(b)}", f"limits: {limits}; integers are equal", ""]
+    lines = [f"A: {describe_source(a)}", f"B: {describe_source(b)}"]
+    lines += [f"limits: {describe_limits(a, b)}; integers are equal", ""]
     lines += table(comparison)
     lines += missing(comparison, a, b)
     past = [row for row in comparison.rows if row.is_past]
@@ -44,6 +43,16 @@ def describe_source(source: Source) -> str:
     """Path, model and precision."""
     name = source.manifest.get("config", {}).get("name")
     return f"{source.path} ({', '.join(filter(None, (name, source.precision)))})"
+
+
+def describe_limits(a: Source, b: Source) -> str:
+    """Where the limits come from."""
+    factor = a.manifest.get("tolerance_factor")
+    if factor is None:
+        return "1e-5 of the largest value"
+    if b.precision == "float64":
+        return f"those of float32, {factor} times its error against float64, times 2^-26"
+    return f"{factor} times the error of {b.precision} against float64"
 
 
 def table(comparison: Comparison) -> list[str]:

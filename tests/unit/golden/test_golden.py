@@ -61,7 +61,10 @@ def with_sizes(x, change):
 def test_the_shipped_bundle_is_what_the_code_computes(fresh, capsys):
     assert main(["compare", str(FOLDER), str(fresh)]) == 0
     assert main(["compare", str(FOLDER), str(fresh), "--precision", "float32"]) == 0
-    assert "within their limits" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "within their limits" in text
+    assert "limits: those of float32, 10 times its error against float64, times 2^-26; integers" in text
+    assert "limits: 10 times the error of float32 against float64; integers" in text
     names = (Source(FOLDER).names, Source(fresh).names)
     assert names[0] == names[1] and len(names[0]) > 300
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 2e6
