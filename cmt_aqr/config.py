@@ -156,7 +156,7 @@ class CameraConfig:
 
 @dataclass(frozen=True)
 class DenoisingConfig:
-    """Denoising queries: noised ground truth that the decoder must put right."""
+    """Denoising queries: noised ground truth that the decoder must correct."""
 
     num_dn: int = limits(low=0, high=10_000)  # rows kept for them in every batch; 0 switches them off
     # most copies of the ground truth in a step, each with its own noise
@@ -256,7 +256,7 @@ class TrainingConfig:
     pct_start: float = limits(above=0, high=1)  # part of the steps that climbs
     min_momentum_ratio: float = limits(above=0, high=1)  # momentum at the top of the cycle, in units of beta1
     grad_clip: float = limits(above=0, high=1_000_000)  # largest norm of the gradient
-    # share of the old value in the running average of the weights, which is evaluated in their place; null: none
+    # share of the old value in the running average of the weights, which is evaluated instead of them; null: none
     ema_decay: float | None = limits(above=0, high=0.999999)
     lr_mult: dict[str, float] = limits(low=0, high=1_000_000)  # parameter-name prefix -> factor; longest wins
     # parameter-name prefix -> factor of the weight decay; longest wins
@@ -288,7 +288,7 @@ class EvaluationConfig:
 class Config:
     """One experiment."""
 
-    name: str  # place of the file below configs/, and of the run below runs/
+    name: str  # path of the file below configs/, and of the run below runs/
     seed: int = limits(low=0, high=2**32 - 1)  # of weights, order of the frames, augmentation and noise
     data: DataConfig  # data set and augmentation
     model: ModelConfig  # the network
@@ -335,7 +335,7 @@ def config_from_tree(tree: dict[str, Any], source: str) -> Config:
 
 
 def current_names(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The configuration of a checkpoint, with the keys of earlier versions under their names of today, and all keys."""
+    """The configuration of a checkpoint, with the keys of earlier versions under their current names, and all keys."""
     missing = {key: value for key, value in ADDED.get(prefix.rstrip("."), {}).items() if key not in tree}
     return missing | {
         RENAMED.get(f"{prefix}{key}", key): current_names(value, f"{prefix}{key}.")

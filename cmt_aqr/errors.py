@@ -54,7 +54,7 @@ def _report(sentence: str) -> int:
 
 
 def _tell_torchrun(sentence: str) -> None:
-    """Leave the sentence for the summary of torchrun, which prints it in the place of an advice about tracebacks.
+    """Leave the sentence for the summary of torchrun, which prints it instead of advice about tracebacks.
 
     ``torch.distributed.elastic.multiprocessing.errors.record`` would leave a traceback of 20 lines.
     """

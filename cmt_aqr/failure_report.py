@@ -77,19 +77,19 @@ def format_failures(rows: Sequence[Row], test: FailureTest) -> str:
     lines.append("-" * len(lines[-1]))
     means = case_resistances(rows)
     for number, row in enumerate(rows):
-        figures = f"{row.name:<{width}} {row.metrics.nds:>7.4f} {row.metrics.mean_ap:>7.4f}"
+        cells = f"{row.name:<{width}} {row.metrics.nds:>7.4f} {row.metrics.mean_ap:>7.4f}"
         if row.failure is not None:
             drops = clean.metrics.nds - row.metrics.nds, clean.metrics.mean_ap - row.metrics.mean_ap
-            figures += f" {_figure(resistance(row, clean)):>7} {drops[0]:>12.4f} {drops[1]:>8.4f}"
-        lines.append(figures)
+            cells += f" {_number(resistance(row, clean)):>7} {drops[0]:>12.4f} {drops[1]:>8.4f}"
+        lines.append(cells)
         case = row.failure.case if row.failure else None
         is_last = number + 1 == len(rows) or rows[number + 1].failure.case != case
         if case in means and is_last and sum(r.failure is not None and r.failure.case == case for r in rows) > 1:
-            lines.append(f"{f'  mean of {case}':<{width}} {'':>7} {'':>7} {_figure(means[case]):>7}")
+            lines.append(f"{f'  mean of {case}':<{width}} {'':>7} {'':>7} {_number(means[case]):>7}")
     mean = mean_resistance(rows)
     if mean is not None:
         lines.append(
-            f"mRA over MultiCorrupt's corruptions but snow: {_figure(mean)} (CMT on nuScenes val, the same nine: "
+            f"mRA over MultiCorrupt's corruptions but snow: {_number(mean)} (CMT on nuScenes val, the same nine: "
             f"{PUBLISHED_MRA:.3f})"
         )
     return "\n".join(lines)
@@ -135,7 +135,7 @@ def write_report(rows: Sequence[Row], test: FailureTest, config: Config, folder:
         raise EvaluationError(f"{folder}: the report cannot be written: {error.strerror}") from error
 
 
-def _figure(value: float) -> str:
+def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 

@@ -18,7 +18,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path: a file or a folder; its parent is made.
 
     Raises:
-        OSError: the disk is full, a permission is missing and the like; whoever calls makes it a sentence.
+        OSError: the disk is full, a permission is missing and the like; the caller turns it into a sentence.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")

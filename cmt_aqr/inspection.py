@@ -1,4 +1,4 @@
-"""Looking into AQR: the weights of every query, and what the bias changes in the cross-attention of every layer.
+"""Inspection of AQR: the weights of every query, and what the bias changes in the cross-attention of every layer.
 
 Shape letters: B batch, L layers, Q queries, G grids (one a sensor), M heads, K tokens.
 """
@@ -42,14 +42,14 @@ class LayerAttention:
 
 @dataclass(frozen=True)
 class Inspection:
-    """One forward pass, looked into.
+    """One forward pass, as AQR sees it.
 
     Attributes:
-        predictions: of the detector, as without being looked at.
+        predictions: of the detector, unchanged by the inspection.
         weights: (B, Q, G) of AQR, order of the grids; NaN where a query has no window in a grid.
         bias: (B, Q, G) that is added in the windows; NaN as the weights; None for the designs without a bias.
         windows: of all queries.
-        layers: one record a decoder layer; empty where it was not asked for.
+        layers: one record a decoder layer; empty without ``with_attention``.
     """
 
     predictions: Predictions
@@ -63,7 +63,7 @@ class Inspection:
 def inspect(
     model: Detector, images: Tensor, points: list[Tensor], lidar2img: Tensor, *, with_attention: bool = True
 ) -> Inspection:
-    """Run a detector with AQR in evaluation mode and look into it.
+    """Run a detector with AQR and record its weights, bias, windows and attention.
 
     Args:
         model: in evaluation mode.
@@ -119,13 +119,13 @@ def layer_attention(q: Tensor, k: Tensor, bias: AttentionBias | None, windows: Q
     return LayerAttention(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
 
 
-def probe_figures(inspections: Sequence[Inspection], scale: float | None) -> dict[str, float | dict[str, float]]:
-    """Figures of some frames for the log: weights and bias of every sensor, scale, change of the attention.
+def probe_metrics(inspections: Sequence[Inspection], scale: float | None) -> dict[str, float | dict[str, float]]:
+    """Metrics of some frames for the log: weights and bias of every sensor, scale, change of the attention.
 
     Mean and standard deviation are over queries that have a window. ``attention_change`` is the mean of
     :attr:`LayerAttention.change` over queries and layers, ``attention_change_by_layer`` over queries.
     """
-    figures: dict[str, float | dict[str, float]] = {}
+    metrics: dict[str, float | dict[str, float]] = {}
     names = [grid.name for grid in inspections[0].windows.layout.grids]
     for kind in ("weights", "bias"):
         if getattr(inspections[0], kind) is None:
@@ -135,12 +135,12 @@ def probe_figures(inspections: Sequence[Inspection], scale: float | None) -> dic
             own = own[own.isfinite()]
             if len(own):
                 spread = {"mean": own.mean(), "std": own.std(correction=0), "min": own.min(), "max": own.max()}
-                figures[f"{kind}_{name}"] = {key: value.item() for key, value in spread.items()}
+                metrics[f"{kind}_{name}"] = {key: value.item() for key, value in spread.items()}
     if scale is not None:
-        figures["scale"] = scale
+        metrics["scale"] = scale
     changes = torch.tensor([[layer.change.mean() for layer in each.layers] for each in inspections]).mean(dim=0)
     masses = torch.stack([torch.stack([layer.mass.mean(dim=(0, 1)) for layer in each.layers]) for each in inspections])
-    figures["attention_change"] = changes.mean().item()
-    figures["attention_change_by_layer"] = {str(i): change for i, change in enumerate(changes.tolist())}
-    figures["attention_mass"] = dict(zip(names, masses.mean(dim=(0, 1)).tolist(), strict=True))
-    return figures
+    metrics["attention_change"] = changes.mean().item()
+    metrics["attention_change_by_layer"] = {str(i): change for i, change in enumerate(changes.tolist())}
+    metrics["attention_mass"] = dict(zip(names, masses.mean(dim=(0, 1)).tolist(), strict=True))
+    return metrics

@@ -1,4 +1,4 @@
-"""Locks between processes: one writes, the others know whom they wait for."""
+"""Locks between processes: one writes, the others know which process they wait for."""
 
 import fcntl
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def exclusive_lock(lock: Path, *, on_wait: Callable[[str], None]) -> Iterator[None]:
-    """Hold a lock while the block runs. It dies with its holder, whatever kills it: the system drops it.
+    """Hold a lock while the block runs. The system releases it when its holder ends, however it ends.
 
     Args:
         lock: a file that holds the holder's name, such as "process 17 on host7"; made now, removed in the end. Its

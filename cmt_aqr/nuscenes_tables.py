@@ -131,12 +131,12 @@ class CheckedNuScenes(NuScenes):
     def _check_tracks(self) -> None:
         """Check that prev and next lead to the same object, earlier and later: velocities are taken from them."""
         times = {row["token"]: row["timestamp"] for row in self.sample}
-        places = {row["token"]: (row["instance_token"], times[row["sample_token"]]) for row in self.sample_annotation}
+        tracks = {row["token"]: (row["instance_token"], times[row["sample_token"]]) for row in self.sample_annotation}
         for row in self.sample_annotation:
-            instance, time = places[row["token"]]
+            instance, time = tracks[row["token"]]
             for key, sign in (("prev", 1), ("next", -1)):
                 if row[key]:
-                    other_instance, other_time = places[row[key]]
+                    other_instance, other_time = tracks[row[key]]
                     if other_instance != instance or sign * (time - other_time) <= 0:
                         raise TableError(
                             f"{self._file('sample_annotation')}: {name_of(row)} has {key} {row[key]} of instance "
@@ -160,7 +160,7 @@ class Tables:
         """The devkit's object; raises TableError."""
         with phase(f"loading the tables of {Path(self.dataroot) / self.version}"):
             nusc = CheckedNuScenes(self.dataroot, self.version)
-        gc.freeze()  # else the collector of every worker forked later would touch, and so copy, all of it
+        gc.freeze()  # else the collector of every worker forked later would write to, and so copy, all of it
         return nusc
 
 

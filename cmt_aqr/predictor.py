@@ -114,11 +114,11 @@ class Predictor:
         Args:
             images: six views in the order of ``cmt_aqr.classes.CAMERAS``, each (H, W, 3) uint8 of any size, with None
                 for a missing view; or one array (6, H, W, 3). Channels R, G, B: nothing tells an image of OpenCV
-                (B, G, R) from another, ``image[..., ::-1]`` turns it round.
+                (B, G, R) from another, ``image[..., ::-1]`` reverses the order.
             points: (P, 4) x, y, z in metres in the LiDAR frame (x right, y forward, z up) and intensity 0 to 255, or
                 (P, 5) with the seconds before now; sweeps lie in the LiDAR frame of now.
             lidar2img: (6, 4, 4), LiDAR frame to pixels of each view: intrinsics @ LiDAR to camera. Where no image is
-                given it may be None: dark cameras then stand as on nuScenes' car.
+                given it may be None: the cameras are then assumed to be mounted as on nuScenes' car.
             image_size: (height, width) in pixels that ``lidar2img`` of missing views belongs to; None: that of the
                 first view that is there.
 

@@ -1,4 +1,4 @@
-"""What a user hands to a :class:`cmt_aqr.predictor.Predictor`: checked, every mistake in one sentence."""
+"""What a user passes to a :class:`cmt_aqr.predictor.Predictor`: checked, every mistake in one sentence."""
 
 from collections.abc import Sequence
 
@@ -45,7 +45,7 @@ def check_images(images: Sequence[ArrayLike | Tensor | None] | ArrayLike | None,
     if len(images) != len(CAMERAS):
         raise InputError(
             f"{where}images holds {len(images)} views; expected {len(CAMERAS)} in the order {', '.join(CAMERAS)}, with "
-            "None in the place of a camera that is missing"
+            "None for a camera that is missing"
         )
     views = [None if view is None else _check_view(view, f"{where}images[{i}]") for i, view in enumerate(images)]
     return None if all(view is None for view in views) else views
@@ -82,7 +82,7 @@ def check_points(points: ArrayLike | Tensor | None, device: torch.device, where:
         where: as in :func:`check_images`.
 
     Raises:
-        InputError: another shape, a number that is not finite, a ring index in the place of the time, another device.
+        InputError: another shape, a number that is not finite, a ring index instead of the time, another device.
     """
     if points is None:
         return None

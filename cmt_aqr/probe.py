@@ -1,4 +1,4 @@
-"""The probe of a training run: the same few validation frames, looked into after every epoch."""
+"""The probe of a training run: the same few validation frames, inspected after every epoch."""
 
 import torch
 
@@ -7,7 +7,7 @@ from cmt_aqr.build import evaluation_dataset, open_split
 from cmt_aqr.config import Config
 from cmt_aqr.data.sample import Batch, collate
 from cmt_aqr.errors import UserError
-from cmt_aqr.inspection import inspect, probe_figures
+from cmt_aqr.inspection import inspect, probe_metrics
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.run import Run
 from cmt_aqr.training.logs import RunLog
@@ -17,9 +17,9 @@ NUM_FRAMES = 4
 
 
 def log_probe(run: Run, log: RunLog) -> None:
-    """At the end of an epoch of a model with AQR, record the figures of the probe (kind "probe") in the main process.
+    """At the end of an epoch of a model with AQR, record the metrics of the probe (kind "probe") in the main process.
 
-    What goes wrong with the frames is printed, and the training continues without them.
+    An error in the frames is printed, and training continues without them.
     """
     if run.model.aqr is None or not run.rank_info.is_main or run.step % run.steps_per_epoch:
         return
@@ -27,11 +27,11 @@ def log_probe(run: Run, log: RunLog) -> None:
         if run.probe is None:
             run.probe = probe_frames(run.config)
     except (UserError, OSError) as error:
-        log.print(f"no figures of the attention during this training: {error}")
+        log.print(f"no metrics of the attention during this training: {error}")
         run.probe = []
     if run.probe:
-        figures = probe(run.model, run.probe, run.rank_info.device)
-        log.record("probe", run.step, epoch=run.step // run.steps_per_epoch, **figures)
+        metrics = probe(run.model, run.probe, run.rank_info.device)
+        log.record("probe", run.step, epoch=run.step // run.steps_per_epoch, **metrics)
 
 
 def probe_frames(config: Config) -> list[Batch]:
@@ -42,7 +42,7 @@ def probe_frames(config: Config) -> list[Batch]:
 
 
 def probe(model: Detector, frames: list[Batch], device: torch.device) -> dict[str, float | dict[str, float]]:
-    """Figures of the probe, in float32; leaves the model in evaluation mode and draws no random number.
+    """Metrics of the probe, in float32; leaves the model in evaluation mode and draws no random number.
 
     Args:
         model: with AQR.
@@ -51,4 +51,4 @@ def probe(model: Detector, frames: list[Batch], device: torch.device) -> dict[st
     model.eval()
     scale = model.aqr.scale().item() if isinstance(model.aqr, BiasRouter) else None
     moved = [frame.to(device) for frame in frames]
-    return probe_figures([inspect(model, frame.images, frame.points, frame.lidar2img) for frame in moved], scale)
+    return probe_metrics([inspect(model, frame.images, frame.points, frame.lidar2img) for frame in moved], scale)

@@ -1,4 +1,4 @@
-"""What a long task says while it runs: a bar on a terminal, elsewhere a line now and then; tqdm keeps the time.
+"""Progress of long tasks: a bar on a terminal, elsewhere a line now and then; tqdm measures the time.
 
 Only the main process of a run writes, and nothing is written about what takes less than PATIENCE.
 """
@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-# Seconds that a task may take without a word.
+# Seconds that a task may take silently.
 PATIENCE = 3.0
 # Seconds between two lines where nobody watches a terminal.
 PLAIN_PERIOD = 15.0
@@ -22,7 +22,7 @@ LINE = "{desc}: {n_fmt}/{total_fmt} ({percentage:.1f} %){postfix}, {rate_fmt}, r
 Item = TypeVar("Item")
 
 
-def say(text: str) -> None:
+def write_line(text: str) -> None:
     """Write a line to stderr, without tearing a bar, in the main process."""
     if _is_main_process():
         tqdm.write(text, file=sys.stderr)
@@ -31,13 +31,13 @@ def say(text: str) -> None:
 
 @contextmanager
 def phase(text: str) -> Iterator[None]:
-    """Where the block takes longer than PATIENCE, say what is being done, and in the end how long it took.
+    """Where the block takes longer than PATIENCE, print what is being done, and at the end how long it took.
 
     Args:
         text: such as "loading the tables of data/nuscenes".
     """
     started = time.monotonic()
-    timer = threading.Timer(PATIENCE, say, (f"{text} ...",))
+    timer = threading.Timer(PATIENCE, write_line, (f"{text} ...",))
     timer.daemon = True
     timer.start()
     try:
@@ -46,7 +46,7 @@ def phase(text: str) -> Iterator[None]:
         timer.cancel()
     seconds = time.monotonic() - started
     if seconds >= PATIENCE:
-        say(f"{text}: done in {tqdm.format_interval(seconds)}")
+        write_line(f"{text}: done in {tqdm.format_interval(seconds)}")
 
 
 def counted(items: Iterable[Item], title: str, *, total: int, unit: str) -> Iterator[Item]:
@@ -65,7 +65,7 @@ def make_bar(
     done: int = 0,
     smoothing: float = 0.3,
     is_shown: bool = True,
-    write: Callable[[str], None] = say,
+    write: Callable[[str], None] = write_line,
     period: float = PLAIN_PERIOD,
 ) -> tqdm:
     """A bar on stderr where that is a terminal, else lines; it appears after PATIENCE.
@@ -76,7 +76,7 @@ def make_bar(
         unit: one of what is counted.
         done: before.
         smoothing: share of the newest measurement in the rate, on a terminal ten a second.
-        is_shown: False counts without a word.
+        is_shown: False counts silently.
         write: takes the lines.
         period: seconds between two lines.
     """

@@ -1,4 +1,4 @@
-"""A training step that cannot be applied: what is reported and kept of it, and its replay.
+"""A training step that cannot be applied: its report, what is kept of it, and its replay.
 
 ``failed_step_N.pt`` holds the batches of all processes and the weights before the step; it is loaded without running
 code from it.
@@ -63,14 +63,14 @@ def stop_at_failed_step(run: Run, batch: Batch, reason: str | None, terms: dict[
             facts.append(f"replay it with {replay_command(run.work_dir, path)}")
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             facts.append(f"{path} could not be written: {str(error).splitlines()[0]}")
-    any_process(False, run.rank_info.device)  # nobody leaves before the file is written
+    any_process(False, run.rank_info.device)  # no process exits before the file is written
     if not run.rank_info.is_main:
         leave_after_main()
     raise TrainingStopped("; ".join(facts))
 
 
 def describe_reasons(reasons: list[str | None]) -> str:
-    """What the processes found: said once where all found the same, else for each process that found something."""
+    """What the processes found: once where all found the same, else for each process that found something."""
     if reasons[0] is not None and len(set(reasons)) == 1:
         return reasons[0]
     return ", ".join(f"{reason} in process {rank}" for rank, reason in enumerate(reasons) if reason is not None)

@@ -19,7 +19,7 @@ from cmt_aqr.viz.pictures import draw_detections, write_picture
 
 @dataclass(frozen=True)
 class Frame:
-    """What was given, for pictures and for windows in the user's own pixels.
+    """The input of the frame, for pictures and for windows in the user's own pixels.
 
     Attributes:
         views: six (H, W, 3) uint8 arrays or None each; None without cameras.

@@ -22,9 +22,9 @@ from cmt_aqr.config import Config, ConfigError
 from cmt_aqr.data.failures import (
     Failure,
     FailureSampler,
-    keep_possible,
+    affects_nothing,
+    keep_applicable,
     parse_failures,
-    touches_nothing,
 )
 from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.loader import explain_killed_worker, make_loader
@@ -66,15 +66,15 @@ def check_training_keys(overrides: Sequence[str]) -> None:
 
 
 def choose_failures(names: Sequence[str], suite: str | None, sensors: Sequence[str]) -> tuple[Failure, ...]:
-    """The failures of the command line that touch a sensor of the model; says which of a suite do not.
+    """The failures of the command line that affect a sensor of the model; prints which of a suite do not.
 
     Raises:
-        DataError: an unknown name, level, camera or suite, or a failure given by name that the model cannot notice.
+        DataError: an unknown name, level, camera or suite, or a failure given by name that does not affect the model.
     """
-    named, without = keep_possible(parse_failures(names), sensors)
+    named, without = keep_applicable(parse_failures(names), sensors)
     if without:
-        raise DataError(f"--failure {without[0].name!r}: {touches_nothing(sensors)}")
-    return tuple(dict.fromkeys([*named, *keep_possible(parse_failures([], suite), sensors)[0]]))
+        raise DataError(f"--failure {without[0].name!r}: {affects_nothing(sensors)}")
+    return tuple(dict.fromkeys([*named, *keep_applicable(parse_failures([], suite), sensors)[0]]))
 
 
 def report_failures(rows: Sequence[Row] | None, test: FailureTest, folder: Path, log: RunLog, checkpoint: str) -> None:
@@ -153,8 +153,8 @@ def _predict(
         except Exception as error:  # raised below: the other processes wait for this one
             problem = error
     raise_together(problem, rank_info)
-    place = {token: i for i, token in enumerate(index.tokens)}
-    return [sorted(gather(results), key=lambda result: place[result.token]) for results in own]
+    position = {token: i for i, token in enumerate(index.tokens)}
+    return [sorted(gather(results), key=lambda result: position[result.token]) for results in own]
 
 
 class _Pictures:
@@ -179,7 +179,7 @@ class _Pictures:
         self._log = log
 
     def draw(self, batch: Batch, detections: list[Detections]) -> None:
-        """Draw the chosen frame where the batch holds it; where that fails, say so and draw no more."""
+        """Draw the chosen frame where the batch holds it; where that fails, print so and draw no more."""
         for i, token in enumerate(batch.tokens):
             failure = self._variants[next(self._keys) % len(self._variants)]
             if token not in self._tokens:
@@ -235,7 +235,7 @@ def _begin_scoring(scoring: _Scoring) -> None:
     global _scoring
     _scoring = scoring
     torch.set_num_threads(1)  # the threads of the main process do not exist here
-    tqdm.set_lock(threading.RLock())  # nor does who may hold its lock
+    tqdm.set_lock(threading.RLock())  # nor does the thread that may hold its lock
 
 
 def _metrics(number: int) -> Metrics:

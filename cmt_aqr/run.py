@@ -42,7 +42,7 @@ from cmt_aqr.training.seeding import denoising_noise, seed_step
 
 @dataclass
 class Run:
-    """What a training run is made of and how far it is.
+    """The parts of a training run, and its progress.
 
     Attributes:
         model: the detector.
@@ -54,7 +54,7 @@ class Run:
         last_step: the run ends after this many steps.
         step: finished optimizer steps.
         saved_step: of the checkpoint in the work dir, None before the first.
-        probe: validation frames that are looked into after every epoch; None before the first time.
+        probe: validation frames that are inspected after every epoch; None before the first time.
         skipped_steps: steps since the last line of the log whose update the gradient scaler skipped.
     """
 
@@ -203,7 +203,7 @@ def training_centres(index: FrameIndex, choice: BoxChoice) -> Tensor:
 
 
 def initialise(model: nn.Module, path: str) -> str:
-    """Start from a checkpoint of this project, or from backbone weights (torchvision's names); says how much of it."""
+    """Start from a checkpoint of this project, or from backbone weights (torchvision's names); returns what fits."""
     weights = load_weights(path)
     own = model.state_dict()
     prefix = next((p for p in ("", "image_branch.backbone.") if any(p + name in own for name in weights)), None)
@@ -216,7 +216,7 @@ def initialise(model: nn.Module, path: str) -> str:
 
 
 def set_first_weights(model: Detector, config: Config, index: FrameIndex) -> list[str]:
-    """Reference points and weights that a new run starts from; returns what there is to say about them."""
+    """Reference points and weights that a new run starts from; returns notes for the log."""
     if config.model.init == "local":
         init_reference_points(model, training_centres(index, config.data.train_boxes), config.model.point_range)
     if config.training.init_from is None:

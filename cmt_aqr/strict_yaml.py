@@ -57,15 +57,15 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         except ConfigError as error:
             problems.append(f"{shown}: {show_value(text)} is not a YAML value: {error}")
             continue
-        place = tree
+        block = tree
         for depth, key in enumerate(keys[:-1]):
-            inner = place.setdefault(key, {})
+            inner = block.setdefault(key, {})
             if not isinstance(inner, dict):
                 problems.append(f"{shown}: {'.'.join(keys[: depth + 1])} is {show(inner)}, not a block of keys")
                 break
-            place = inner
+            block = inner
         else:
-            place[keys[-1]] = value
+            block[keys[-1]] = value
             origins[".".join(map(show_key, keys))] = shown
     if problems:
         raise ConfigError(problems)

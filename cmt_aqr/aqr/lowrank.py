@@ -4,7 +4,7 @@
     [q, sqrt(D) left] [k, right]^T / sqrt(D) = q k^T / sqrt(D) + left right^T
 
 so that attention without a bias, over D + R channels, computes attention with one (the idea of FlashBias). It is exact
-at the rank of the bias only, and that is high: every query adds a square of cells of its own. For comparisons, not for
+at the rank of the bias only, and that is high: every query adds its own square of cells. For comparisons, not for
 training: no gradient reaches the values of the bias.
 
 Shape letters: B batch, M heads, Q queries, K tokens, D channels of a head, R rank.
@@ -30,7 +30,7 @@ CHANNEL_MULTIPLE = 8
 
 @dataclass(frozen=True)
 class LowRankFactors:
-    """A bias as ``left @ right^T``, and what that leaves of it.
+    """A bias as ``left @ right^T``, and the error of that.
 
     Attributes:
         left: (B, Q, R), right: (B, K, R), float32 or float64, without gradient.
@@ -65,7 +65,7 @@ def make_lowrank_attend(
 
 
 def factorise(bias: AttentionBias, energy: float = ENERGY) -> LowRankFactors:
-    """Factors of a bias, for all layers that share it; warns with their rank and with what they leave.
+    """Factors of a bias, for all layers that share it; warns with their rank and error.
 
     Needs the whole bias (B, Q, K) and its singular value decomposition in memory.
 
@@ -82,7 +82,7 @@ def factorise(bias: AttentionBias, energy: float = ENERGY) -> LowRankFactors:
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     u, singular, vh = torch.linalg.svd(matrix, full_matrices=False)
     rank = rank_of_energy(singular, energy, longest_side=max(matrix.shape[1:]))
-    # The root to both sides: in few bits, neither side is then much larger than the other.
+    # Each factor takes the square root: in low precision neither is then much larger than the other.
     root = singular[..., None, :rank].sqrt()
     left, right = u[..., :rank] * root, vh[..., :rank, :].mT * root
     residual = matrix - left @ right.mT
@@ -107,7 +107,7 @@ def rank_of_energy(singular: Tensor, energy: float, *, longest_side: int) -> int
     Args:
         singular: (B, S) singular values, descending.
         energy: share of the sum of their squares.
-        longest_side: of the matrices; it sets which singular values are rounding errors.
+        longest_side: the larger dimension of the matrix; it decides which singular values are rounding errors.
     """
     noise = singular[:, :1] * longest_side * torch.finfo(singular.dtype).eps
     squares = torch.where(singular > noise, singular, 0).double().square()
@@ -133,14 +133,14 @@ def factored_attention(
         k, v: (B, M, K, D).
         factors: of the bias.
         token_mask: (B, K) bool, True = may be attended to; None: all.
-        query_chunk: queries whose scores (B, M, chunk, K) exist at a time for the lse, which the fused kernels keep to
-            themselves; they need none.
+        query_chunk: queries whose scores (B, M, chunk, K) exist at a time for the lse, which the fused kernels do
+            not return; they need none.
 
     Returns:
         out (B, M, Q, D) in the dtype of v, lse (B, M, Q), at least float32; 0 and -inf for a query without any token.
     """
     scale = 1 / math.sqrt(q.shape[-1])
-    # The fourth root to both sides, as above.
+    # The fourth root to each factor, as above.
     balance = scale**-0.5
     q, k = _append(q, factors.left * balance), _append(k, factors.right * balance)
     mask = None if token_mask is None else token_mask[:, None, None]

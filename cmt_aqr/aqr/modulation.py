@@ -8,7 +8,7 @@ A renderer draws every query's weights into the token grids, a Gaussian over eac
 
     v1:  f * map              v2:  f + 0.1 * f * (map - 1)
 
-Kept for comparison. Unlike the bias, a map lets every query speak for all others.
+Kept for comparison. Unlike the bias, a map makes the weights of one query act on all others.
 
 Shape letters: B batch, Q queries, K tokens, G grids, C channels.
 """
@@ -40,7 +40,7 @@ def render_map(windows: QueryWindows, weights: Tensor) -> Tensor:
     """The queries' weights as a map over all tokens.
 
     Args:
-        windows: of the queries that draw.
+        windows: of the queries that are drawn.
         weights: (B, Q, G) of these queries.
 
     Returns:

@@ -1,7 +1,7 @@
-"""AQR (adaptive query router): every query weighs the sensors by what it sees of them around itself.
+"""AQR (adaptive query router): every query weighs the sensors by their tokens around its reference point.
 
 A router is called as ``aqr(queries, tokens, cameras)`` between the queries and the decoder. It finds the windows of the
-queries, has the generator read weights off the tokens there, and then changes either the cross-attention
+queries, lets the generator compute weights from the tokens there, and then changes either the cross-attention
 (:class:`BiasRouter`) or the tokens (:class:`ModulationRouter`, the two earlier designs).
 
 Shape letters: B batch, Q queries, K tokens, G grids (one a sensor), C channels.
@@ -37,7 +37,7 @@ from cmt_aqr.transformer_layers import Attend
 
 @dataclass(frozen=True)
 class Routed:
-    """What the decoder reads, and what people look at.
+    """What the decoder reads, and what logs, pictures and inspection show.
 
     Attributes:
         tokens: keys and values of the cross-attention.
@@ -84,7 +84,7 @@ def find_windows(
 def mean_weights(weights: Tensor, settings: WindowSettings) -> dict[str, Tensor]:
     """For the log, 0-dim: mean |weight| of every sensor over the weights (B, Q, G).
 
-    ``weights`` are those of the matching queries (``Predictions.aqr_weights``): those of padding queries say nothing.
+    ``weights`` are of the matching queries (``Predictions.aqr_weights``): those of padding queries are meaningless.
     """
     means = weights.abs().mean(dim=(0, 1))
     return {f"aqr_weight_{name}": mean for name, mean in zip(settings.sizes, means, strict=True)}
@@ -140,7 +140,7 @@ class BiasRouter(nn.Module):
         """The tokens as they are, and the attention with the bias clamp(scale * weight) in the windows.
 
         Args:
-            windows: of :meth:`find_windows`; None: they are looked for.
+            windows: of :meth:`find_windows`; None: computed here.
         """
         if windows is None:
             windows = self.find_windows(queries, tokens.layout, cameras)
@@ -157,7 +157,7 @@ class BiasRouter(nn.Module):
         return Routed(tokens, attend, windows, weights, bias)
 
     def token_length(self, layout: TokenLayout, device: torch.device) -> int:
-        """Length of the token axis that suits the attention: flex is faster with zeros up to whole blocks."""
+        """Length of the token axis that the attention wants: flex is faster with zeros up to whole blocks."""
         is_flex = self._evaluator(device) == "flex"
         return layout.padded_length if is_flex else layout.num_tokens
 
@@ -183,8 +183,8 @@ class BiasRouter(nn.Module):
 class ModulationRouter(nn.Module):
     """The designs ``v1`` and ``v2``: weights modulate token features (``modulation.py``); the attention is plain.
 
-    Denoising queries do not draw into the maps: they stand where the ground truth is, and the matching queries would
-    read it there.
+    Denoising queries are left out of the maps: they lie at ground-truth boxes, which the maps would reveal to the
+    matching queries.
 
     Args:
         design: how a map changes features.
@@ -219,7 +219,7 @@ class ModulationRouter(nn.Module):
         """Tokens modulated by the map of the matching queries' weights, and PyTorch's own attention.
 
         Args:
-            windows: of :meth:`find_windows`; None: they are looked for.
+            windows: of :meth:`find_windows`; None: computed here.
         """
         if windows is None:
             windows = self.find_windows(queries, tokens.layout, cameras)

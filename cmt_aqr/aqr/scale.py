@@ -8,8 +8,8 @@ class Scale(nn.Module):
     """The factor between weights and bias.
 
     A learned scale is kept inside its limits by :meth:`clamp_`, called after every optimizer step, and not by its
-    gradient: a gradient held back at a limit before processes average theirs would make the result depend on their
-    number.
+    gradient: a gradient that is cut at a limit before processes average theirs would make the result depend on
+    their number.
 
     Args:
         value: at the start.

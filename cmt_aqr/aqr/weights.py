@@ -1,4 +1,4 @@
-"""The weight generator: a weight per query and sensor, read off the tokens in the query's own windows.
+"""The weight generator: a weight per query and sensor, computed from the tokens in the query's windows.
 
     x = 0
     per layer:  x = norm(x + attention(x + query position; window tokens))
@@ -26,7 +26,7 @@ from cmt_aqr.transformer_layers import Attend, Attention, feed_forward
 Activation = Literal["tanh", "sigmoid"]
 # Standard deviation, before the activation, of the weights of a fresh generator over random queries.
 INIT_STD = 0.02
-# How far inside [0, 1] a fresh generator with sigmoid begins: at the ends themselves it has no slope.
+# How far inside [0, 1] a fresh generator with sigmoid begins: at the ends themselves its gradient is 0.
 INIT_MARGIN = 0.05
 
 
@@ -86,10 +86,10 @@ class GeneratorLayer(nn.Module):
 class WeightGenerator(nn.Module):
     """Queries and the tokens in their windows -> per-query weights of the sensors.
 
-    A fresh generator gives nearly the same weights to every query, those that change nothing, so that training starts
+    A fresh generator gives nearly the same weights to every query, those without effect, so that training starts
     from the detector as it is. The last layer's weights are drawn with a standard deviation of ``INIT_STD`` /
     sqrt(C): small, but not 0, because then no gradient would reach what comes before. Its bias is 0 for tanh; for
-    sigmoid, which has no slope at 0 and 1, it begins ``INIT_MARGIN`` away from ``neutral``.
+    sigmoid, whose gradient is 0 at 0 and 1, it begins ``INIT_MARGIN`` away from ``neutral``.
 
     Args:
         dim: C.
@@ -98,7 +98,7 @@ class WeightGenerator(nn.Module):
         num_layers: number of layers.
         num_grids: G.
         activation: ``tanh``: weights in [-1, 1]; ``sigmoid``: in [0, 1].
-        neutral: the weight that changes nothing: 0 for a bias, 1 for a factor.
+        neutral: the weight that has no effect: 0 for a bias, 1 for a factor.
 
     Raises:
         ValueError: another activation; tanh with a neutral weight other than 0.

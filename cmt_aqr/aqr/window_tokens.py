@@ -15,7 +15,7 @@ def window_tokens(windows: QueryWindows, number: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         tokens (B, Q, T) int64 index on the token axis, T = N (2 radius + 1)^2, 0 where not valid; is_valid (B, Q, T)
-        bool: the cell belongs to the window and lies inside the grid.
+        bool: the cell is in the window and inside the grid.
     """
     grid = windows.layout.grids[number]
     radius = windows.settings.radius(grid)

@@ -1,6 +1,6 @@
 """Cross-attention with a bias in windows: torch and the standard library only, usable alone.
 
-``query_windows`` finds each query's windows, ``AttentionBias`` says what is added to the scores there, ``attend``
+``query_windows`` finds each query's windows, ``AttentionBias`` holds what is added to the scores there, ``attend``
 computes the attention. See docs/architecture.md and the example in README.md.
 """
 

@@ -66,7 +66,7 @@ def softmax_with_lse(scores: Tensor, v: Tensor, *, may_be_masked: bool = True) -
         out (B, M, Q, D) in the dtype of v; lse (B, M, Q), at least float32.
     """
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if may_be_masked:  # exp(-inf + inf) otherwise; a row of 0 is like others, and is taken out below
+    if may_be_masked:  # exp(-inf + inf) otherwise; the output of such a row is set to 0 below
         is_masked = wide.detach().amax(dim=-1, keepdim=True) == -math.inf
         wide = torch.where(is_masked, 0, wide)
     shares = wide.softmax(dim=-1)
@@ -77,7 +77,7 @@ def softmax_with_lse(scores: Tensor, v: Tensor, *, may_be_masked: bool = True) -
 
 
 class _LogSumExp(torch.autograd.Function):
-    """logsumexp of scores (..., K) whose softmax is at hand: the largest share is exp(largest score - lse)."""
+    """logsumexp of scores (..., K) whose softmax is known: its largest value is exp(largest score - lse)."""
 
     @staticmethod
     def forward(ctx, scores, shares):

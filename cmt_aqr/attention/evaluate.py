@@ -16,7 +16,7 @@ from .score_mod import attention_with_score_mod
 
 Backend = Literal["auto", "flex", "score_mod", "dense"]
 BACKENDS = get_args(Backend)
-# The folder flex/ is for speed alone; without it `auto` means score_mod on a GPU.
+# The folder flex/ may be deleted, it only adds speed; without it `auto` means score_mod on a GPU.
 HAS_FLEX = find_spec(f"{__package__}.flex") is not None
 # out, lse of q (B, M, Q, D) and k, v (B, M, K, D).
 AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -53,7 +53,7 @@ def make_attend(bias: AttentionBias, *, backend: Backend = "auto", token_mask: T
     chosen = choose_backend(backend, bias.values.device)
     num_tokens = bias.windows.layout.num_tokens
     if chosen == "flex":
-        from .flex import make_flex_attention  # here alone, so that the folder can be left out
+        from .flex import make_flex_attention  # imported here only, so that the folder can be deleted
 
         with_flex = make_flex_attention(bias, token_mask)
 

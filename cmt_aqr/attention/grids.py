@@ -85,7 +85,7 @@ class TokenLayout:
         return self.token_range(number)[0] + (view * grid.rows + row) * grid.cols + col
 
     def table(self, device: torch.device | str | None = None) -> Tensor:
-        """The way back: (4, K) int64 number of the grid, view, row and col of every token."""
+        """The inverse of :meth:`index`: (4, K) int64 number of the grid, view, row and col of every token."""
         tables = []
         for number, grid in enumerate(self.grids):
             axes = [torch.arange(size, device=device) for size in (grid.views, grid.rows, grid.cols)]

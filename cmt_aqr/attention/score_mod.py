@@ -1,7 +1,7 @@
 """The bias as FlexAttention's documentation shows it: a score_mod that looks up where a token lies and adds the bias.
 
 ``make_score_mod`` is all that a port to FlexAttention needs. On a GPU gradients reach q, k, v and the bias, the latter
-by atomic additions, so they are not the same bits in every run. On a CPU the compiled kernel has no lse and no backward
+by atomic additions, so they are not reproducible bit for bit. On a CPU the compiled kernel has no lse and no backward
 pass.
 
 Shape letters: B batch, M heads, Q queries, G grids, N windows of a query in one grid, K tokens, D channels of a head.
@@ -37,7 +37,7 @@ def make_score_mod(bias: AttentionBias, token_mask: Tensor | None = None) -> Sco
     # Contiguous: the compiler for CPUs takes no views as captured tensors.
     grid, view, row, col = (x.contiguous() for x in windows.layout.table(values.device))
     radius = torch.cat([torch.full_like(grid[:1], windows.settings.radius(g)) for g in windows.layout.grids])
-    # One table (B, Q, G, N, 3) for all grids; those with fewer windows have none in the last places.
+    # One table (B, Q, G, N, 3) for all grids; grids with fewer windows per query are filled up with NO_WINDOW.
     num_windows = max(cells.shape[2] for cells in windows.cells)
     centres = [F.pad(cells, (0, 0, 0, num_windows - cells.shape[2]), value=NO_WINDOW) for cells in windows.cells]
     centre_view, centre_row, centre_col = (x.contiguous() for x in torch.stack(centres, dim=2).unbind(-1))

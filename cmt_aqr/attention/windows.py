@@ -15,18 +15,18 @@ from torch import Tensor
 
 from .grids import Grid, TokenLayout
 
-# Smaller depths are raised to it before the perspective division (Quirk Q11); metres.
+# Lower limit of the depth before the perspective division (Quirk Q11); metres.
 MIN_DEPTH = 1e-5
 NO_WINDOW = -1
 
 
 @dataclass(frozen=True)
 class WindowSettings:
-    """Size and place of the windows.
+    """Size of the windows, and which queries have one.
 
     Attributes:
-        sizes: window size in cells for the name of every grid; a window reaches size // 2 cells to every side, so 5 is
-            5 x 5 and 8 is 9 x 9.
+        sizes: window size in cells for the name of every grid; its radius is size // 2, so 5 is 5 x 5 and
+            8 is 9 x 9.
         camera_assignment: ``first``: the first camera, in the fixed order, that sees the point; ``all``: every one.
         unseen: ``none``: a point that no camera sees has no camera window; ``corner``: it has one at view 0, row 0,
             column 0, as in the original (Quirk Q11), for comparisons only.
@@ -50,7 +50,7 @@ class WindowSettings:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
     def radius(self, grid: Grid) -> int:
-        """Cells that a window in this grid reaches to every side."""
+        """Radius of a window in this grid, in cells."""
         return self.sizes[grid.name] // 2
 
 
@@ -83,7 +83,7 @@ class QueryWindows:
 
 
 def in_window(rows_away: Tensor, cols_away: Tensor, radius: int | Tensor) -> Tensor:
-    """The shape of a window, a square: whether a cell so many rows and columns away from the centre lies in it."""
+    """The shape of a window, a square: whether a cell so many rows and columns away from the centre is inside."""
     return (rows_away.abs() <= radius) & (cols_away.abs() <= radius)
 
 

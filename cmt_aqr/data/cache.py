@@ -17,19 +17,19 @@ _HASH_BLOCK = 1 << 22
 
 @contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
-    """Hold `path`.lock while the block runs; other processes say that they wait. The lock dies with its holder.
+    """Hold `path`.lock while the block runs; other processes log that they wait. The lock ends with its holder.
 
     Raises:
         DataError: the folder cannot be written, or its file system has no locks.
     """
 
-    def say(holder: str) -> None:
+    def log_wait(holder: str) -> None:
         logger.warning("%s is being written by %s: waiting for it", path, holder)
 
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locks.exclusive_lock(path.with_name(path.name + ".lock"), on_wait=say))
+            stack.enter_context(locks.exclusive_lock(path.with_name(path.name + ".lock"), on_wait=log_wait))
         except OSError as error:
             raise DataError(f"cache folder {path.parent} cannot be written: {error.strerror}") from None
         yield

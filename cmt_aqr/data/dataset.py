@@ -1,4 +1,4 @@
-"""Frames of an index -> Samples: read the sensors that are used, augment, hand over."""
+"""Frames of an index -> Samples: the sensors that are used are read and augmented."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -179,7 +179,7 @@ class FrameDataset(Dataset[Sample]):
             sample = transform_scene(sample, draw_scene_augmentation(scene_rng, augmentation.scene))
         sample = replace(sample, targets=filter_targets(sample.targets, augmentation.point_range))
         if self._skip_empty_frames and not len(sample.targets.labels):
-            return sample  # it will be replaced: the rest would be for nothing
+            return sample  # it will be replaced, so the rest is skipped
         if sample.points is not None:
             points = filter_points(sample.points, augmentation.point_range)
             sample = replace(sample, points=shuffle_points(points, scene_rng))

@@ -63,7 +63,7 @@ class GtDatabase:
         return len(self.labels)
 
     def points(self, index: int) -> Tensor:
-        """(P, 5) float32 points of one object, back at the place of its box; column 4 is the time lag."""
+        """(P, 5) float32 points of one object, at the position of its box; column 4 is the time lag."""
         row_bytes = POINT_SIZE * np.dtype(np.float32).itemsize
         start, stop = (int(offset) * row_bytes for offset in self.point_offsets[index : index + 2])
         points = torch.frombuffer(self._read("points.bin", start, stop), dtype=torch.float32).view(-1, POINT_SIZE)
@@ -78,7 +78,7 @@ class GtDatabase:
         return decode(self._read("patches.bin", start, stop))
 
     def _read(self, name: str, start: int, stop: int) -> bytearray:
-        # Opened anew each time: no handle has to survive the way into a worker process.
+        # Opened anew each time: no file handle has to be sent to a worker process.
         with open(self.folder / name, "rb") as file:
             file.seek(start)
             data = bytearray(file.read(stop - start))

@@ -1,10 +1,10 @@
-"""The index: everything a split's samples need from the nuScenes tables, in one file that opens in a moment.
+"""The index: everything a split's samples need from the nuScenes tables, in one file that opens fast.
 
 File: one zlib stream of JSON a frame, in the order of the frames; then one of the header (format, settings,
-fingerprint of the tables, tokens and classes of the frames, where each begins); then the header's place and a mark,
-16 bytes. It is written as the frames come and a frame is read when it is asked for, so neither needs memory for all.
+fingerprint of the tables, tokens and classes of the frames, where each begins); then the header's offset and a mark,
+16 bytes. Frames are written one by one and read on demand, so neither needs memory for all of them.
 
-The fingerprint holds size, time stamp and SHA-256 of every table read. Equal sizes and time stamps are believed; where
+The fingerprint holds size, time stamp and SHA-256 of every table read. Equal sizes and time stamps are trusted; where
 a time stamp differs the table is hashed; where the hash differs the index is rebuilt.
 """
 
@@ -162,7 +162,7 @@ class FrameIndex:
         self.path = path
         contents = [header["settings"], {name: mark[2] for name, mark in sorted(header["tables"].items())}]
         self.content_hash = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-        self._places: list[int] = header["places"]
+        self._offsets: list[int] = header["places"]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -179,9 +179,9 @@ class FrameIndex:
             IndexError: no such frame.
         """
         index = range(len(self))[index]
-        first, end = self._places[index : index + 2]
+        first, end = self._offsets[index : index + 2]
         try:
-            # Opened anew each time: no handle has to survive the way into a worker process.
+            # Opened anew each time: no file handle has to be sent to a worker process.
             with open(self.path, "rb") as file:
                 file.seek(first)
                 return Frame.from_json(zlib.decompress(file.read(end - first)))
@@ -231,16 +231,16 @@ def open_index(
 
 
 def _write_frames(file: BinaryIO, frames: Iterable[Frame]) -> dict:
-    """Write frames one after the other; returns what the header must say about them."""
-    tokens, places = [], [0]
+    """Write frames one after the other; returns their part of the header."""
+    tokens, offsets = [], [0]
     labels: dict[str, list[list[int]]] = {choice: [] for choice in get_args(BoxChoice)}
     for frame in frames:
-        places.append(places[-1] + file.write(zlib.compress(frame.to_json().encode(), _COMPRESSION)))
+        offsets.append(offsets[-1] + file.write(zlib.compress(frame.to_json().encode(), _COMPRESSION)))
         tokens.append(frame.token)
         for choice, found in labels.items():
             is_chosen = frame.chosen(choice).tolist()
             found.append(sorted({label for label, keep in zip(frame.labels, is_chosen, strict=True) if keep}))
-    return {"tokens": tokens, "places": places, "frame_labels": labels}
+    return {"tokens": tokens, "places": offsets, "frame_labels": labels}
 
 
 def _read_header(path: Path) -> dict:
@@ -253,14 +253,14 @@ def _read_header(path: Path) -> dict:
         end = file.seek(0, 2) - _END.size
         file.seek(max(end, 0))
         try:
-            place, mark = _END.unpack(file.read())
+            offset, mark = _END.unpack(file.read())
         except struct.error:
             mark = b""
         if mark != _MARK:
             raise ValueError("its end is missing")
-        file.seek(place)
-        header = json.loads(zlib.decompress(file.read(end - place)))
-    if not header["places"][-1] == place or len(header["places"]) != len(header["tokens"]) + 1:
+        file.seek(offset)
+        header = json.loads(zlib.decompress(file.read(end - offset)))
+    if not header["places"][-1] == offset or len(header["places"]) != len(header["tokens"]) + 1:
         raise ValueError("its header does not fit its frames")
     return header
 

@@ -1,7 +1,7 @@
 """JPEG bytes into pixels, and damage that shows in the bytes alone.
 
-torchvision's decoder is a quarter faster than OpenCV's and gives the same pixels; it announces its removal, so OpenCV
-stands in where it is gone. Neither says that a file was damaged in the middle: the rest of the picture is wrong then.
+torchvision's decoder is a quarter faster than OpenCV's and gives the same pixels; its removal is announced, so OpenCV
+is the fallback. Neither reports damage in the middle of a file, after which the rest of the picture is wrong.
 """
 
 import re
@@ -16,7 +16,7 @@ try:
 except ImportError:  # removed, as announced since torchvision 0.29
     decode_jpeg = None
 
-# Last marker of a JPEG, and how far before the end of the file it may stand (some writers pad).
+# Last marker of a JPEG, and its largest distance from the end of the file (some writers pad).
 END = b"\xff\xd9"
 TAIL = 1024
 

@@ -15,7 +15,7 @@ from cmt_aqr.data.sampling import EvaluationSampler, SampleKey, TrainingSampler
 
 
 class _ErrorsAsValues(Dataset):
-    """Hands a `DataError` over as a value: the DataLoader would bury its sentence in a worker's traceback."""
+    """Returns a `DataError` as a value: the DataLoader would bury its sentence in a worker's traceback."""
 
     def __init__(self, dataset: Dataset[Sample]):
         self._dataset = dataset
@@ -62,7 +62,7 @@ def _start_worker(worker: int) -> None:
 
 
 def _next_item(items: Iterator, workers: list[multiprocessing.Process]) -> Batch | DataError | None:
-    """The next item, None at the end. A worker that dies while it hands over a tensor breaks a connection instead."""
+    """The next item, None at the end. A worker that dies while it sends a tensor breaks a connection instead."""
     try:
         return next(items, None)
     except (ConnectionError, EOFError):
@@ -88,7 +88,7 @@ class Loader:
 
         Args:
             epoch: counts from 0.
-            first_batch: batches of the epoch that a resumed run has behind it; they are not loaded.
+            first_batch: batches of the epoch that a resumed run has finished; they are not loaded.
         """
         self._sampler.set_epoch(epoch, first_batch * self._loader.batch_size)
 

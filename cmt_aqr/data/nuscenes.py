@@ -36,7 +36,7 @@ _TABLES = (
     "calibrated_sensor", "category", "ego_pose", "instance", "sample", "sample_annotation", "sample_data", "scene",
     "sensor",
 )  # fmt: skip
-# Seconds; a sweep older than this belongs to another recording.
+# Seconds; an older sweep is of another recording.
 _MAX_LAG = 60.0
 # Version and split become parts of file names.
 _NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]*")

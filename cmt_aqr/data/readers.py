@@ -1,7 +1,7 @@
-"""Sensor files: LiDAR .bin and camera JPEG into tensors, with every way a file can be wrong said in one sentence.
+"""Sensor files: LiDAR .bin and camera JPEG into tensors, and one sentence for every fault of a file.
 
-Names come from the tables, which keep them below the data root (`table_schema.FILE`). A symbolic link there may lead
-out of it: data sets are often put together from several disks. What it leads to must be a regular file.
+Names come from the tables, which keep them below the data root (`table_schema.FILE`). A symbolic link may point
+outside it: data sets are often spread over several disks. Its target must be a regular file.
 """
 
 import os
@@ -20,7 +20,7 @@ from cmt_aqr.data.sample import DataError
 # nuScenes LiDAR files: x, y, z, intensity, ring index, float32 each.
 POINT_SIZE = 5
 _COLUMNS = ("x", "y", "z", "intensity", "ring")
-# Metres, and whatever the intensity's unit is: a larger number is damage, and would be the only thing a network sees.
+# Metres, and whatever the intensity's unit is: a larger number is damage, and would dominate everything else.
 MAX_VALUE = 1e5
 
 
@@ -183,7 +183,7 @@ def image_size_of(frame: Frame) -> tuple[int, int]:
 
 
 def read_views(frame: Frame, dataroot: Path) -> Iterator[np.ndarray]:
-    """The views as on disk, (height, width, 3) uint8 RGB each, read as they are asked for; a missing view is black."""
+    """The views as on disk, (height, width, 3) uint8 RGB each, read lazily; a missing view is black."""
     for camera in frame.cameras:
         yield read_view(camera, dataroot)
 

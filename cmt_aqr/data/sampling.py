@@ -17,7 +17,7 @@ class SampleKey(NamedTuple):
     Attributes:
         index: frame in the dataset.
         epoch: counts from 0.
-        position: place in the epoch's global order, the same for every number of processes; tells repeats of one frame
+        position: in the epoch's global order, the same for every number of processes; it tells repeats of one frame
             apart.
     """
 

@@ -1,6 +1,6 @@
 """Official nuScenes detection metrics of a submission, through the devkit's ``DetectionEval``.
 
-The devkit's functions load the ground truth, filter and match; what is added here is what they leave out: user errors
+The devkit's functions load the ground truth, filter and match; this module adds what they leave out: user errors
 as one sentence each, a submission without any detection, the mean AP of the classes that are in the data at all, and a
 table.
 """
@@ -39,7 +39,7 @@ _ERRORS = {"trans_err": "ATE", "scale_err": "ASE", "orient_err": "AOE", "vel_err
 
 @dataclass(frozen=True)
 class Metrics:
-    """What the benchmark says about one submission. NaN where a figure does not exist.
+    """Metrics of one submission; NaN where a metric is not defined.
 
     Attributes:
         split: evaluated split.
@@ -72,7 +72,7 @@ class Metrics:
         return json.dumps(_without_nan(asdict(self)), indent=2, allow_nan=False)
 
     def scalars(self) -> dict[str, float]:
-        """The headline figures, flat, for a log: mAP, NDS, mATE ..., and AP/<class>."""
+        """The main metrics, flat, for a log: mAP, NDS, mATE ..., and AP/<class>."""
         headline = {"mAP": self.mean_ap, "NDS": self.nds, "mAP_in_range": self.mean_ap_in_range, **self.mean_errors}
         return headline | {f"AP/{name}": value for name, value in self.ap.items()}
 
@@ -165,14 +165,14 @@ def evaluate_submission(
 
 
 def format_table(metrics: Metrics) -> str:
-    """Plain text table of everything in ``metrics``; a figure that does not exist is '-'."""
+    """Plain text table of everything in ``metrics``; a metric that is not defined is '-'."""
     distances = list(next(iter(metrics.ap_at.values())))
     present = sum(count > 0 for count in metrics.num_ground_truth.values())
     headline = {"mAP": metrics.mean_ap, "NDS": metrics.nds} | metrics.mean_errors
     lines = [
         f"split {metrics.split}, {metrics.num_samples} samples",
-        "   ".join(f"{name} {_figure(value, 4)}" for name, value in headline.items()),
-        f"mean AP of the {present} classes in range {_figure(metrics.mean_ap_in_range, 4)}",
+        "   ".join(f"{name} {_number(value, 4)}" for name, value in headline.items()),
+        f"mean AP of the {present} classes in range {_number(metrics.mean_ap_in_range, 4)}",
         "",
         f"{'class':<20} {'GT':>7} {'boxes':>7} {'AP':>7}"
         + "".join(f" {f'@{d:g}m':>6}" for d in distances)
@@ -183,10 +183,10 @@ def format_table(metrics: Metrics) -> str:
     for name in CLASSES:
         lines.append(
             f"{name:<20} {metrics.num_ground_truth[name]:>7} {metrics.num_detections[name]:>7}"
-            f" {_figure(metrics.ap[name]):>7}"
-            + "".join(f" {_figure(metrics.ap_at[name][d]):>6}" for d in distances)
+            f" {_number(metrics.ap[name]):>7}"
+            + "".join(f" {_number(metrics.ap_at[name][d]):>6}" for d in distances)
             + " "
-            + "".join(f" {_figure(metrics.errors[name][error]):>6}" for error in _ERRORS.values())
+            + "".join(f" {_number(metrics.errors[name][error]):>6}" for error in _ERRORS.values())
         )
     return "\n".join(lines)
 
@@ -269,7 +269,7 @@ def _in_range(nusc: NuScenes, boxes: EvalBoxes, config: DetectionConfig, verbose
 
 
 def _collect(official: DetectionMetrics, split: str, truth: EvalBoxes, predictions: EvalBoxes) -> Metrics:
-    """The devkit's figures as plain Python numbers."""
+    """The devkit's metrics as plain Python numbers."""
     content = official.serialize()
     num_truth = Counter(box.detection_name for box in truth.all)
     num_detections = Counter(box.detection_name for box in predictions.all)
@@ -325,7 +325,7 @@ def _velocities(nusc: NuScenes, path: str | os.PathLike | None) -> Iterator[None
         del nusc.box_velocity
 
 
-def _figure(value: float, digits: int = 3) -> str:
+def _number(value: float, digits: int = 3) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 

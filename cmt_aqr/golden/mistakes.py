@@ -312,7 +312,7 @@ def sigmoids(case: Case) -> Attempts:
 
 
 def weight_activation(case: Case) -> Attempts:
-    """Sigmoid in the place of tanh, and the other way round."""
+    """Sigmoid instead of tanh, and the other way round."""
     left = case.left.double()
     if case.constants.get("activation") == "sigmoid":
         yield "the activation of the weights is sigmoid, not tanh", left.logit().tanh(), case.right

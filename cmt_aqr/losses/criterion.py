@@ -34,8 +34,8 @@ def total_loss(terms: dict[str, Tensor]) -> Tensor:
 def box_l1(codes: Tensor, wanted: Tensor, is_used: Tensor, code_weights: Tensor) -> Tensor:
     """Weighted L1 distance of box codes, summed over everything but the layers.
 
-    A target component that is not finite (a velocity nobody annotated) has weight zero; the other components of that
-    box still count. The original drops the whole box there, and its data pipeline writes 0 for unknown velocities.
+    A target component that is not finite (a velocity without annotation) has weight zero; the other components of
+    that box still count. The original drops the whole box there, and its data pipeline writes 0 for unknown velocities.
 
     Args:
         codes: (L, B, N, 10).
@@ -64,7 +64,7 @@ class Criterion(nn.Module):
         cls_weight, box_weight: weights of the focal and of the L1 terms.
         dn_weight: factor on the denoising terms.
         cls_cost, box_cost: weights of the matching cost.
-        background_weight: part of a background query in the class normaliser (*Quirk Q9*).
+        background_weight: weight of a background query in the class normaliser (*Quirk Q9*).
         positive_threshold: of the denoising queries, enters their class normaliser (*Quirk Q8*).
         alpha, gamma: of the focal loss and cost.
         reduce_mean: averages a float64 tensor over processes; None keeps local counts.
@@ -119,8 +119,8 @@ class Criterion(nn.Module):
             predictions: of the detector; the loss is computed in their dtype, and in float32 for lower ones.
             targets: one record per sample, on the device of the predictions.
             denoising: what the detector was given.
-            counts: (2 T + 1,) what normalises the loss where this is a part of a larger batch: the mean of
-                :meth:`count` over its parts and processes; None: that of these samples over the processes.
+            counts: (2 T + 1,) normalisers where these samples are part of a larger batch: the mean of :meth:`count`
+                over its parts and processes; None: that of these samples over the processes.
 
         Returns:
             0-dim tensors: ``loss_cls``, ``loss_bbox`` of the last layer, ``d{i}.loss_cls``, ``d{i}.loss_bbox`` of the

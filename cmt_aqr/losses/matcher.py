@@ -108,7 +108,7 @@ def solve(costs: np.ndarray, tasks: np.ndarray, num_tasks: int) -> np.ndarray:
 
     Returns:
         (T, L, B, Q) int64: the box of each query, index into its frame, or -1. Where a task has more boxes than there
-        are queries, every query gets one and the most expensive boxes stay without.
+        are queries, every query gets one and the most expensive boxes get none.
 
     Raises:
         NonFiniteError: a cost that matters is not finite; names layer and sample.

@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         keys = tokens + token_positions
         x = torch.zeros_like(query_positions)
         outputs = []
-        # One product for all layers, where no backward pass would have to keep the gradients of all its parts at once.
+        # One product for all layers, unless a backward pass would have to hold the gradients of all layers at once.
         is_projected = not torch.is_grad_enabled()
         if is_projected:
             attentions = [layer.cross_attention for layer in self.layers]

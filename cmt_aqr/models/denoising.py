@@ -1,4 +1,4 @@
-"""Denoising queries: noised ground-truth boxes as extra queries of a constant number, and who may see whom.
+"""Denoising queries: noised ground-truth boxes as extra queries, a constant number of them, and the attention mask.
 
 Shape letters: B batch, G boxes of a frame, Q = num_dn + num_queries.
 """
@@ -74,7 +74,7 @@ def denoising_mask(
     """Self-attention mask (Q, Q) bool, True = row may attend to column.
 
     A group sees itself, empty slots included (*Quirk Q8*), and all matching queries; matching queries see only each
-    other; a padding row sees only itself, which keeps its softmax finite, and nobody sees it.
+    other; a padding row sees only itself, which keeps its softmax finite, and no other row sees it.
     """
     first = num_dn - groups * slots
     index = torch.arange(num_dn + num_queries, device=device)

@@ -140,7 +140,7 @@ class Detector(nn.Module):
         return self.decode(queries, self.route(queries, tokens, cameras))
 
     def locate(self, layout: TokenLayout, batch_size: int, cameras: Cameras | None) -> Places:
-        """Everything in front of the decoder that the maps do not change, for :meth:`forward_located`.
+        """Everything before the decoder that does not depend on the maps, for :meth:`forward_located`.
 
         Args:
             layout: of :meth:`make_layout`.
@@ -212,7 +212,7 @@ class Detector(nn.Module):
         return make_cameras(lidar2img, image_size, dtype=self.reference_points.weight.dtype)
 
     def make_layout(self, bev_map: Tensor | None, pv_maps: Tensor | None) -> TokenLayout:
-        """Grids of the sensors that are there, BEV first, from the shapes of the maps of :meth:`forward_features`."""
+        """Grids of the available sensors, BEV first, from the shapes of the maps of :meth:`forward_features`."""
         if (bev_map is None) != (self.shared_conv is None) or (pv_maps is None) != (self.ray_embedding is None):
             raise ValueError(
                 f"the detector is built {'without' if self.shared_conv is None else 'with'} LiDAR and "
@@ -234,7 +234,7 @@ class Detector(nn.Module):
         cameras: Cameras | None,
         positions: Tensor | None = None,
     ) -> Tokens:
-        """Tokens of the sensors that are there; maps and cameras as in :meth:`forward_features`.
+        """Tokens of the available sensors; maps and cameras as in :meth:`forward_features`.
 
         Args:
             positions: of :meth:`token_positions`; None: they are computed.
@@ -255,12 +255,12 @@ class Detector(nn.Module):
             if grid.name == "camera":
                 positions.append(pv_positions(self.ray_embedding, grid.rows, grid.cols, cameras))
             else:
-                place = bev_positions(self.bev_embedding, grid.rows, grid.cols, like=self.reference_points.weight)
-                positions.append(place.expand(batch_size, -1, -1))
+                bev = bev_positions(self.bev_embedding, grid.rows, grid.cols, like=self.reference_points.weight)
+                positions.append(bev.expand(batch_size, -1, -1))
         return self._join(positions, layout)
 
     def _join(self, parts: list[Tensor], layout: TokenLayout) -> Tensor:
-        """Tokens (B, K_i, C) of the grids side by side, with the zeros that the attention wants behind them."""
+        """Tokens (B, K_i, C) of the grids side by side, padded with zeros to the length that the attention wants."""
         length = layout.num_tokens
         if self.aqr is not None:
             length = self.aqr.token_length(layout, parts[0].device)

@@ -28,7 +28,7 @@ def encode_points_fixed(branch: LidarBranch, points: Tensor, sizes: Sequence[int
     """`LidarBranch.forward` with fixed sizes, always by the torch backend.
 
     Args:
-        points: (B, P, F) metres, LiDAR frame; rows of NaN are no points (`voxels.pad_points`).
+        points: (B, P, F) metres, LiDAR frame; rows of NaN are padding (`voxels.pad_points`).
         sizes: rows kept for the voxels, then for the output of each strided convolution of the encoder.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Batch norm folded into the convolution in front of it: the same numbers up to rounding, one pass less over the map.
+"""Batch norm folded into the convolution before it: the same numbers up to rounding, one pass less over the map.
 
     norm(conv(x)) = s (W x + c - mean) + beta = (s W) x + (beta + s (c - mean)),   s = gamma / sqrt(var + eps)
 
@@ -15,14 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cmt_aqr.models.sparse import SparseConvolution
 
-# Names of a convolution and of the norm behind it, in modules that are no sequence.
+# Names of a convolution and of the norm after it, in modules that are not an nn.Sequential.
 PAIRS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("conv", "norm"))
 # Dimension of a weight along which the output channels lie.
 OUTPUT_DIM = {nn.Conv2d: 0, nn.ConvTranspose2d: 1, SparseConvolution: 0}
 
 
 class RowShift(nn.Module):
-    """What is left of a batch norm behind a sparse convolution, which has no bias of its own."""
+    """What is left of a batch norm after a sparse convolution, which has no bias of its own."""
 
     def __init__(self, bias: Tensor) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class RowShift(nn.Module):
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """A copy of a model for inference: eval mode, no gradients, batch norms folded, computed in float64.
 
-    Folded are the norms that stand behind a convolution in a sequence or under one of the names of ``PAIRS``; others
+    Folded are the norms that follow a convolution in an nn.Sequential or under one of the names of ``PAIRS``; others
     stay as they are. Weights keep their dtype, the state_dict of the copy has other names.
     """
     folded = copy.deepcopy(model).eval().requires_grad_(False)
@@ -55,7 +55,7 @@ def _neighbours(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _fold(convolution: nn.Module, norm: _BatchNorm) -> nn.Module:
-    """Scale the weight of a convolution and give it its new bias; returns what takes the place of the norm."""
+    """Scale the weight of a convolution and give it its new bias; returns what replaces the norm."""
     scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
     bias = getattr(convolution, "bias", None)
     shift = norm.bias.double() + scale * ((0 if bias is None else bias.double()) - norm.running_mean.double())

@@ -1,6 +1,6 @@
 """GridMask: hides a regular pattern of rectangles of the training images.
 
-The random draws and the formula are apart: `draw_grid_mask` takes a generator, `grid_mask` only its result.
+The random draws and the formula are separate: `draw_grid_mask` takes a generator, `grid_mask` only its result.
 
 *Source*: Chen et al., "GridMask Data Augmentation", 2020; the original program's GridMask with mode 1, no rotation.
 """

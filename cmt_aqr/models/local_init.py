@@ -1,12 +1,12 @@
-"""Weights to start from in which every query already attends to the tokens around it.
+"""Initial weights with which every query already attends to the tokens around it.
 
-From the usual random start a decoder spends tens of thousands of steps on finding out that a query should look near
+From the usual random initialisation a decoder needs tens of thousands of steps to learn that a query should look near
 its reference point: the position embeddings of a query and of a token near it come from the same network, but the two
-random projections that compare them hide that. Here the comparison is right from the first step. The position networks
-are set, by least squares, to Fourier series of the position, and the projections of queries and keys to the same
-multiple of the identity: the score of a query and a token is then a smooth bump of their distance. With both sensors,
-the first half of the heads looks at the ground and the second half along the camera rays. Nothing is added to the
-model, and training moves these weights like all others. The official settings do not use it.
+random projections that compare them destroy that similarity. Here it is there from the first step: the position
+networks are set, by least squares, to Fourier series of the position, and the projections of queries and keys to
+the same multiple of the identity: the score of a query and a token is then a smooth bump of their distance. With both
+sensors, the first half of the heads compares positions on the ground, the second half directions of camera rays. The
+model is unchanged, and training changes these weights like all others. The official settings do not use it.
 
 Shape letters: C channels, M heads, D = C / M, N samples of a fit.
 """
@@ -24,9 +24,9 @@ from cmt_aqr.models.position import BevEmbedding, RayEmbedding, ray_depths, sine
 # Size of an embedding's components. Large against the content it is added to (about 1), so that content does not blur
 # the attention, and so that one optimizer step changes it little.
 AMPLITUDE = 30.0
-# Score of a query with a token at the same place; far away it is about 0.
+# Score of a query with a token at the same position; far away it is about 0.
 PEAK_SCORE = 20.0
-# Period of the slowest wave in units of the point range: above 1, so that opposite borders do not look alike.
+# Period of the slowest wave in units of the point range: above 1, so that opposite borders differ.
 PERIOD = 1.25
 # Width of the Gaussian weights of the harmonics, in units of their number.
 SPECTRUM_WIDTH = 1 / 1.5
@@ -39,9 +39,9 @@ _RIDGE_POSITION = 1e-3
 _RIDGE_SERIES = 1e-4
 _RIDGE_RAY = 1e-1
 _RAY_SAMPLES = 8192
-# Slope (rise over run) beyond which the ray fit does not look; the cameras see about +-0.5.
+# Slope (rise over run) up to which rays are fitted; the cameras see about +-0.5.
 MAX_SLOPE = 0.6
-# A pixel's ray is as long as its depth is 1: longer than 1 on the ground plane, by 1 / cos of the angle off the axis.
+# Rays are scaled to depth 1, so off the axis they are longer than 1 on the ground, by 1 / cos of the angle.
 MAX_RAY_STRETCH = 1.8
 
 
@@ -93,14 +93,14 @@ def start_bev_embedding(embedding: BevEmbedding, heads: range, head_dim: int) ->
     x = torch.linspace(0, 1, _SAMPLES, dtype=torch.float64)
     sines = sine_embedding(torch.stack((x, x), dim=-1), dim)[:, :dim]
     to_x = _fit(sines, x[:, None], _RIDGE_POSITION)[:, 0]
-    places = torch.linspace(-1 / knots, 1 - 1 / knots, knots, dtype=torch.float64)
+    offsets = torch.linspace(-1 / knots, 1 - 1 / knots, knots, dtype=torch.float64)
     steepness = knots / 8
-    bent = torch.relu(steepness * (_with_one(sines) @ to_x)[:, None] - steepness * places)
+    bent = torch.relu(steepness * (_with_one(sines) @ to_x)[:, None] - steepness * offsets)
     series = AMPLITUDE * fourier_features(x, head_dim // 2, period=PERIOD)
     to_series = _fit(bent, series, _RIDGE_SERIES)
 
     first.weight.zero_()
-    first.bias.copy_(steepness * (to_x[-1] - places).repeat(2))
+    first.bias.copy_(steepness * (to_x[-1] - offsets).repeat(2))
     first.weight[:knots, dim:] = (steepness * to_x[:-1]).to(first.weight)  # x: the second half of the sine embedding
     first.weight[knots:, :dim] = (steepness * to_x[:-1]).to(first.weight)
     both_axes = torch.zeros(dim + 1, 2 * series.shape[1], dtype=torch.float64)

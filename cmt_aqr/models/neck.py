@@ -1,4 +1,4 @@
-"""The feature pyramid behind an image backbone.
+"""The feature pyramid after an image backbone.
 
 Shapes: N images, C channels, (H, W) cells.
 """

@@ -5,11 +5,11 @@ Shapes: B batch, R rows (active cells), K kernel positions (27 or 3), C channels
 Every level has a dense table of its grid that gives each active cell its row. The grid has a border of one inactive
 cell on all sides, so a neighbour is a constant distance away in the table and needs no test for the grid's edge. A
 convolution is ``features[neighbours].flatten(1) @ weight``; its backward pass is the same with the table of the other
-direction, and one matrix product for the weight: no atomic additions, so the same bits in every run.
+direction, and one matrix product for the weight: no atomic additions, so it is reproducible bit for bit.
 
-Sizes are exact, which waits for the GPU once a level, or fixed capacities, which never wait: rows behind the active
-ones have no neighbours and are nobody's neighbour. What does not fit into a capacity shows in the counts, and the map
-of :func:`dense_map` is NaN then.
+Sizes are exact, which waits for the GPU once a level, or fixed capacities, which never wait: rows after the active
+ones have no neighbours and are no cell's neighbour. Where a capacity is too small, the counts exceed it and the map of
+:func:`dense_map` is NaN.
 """
 
 import logging
@@ -72,8 +72,8 @@ class SparseConvolution(nn.Module):
 class Grid:
     """The cells (z, y, x) of B frames, numbered with a border of one cell on all sides.
 
-    Behind the numbered cells lies a stretch without cells, with `nowhere` in its middle: the place of rows that are
-    not in use, all of whose neighbours are inactive.
+    After the numbered cells come numbers without cells, with `unused` in their middle: it is the number of rows that
+    are not in use, and none of its neighbours is active.
     """
 
     shape: tuple[int, int, int]
@@ -91,14 +91,14 @@ class Grid:
         return self.batch_size * (self.shape[0] + 2) * self.pitches[0]
 
     @property
-    def nowhere(self) -> int:
-        """Number of the place of unused rows."""
+    def unused(self) -> int:
+        """Number of rows that are not in use."""
         return self.num_numbers + sum(self.pitches)
 
     @property
     def length(self) -> int:
         """Length of a table: every number and every neighbour of it is inside."""
-        return self.nowhere + sum(self.pitches) + 1
+        return self.unused + sum(self.pitches) + 1
 
     def number(self, b: Tensor, z: Tensor, y: Tensor, x: Tensor) -> Tensor:
         """Numbers (int64) of cells; coordinates may be one outside the shape, on the border."""
@@ -119,7 +119,7 @@ class Sites:
 
     Attributes:
         grid: the numbering.
-        numbers: (R,) int64, the cell of each row; `grid.nowhere` for rows not in use.
+        numbers: (R,) int64, the cell of each row; `grid.unused` for rows not in use.
         table: (grid.length,) int32, the row of each cell; R where there is none.
         is_used: (R,) whether a row is in use; None: all are.
         count: () int64 on the device, active cells, of which those beyond R have no row; None where sizes are exact.
@@ -165,11 +165,11 @@ def find_sites(coords_bzyx: Tensor, shape: Sequence[int], batch_size: int, *, is
     if is_fixed:
         axes = zip(coords_bzyx.unbind(1), (batch_size, *shape), strict=True)
         is_used = torch.stack([(c >= 0) & (c < n) for c, n in axes]).all(dim=0)
-        numbers = numbers.masked_fill(~is_used, grid.nowhere)
+        numbers = numbers.masked_fill(~is_used, grid.unused)
     rows = numbers.shape[0]
     table = torch.full((grid.length,), rows, dtype=torch.int32, device=numbers.device)
     table.scatter_(0, numbers, torch.arange(rows, dtype=torch.int32, device=numbers.device))
-    table[grid.nowhere :].fill_(rows)
+    table[grid.unused :].fill_(rows)
     return Sites(grid, numbers, table, is_used)
 
 
@@ -179,22 +179,22 @@ def find_output_sites(sites: Sites, convolution: SparseConvolution, capacity: in
     grid = Grid(convolved_shape(sites.grid.shape, **geometry), sites.grid.batch_size)
     is_active = torch.zeros(grid.length, dtype=torch.bool, device=sites.numbers.device)
     is_active.index_fill_(0, reached_numbers(sites, convolution, grid).flatten(), True)
-    is_active[grid.nowhere :].fill_(False)
+    is_active[grid.unused :].fill_(False)
     ordinals = is_active.cumsum(0, dtype=torch.int32)
     count = ordinals[-1]
     rows = int(count) if capacity is None else capacity
     wanted = torch.arange(1, rows + 1, dtype=torch.int32, device=ordinals.device)
-    numbers = torch.searchsorted(ordinals, wanted)  # the first cell with so many active ones up to it
+    numbers = torch.searchsorted(ordinals, wanted)  # the first cell up to which that many are active
     if capacity is None:
         return Sites(grid, numbers, (ordinals - 1).masked_fill_(~is_active, rows))
     is_used = wanted <= count
-    numbers = numbers.masked_fill(~is_used, grid.nowhere)
+    numbers = numbers.masked_fill(~is_used, grid.unused)
     table = (ordinals - 1).masked_fill_(~is_active | (ordinals > rows), rows)
     return Sites(grid, numbers, table, is_used, count.long())
 
 
 def reached_numbers(sites: Sites, convolution: SparseConvolution, grid: Grid) -> Tensor:
-    """Output cells (R, up to 8) in whose windows the rows lie; `grid.nowhere` where there are fewer."""
+    """Output cells (R, up to 8) in whose windows the rows lie; `grid.unused` where there are fewer."""
     b, *cell = sites.grid.cells(sites.numbers)
     axes = []
     for axis, position in enumerate(cell):
@@ -221,13 +221,13 @@ def output_rows(sites: Sites, convolution: SparseConvolution, outputs: Sites) ->
 
 
 def _combine(grid: Grid, b: Tensor, axes: list[tuple[Tensor, Tensor]], sites: Sites) -> Tensor:
-    """Numbers (R, nz, ny, nx) of all combinations of cells along the axes, each (R, n) with its mask; else nowhere."""
+    """Numbers (R, nz, ny, nx) of all combinations of cells along the axes, each (R, n) with a mask; else unused."""
     (z, has_z), (y, has_y), (x, has_x) = axes
     z, y, x = z[:, :, None, None], y[:, None, :, None], x[:, None, None, :]
     is_valid = has_z[:, :, None, None] & has_y[:, None, :, None] & has_x[:, None, None, :]
     if sites.is_used is not None:
         is_valid = is_valid & sites.is_used[:, None, None, None]
-    return grid.number(b[:, None, None, None], z, y, x).masked_fill(~is_valid, grid.nowhere)
+    return grid.number(b[:, None, None, None], z, y, x).masked_fill(~is_valid, grid.unused)
 
 
 def input_rows(sites: Sites, convolution: SparseConvolution, outputs: Sites) -> Tensor:
@@ -236,7 +236,7 @@ def input_rows(sites: Sites, convolution: SparseConvolution, outputs: Sites) -> 
     (sz, sy, sx), (pz, py, px) = convolution.stride, convolution.padding
     first = sites.grid.number(b, z * sz - pz, y * sy - py, x * sx - px)
     if outputs.is_used is not None:
-        first = first.masked_fill(~outputs.is_used, sites.grid.nowhere - sum(sites.grid.pitches))
+        first = first.masked_fill(~outputs.is_used, sites.grid.unused - sum(sites.grid.pitches))
     return look_up(sites.table, first, kernel_offsets(convolution.kernel, sites.grid, first.device))
 
 
@@ -341,7 +341,7 @@ def dense_map(x: SparseRows) -> Tensor:
     cells = batch_size * depth * height * width
     index = ((b * depth + z) * height + y) * width + x_cell
     if sites.is_used is not None:
-        index = index.masked_fill(~sites.is_used, cells)  # one more place, for rows not in use
+        index = index.masked_fill(~sites.is_used, cells)  # one more cell, for rows not in use
     grid = features.new_zeros(cells + 1, features.shape[1]).index_copy(0, index, features)[:cells]
     grid = grid.view(batch_size, depth, height, width, -1).movedim(-1, 1).flatten(1, 2)
     if x.capacities is None:
@@ -354,7 +354,7 @@ class Capacities:
     """Fixed sizes of a SparseEncoder's levels, which grow when they prove too small.
 
         out, counts = encoder.encode_fixed(voxels, capacities.rows)
-        if not capacities.hold(counts): do it again (and capture a CUDA graph again)
+        if not capacities.hold(counts): encode again (and capture the CUDA graph again)
 
     Attributes:
         rows: of every strided convolution's output, a quarter more than was asked for.

@@ -20,7 +20,7 @@ def import_error() -> str | None:
 
 
 def _import_spconv():
-    # Every sparse tensor asks torch.fx a question that torch once answers with a warning about something else.
+    # spconv queries torch.fx for every sparse tensor, and torch answers the first query with an unrelated warning.
     logging.getLogger("torch.fx._symbolic_trace").addFilter(_is_no_tracing_advice)
     import spconv.pytorch as spconv
 

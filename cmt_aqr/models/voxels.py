@@ -3,7 +3,7 @@
 Shapes: B batch, P points, S voxels, F features of a point (x, y, z first, metres, LiDAR frame).
 
 `voxelize` has as many rows as there are voxels, for which it waits for the GPU. `voxelize_fixed` gives the same voxels
-in a number of rows that is known beforehand: nothing waits, and a compiled graph can hold it.
+in a fixed number of rows: nothing waits, so a compiled graph can hold it.
 """
 
 import math
@@ -33,7 +33,7 @@ class VoxelBatch(NamedTuple):
 
 
 def pad_voxels(voxels: VoxelBatch, rows: int) -> VoxelBatch:
-    """The same voxels in so many rows, for `SparseEncoder.encode_fixed`: those behind them are of frame -1.
+    """The same voxels in a given number of rows, for `SparseEncoder.encode_fixed`: the rest have frame -1.
 
     Errors: ValueError where there are more voxels than rows.
     """
@@ -102,8 +102,8 @@ def voxelize(
     by_first = order.index_select(0, starts).int().argsort()[:max_voxels]
     starts, counts = starts.index_select(0, by_first), counts.index_select(0, by_first)
     keys = keys.index_select(0, starts)
-    plane = torch.div(keys, width, rounding_mode="floor")
-    coords = torch.stack((plane // height, plane % height, keys - plane * width), dim=1).int()
+    line = torch.div(keys, width, rounding_mode="floor")
+    coords = torch.stack((line // height, line % height, keys - line * width), dim=1).int()
     # One segment per voxel: the position of each kept point among the sorted points.
     shift = torch.repeat_interleave(starts - counts.cumsum(0) + counts, counts)
     position = shift.add_(torch.arange(shift.numel(), device=shift.device))
@@ -160,7 +160,7 @@ def _key_dtype(num_cells: int) -> torch.dtype:
 
 
 def pad_points(clouds: Sequence[Tensor], out: Tensor) -> None:
-    """Write clouds (P_b, F) into the first rows of out (B, P, F); the rows behind them become NaN: no voxel takes them.
+    """Write clouds (P_b, F) into the first rows of out (B, P, F); the other rows become NaN, which no voxel takes.
 
     There may be fewer clouds than B. With page-locked clouds nothing waits for the GPU.
     """
@@ -189,39 +189,39 @@ def voxelize_fixed(
         rows: of the result; enough for all frames together, or the last voxels are missing.
 
     Returns:
-        The voxels; the rows behind them are of frame -1. And their true number (int64, on the device), which is more
-        than `rows` where some are missing.
+        The voxels, frame -1 in unused rows; and their true number (int64, on the device), more than `rows` where
+        some are missing.
     """
     batch_size, num_points, num_features = points.shape
     shape = depth, height, width = voxel_grid_shape(voxel_size=voxel_size, point_range=point_range)
     points = points.flatten(0, 1)
     cells, inside = _cells_of_points(points.t().contiguous(), shape, voxel_size, point_range)
-    nowhere = batch_size * depth * height * width
-    x, y, z = torch.where(inside, cells, 0).to(_key_dtype(nowhere))
-    place = torch.arange(len(points), device=points.device)
-    keys = (((place // num_points).to(x.dtype) * depth + z) * height + y) * width + x
-    # Points grouped by cell; the stable sort keeps their order within a cell, and the first frames in front.
-    keys, order = keys.masked_fill(~inside, nowhere).sort(stable=True)
-    is_start = F.pad(keys[1:] != keys[:-1], (1, 0), value=True) & (keys < nowhere)
+    no_voxel = batch_size * depth * height * width
+    x, y, z = torch.where(inside, cells, 0).to(_key_dtype(no_voxel))
+    position = torch.arange(len(points), device=points.device)
+    keys = (((position // num_points).to(x.dtype) * depth + z) * height + y) * width + x
+    # Points grouped by cell; the stable sort keeps their order within a cell, and frames in their order.
+    keys, order = keys.masked_fill(~inside, no_voxel).sort(stable=True)
+    is_start = F.pad(keys[1:] != keys[:-1], (1, 0), value=True) & (keys < no_voxel)
 
     # Rows in the order of the first points, at most max_voxels of a frame.
     is_first = torch.zeros_like(inside).scatter(0, order, is_start).view(batch_size, num_points)
     is_first = (is_first & (is_first.cumsum(1) <= max_voxels)).flatten()
     ordinals = is_first.cumsum(0)
     row = torch.where(is_first & (ordinals <= rows), ordinals - 1, rows).index_select(0, order)
-    row = row.masked_fill(~is_start, rows)  # one more row takes all that are not wanted
-    start = torch.full((rows + 1,), len(points), device=points.device).scatter(0, row, place)[:rows]
+    row = row.masked_fill(~is_start, rows)  # one extra row takes all others
+    start = torch.full((rows + 1,), len(points), device=points.device).scatter(0, row, position)[:rows]
 
-    # The points of a voxel are the next ones in line with the same key.
-    keys = F.pad(keys, (0, max_points), value=nowhere)
+    # The points of a voxel follow each other in the sorted order and share its key.
+    keys = F.pad(keys, (0, max_points), value=no_voxel)
     key = keys.index_select(0, start)
     line = (start[:, None] + torch.arange(max_points, device=points.device)).flatten()
-    is_member = (keys.index_select(0, line).view(rows, -1) == key[:, None]) & (key[:, None] < nowhere)
+    is_member = (keys.index_select(0, line).view(rows, -1) == key[:, None]) & (key[:, None] < no_voxel)
     members = points.index_select(0, F.pad(order, (0, max_points)).index_select(0, line))
     total = torch.where(is_member[..., None], members.view(rows, max_points, num_features), 0).sum(dim=1)
     features = total / is_member.sum(dim=1, keepdim=True).clamp(min=1)
-    plane = key // width
-    depths = plane // height
-    coords = torch.stack((depths // depth, depths % depth, plane % height, key % width), dim=1).int()
-    coords = torch.where(key[:, None] < nowhere, coords, -1)
+    line = key // width
+    depths = line // height
+    coords = torch.stack((depths // depth, depths % depth, line % height, key % width), dim=1).int()
+    coords = torch.where(key[:, None] < no_voxel, coords, -1)
     return VoxelBatch(features, coords, batch_size), ordinals[-1]

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=1084,
         metavar="C",
-        help="firings per LiDAR turn; nuScenes has 1084, fewer are faster and give a thinner cloud",
+        help="firings per LiDAR sweep; nuScenes has 1084, fewer are faster and give fewer points",
     )
     parser.add_argument(
         "--tables-only",

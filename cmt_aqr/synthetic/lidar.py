@@ -35,7 +35,7 @@ _SPECKLE = (0.75, 1.25)
 _GHOST_REFLECTIVITY = 0.05
 _INTENSITY_SCALE, _FALL_OFF = 110.0, 60.0
 _SHIFTS = 1024
-"""The noise is fixed pictures, each shifted by one of so many columns from turn to turn."""
+"""The noise is fixed pictures, each shifted by one of so many columns from sweep to sweep."""
 
 _NOTHING = 1e6
 """Distance (m) of the sky, from which nothing ever returns."""
@@ -62,9 +62,9 @@ _WEATHERS = {
 
 @dataclass(frozen=True)
 class Scan:
-    """One turn. points (n, 5) float32: x y z (m, sensor frame), intensity 0..255, ring.
+    """One sweep. points (n, 5) float32: x y z (m, sensor frame), intensity 0..255, ring.
 
-    target (rays,): what each ray of the turn ended on; kept (n,): the rays that returned.
+    target (rays,): what each ray of the sweep ended on; kept (n,): the rays that returned.
     """
 
     points: np.ndarray
@@ -94,11 +94,11 @@ class Lidar:
         if conditions.lidar_blind is not None:
             self._seeing = ~np.repeat(_in_sector(column_azimuth(columns), conditions.lidar_blind), BEAMS)
         self._noise = _Noise(columns, self._weather)
-        self._turn = np.empty((columns * BEAMS, 5), dtype=np.float32)
-        self._turn[:, 4] = np.tile(np.arange(BEAMS), columns)
+        self._points = np.empty((columns * BEAMS, 5), dtype=np.float32)
+        self._points[:, 4] = np.tile(np.arange(BEAMS), columns)
 
     def scan(self, parts: np.ndarray, reflectivity: np.ndarray, rng: np.random.Generator) -> Scan:
-        """Turn once.
+        """Simulate one sweep.
 
         parts (P, 7): centre x, centre y (m, sensor frame at ground level), yaw (rad, sensor frame), half length, half
         width, bottom, top (m above the ground). reflectivity (P,) in 0..1.
@@ -106,7 +106,7 @@ class Lidar:
         return next(self.scans(parts[None], reflectivity, rng))
 
     def scans(self, parts: np.ndarray, reflectivity: np.ndarray, rng: np.random.Generator) -> Iterator[Scan]:
-        """Turn T times: parts (T, P, 7) are for each turn as in scan. They may move, but not up or down."""
+        """Simulate T sweeps: parts (T, P, 7) are for each sweep as in scan. They may move, but not up or down."""
         distance = np.hypot(parts[..., 0], parts[..., 1])
         chances = self._return_chance(reflectivity, distance, self._weather.reach)
         always = np.array([65535, 0], dtype=np.uint16)
@@ -149,7 +149,7 @@ class Lidar:
         bright: np.ndarray,
         rng: np.random.Generator,
     ) -> Scan:
-        """Turn ideal distances into returns: losses, noise, ghosts in the air, intensity.
+        """Ideal distances -> returns: losses, noise, ghosts in the air, intensity.
 
         chance and bright: of every target, the probability of a return (see _return_chance) and the reflectivity.
         """
@@ -162,7 +162,7 @@ class Lidar:
             distance = np.where(is_ghost, air, distance)
             target = np.where(is_ghost, _AIR, target)
         distance = distance + error
-        points = self._turn
+        points = self._points
         np.multiply(distance, self._cos_of_cell, out=points[:, 0])
         np.multiply(distance, self._sin_of_cell, out=points[:, 1])
         np.multiply(distance, self._slope_of_cell, out=points[:, 2])
@@ -174,7 +174,7 @@ class Lidar:
 
 
 class _Noise:
-    """What chance does to each ray of a turn, flat like the range image.
+    """Random effects on each ray of a sweep, flat like the range image.
 
     loss: uint16, of which the ray's chance of a return must be more; error: of the horizontal distance, m; speckle:
     factor on reflectivity that gives the intensity at close range; air: horizontal distance (m) of a drop, if any.
@@ -192,7 +192,7 @@ class _Noise:
         self._pictures = loss, error, speckle, air
 
     def draw(self, rng: np.random.Generator) -> list[np.ndarray]:
-        """loss, error, speckle, air of another turn."""
+        """loss, error, speckle, air of another sweep."""
         starts = rng.integers(0, _SHIFTS, len(self._pictures)).tolist()
         return [
             picture[start : start + self._columns].reshape(-1)

@@ -1,9 +1,9 @@
-"""Ray casting of whole LiDAR turns against upright boxes, exact but for single precision.
+"""Ray casting of whole LiDAR sweeps against upright boxes, exact but for single precision.
 
 The range image is (columns, BEAMS), flattened: columns turn clockwise seen from above, as nuScenes' LiDAR does. The
 sensor stands upright, so one column is a vertical plane: a box is first cut by every column it spans (a two-dimensional
-slab test), then the beams that hit it follow from the two cutting distances. Motion within one turn is ignored. The
-first step is done for all boxes of several turns at once, the second for one turn at a time.
+slab test), then the beams that hit it follow from the two cutting distances. Motion within one sweep is ignored. The
+first step is done for all boxes of several sweeps at once, the second for one sweep at a time.
 """
 
 from collections.abc import Iterator
@@ -27,12 +27,12 @@ _NEVER_ZERO = np.float32(1e-12)
 
 
 def column_azimuth(columns: int) -> np.ndarray:
-    """Azimuth (rad, from the sensor's x axis, counter-clockwise) of every column: the turn starts on the left."""
+    """Azimuth (rad, from the sensor's x axis, counter-clockwise) of every column: a sweep starts on the left."""
     return np.pi - (np.arange(columns) + 0.5) * (2 * np.pi / columns)
 
 
 class RayCaster:
-    """Casts turns of a number of columns from a height (m) above the ground."""
+    """Casts sweeps of a number of columns from a height (m) above the ground."""
 
     def __init__(self, columns: int, height: float):
         self.columns, self._height = columns, np.float32(height)
@@ -40,12 +40,12 @@ class RayCaster:
         self.cos, self.sin = np.cos(azimuth).astype(np.float32), np.sin(azimuth).astype(np.float32)
 
     def crossings(self, parts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """All crossings of rays and boxes, turn after turn: cell (n,), horizontal distance (n,) float32 m, part (n,).
+        """All crossings of rays and boxes, sweep after sweep: cell (n,), horizontal distance (n,) float32 m, part (n,).
 
-        parts (T, P, 7): of each turn the boxes as Lidar.scan takes them; the sensor is outside all of them, and a box
+        parts (T, P, 7): of each sweep the boxes as Lidar.scan takes them; the sensor is outside all of them, and a box
         keeps its bottom and top. cell is column * BEAMS + beam. One ray may cross many boxes; nothing hides anything.
         """
-        turns, count, _ = parts.shape
+        sweeps, count, _ = parts.shape
         low, high = parts[0, :, 5] - self._height, parts[0, :, 6] - self._height
         # A ray enters through a side, or through the lid: the top (bottom) where it is above (below) it at the side.
         # Boxes that reach from below the sensor to above it, which take most rays, have no lid and come last.
@@ -61,10 +61,10 @@ class RayCaster:
         low, high = bottom - self._height, top - self._height
         first, last = _beams_between(enter, leave, low, high)
         hits, corner = np.maximum(last - first + 1, 0), column * BEAMS + first
-        part = np.tile(order, turns).take(box)
+        part = np.tile(order, sweeps).take(box)
         lid = np.where(high < 0, high, low)
-        starts = np.searchsorted(box, np.arange(turns + 1) * count).tolist()
-        ends_of_lids = np.searchsorted(box, np.arange(turns) * count + lids).tolist()
+        starts = np.searchsorted(box, np.arange(sweeps + 1) * count).tolist()
+        ends_of_lids = np.searchsorted(box, np.arange(sweeps) * count + lids).tolist()
         for start, end_of_lids, end in zip(starts[:-1], ends_of_lids, starts[1:], strict=True):
             rows = slice(start, end)
             yield _spread(hits[rows], corner[rows], enter[rows], lid[start:end_of_lids], part[rows])

@@ -124,7 +124,7 @@ class _Recorder:
         self.samples, self.sample_data, self.ego_pose, self.sightings = [], [], [], []
 
     def record(self, sample: int) -> None:
-        """Write every file of a sample: the sweeps before it, its key-frame LiDAR turn and its images."""
+        """Write every file of a sample: the sweeps before it, its key frame's LiDAR sweep and its images."""
         time = self._seconds(self._key_stamp(sample))
         actors = self.scene.nearby(time)
         scan = self._record_sweeps(sample, actors)
@@ -141,12 +141,12 @@ class _Recorder:
         )
 
     def _lidar_stamps(self) -> np.ndarray:
-        turn = self.world.sweeps_per_keyframe + 1
-        count = (self.world.samples_per_scene - 1) * turn + 1
+        per_frame = self.world.sweeps_per_keyframe + 1
+        count = (self.world.samples_per_scene - 1) * per_frame + 1
         rng = np.random.default_rng([self.world.seed, self.index, 4])
         jitter = rng.integers(-_LIDAR_JITTER_US, _LIDAR_JITTER_US + 1, count)
         jitter[0] = 0
-        nominal = np.rint(np.arange(count) * (KEYFRAME_INTERVAL / turn * 1e6)).astype(np.int64)
+        nominal = np.rint(np.arange(count) * (KEYFRAME_INTERVAL / per_frame * 1e6)).astype(np.int64)
         return self._start_stamp() + nominal + jitter
 
     def _draw_camera_stamps(self) -> np.ndarray:
@@ -171,9 +171,9 @@ class _Recorder:
         return self.world.token("sample", self.index, sample) if exists else ""
 
     def _record_sweeps(self, sample: int, actors: np.ndarray) -> Scan | None:
-        """Write the turns since the last key frame; returns that of this sample's key frame, the last."""
-        turn = self.world.sweeps_per_keyframe + 1
-        numbers = range(max(sample * turn - turn + 1, 0), sample * turn + 1)
+        """Write the LiDAR sweeps since the last key frame; returns the last one, that of this sample's key frame."""
+        per_frame = self.world.sweeps_per_keyframe + 1
+        numbers = range(max(sample * per_frame - per_frame + 1, 0), sample * per_frame + 1)
         times = self._seconds(self._stamps[numbers.start : numbers.stop])
         egos = self.scene.ego_poses(times).tolist()
         paths = [self._add_sweep(sample, number, ego) for number, ego in zip(numbers, egos, strict=True)]
@@ -190,7 +190,7 @@ class _Recorder:
         return scan
 
     def _add_sweep(self, sample: int, number: int, ego: tuple[float, float, float]) -> Path:
-        """Add the rows of a LiDAR turn; returns its file's path."""
+        """Add the rows of a LiDAR sweep; returns its file's path."""
         is_key = number % (self.world.sweeps_per_keyframe + 1) == 0
         stamp = int(self._stamps[number])
         return self._add_data(LIDAR_CHANNEL, number, len(self._stamps), sample, stamp, ego, is_key=is_key)

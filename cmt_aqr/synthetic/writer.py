@@ -12,7 +12,7 @@ from cmt_aqr.classes import CLASSES
 from cmt_aqr.errors import UserError, describe_os_error
 from cmt_aqr.files import atomic_path, write_bytes
 from cmt_aqr.locks import exclusive_lock
-from cmt_aqr.progress import make_bar, say
+from cmt_aqr.progress import make_bar, write_line
 from cmt_aqr.synthetic.calibration import CAMERA_CHANNELS, LIDAR_CHANNEL, yaw_quaternion
 from cmt_aqr.synthetic.objects import CATEGORIES
 from cmt_aqr.synthetic.recording import Block, Sighting, WorldSettings, record_block, release, scene_name
@@ -181,7 +181,7 @@ def _record(world: WorldSettings, root: Path, workers: int, progress: bool) -> l
 
 def _say(progress: bool, line: str) -> None:
     if progress:
-        say(line)
+        write_line(line)
 
 
 def _write_tables(world: WorldSettings, root: Path, blocks: list[Block]) -> dict[str, int]:

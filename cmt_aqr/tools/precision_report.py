@@ -199,8 +199,8 @@ def format_tables(tables: dict[str, list[Error]]) -> str:
             "|---|---|---|---|---|",
         ]
         for error in errors:
-            figures = " | ".join(f"{x:.1e}" for x in (error.largest, error.mean, error.relative, error.alone))
-            lines.append(f"| {error.stage} | {figures} |")
+            cells = " | ".join(f"{x:.1e}" for x in (error.largest, error.mean, error.relative, error.alone))
+            lines.append(f"| {error.stage} | {cells} |")
         centres = errors[-1]
         lines += ["", f"Centres: mean {1000 * centres.mean:.1f} mm, worst {1000 * centres.largest:.1f} mm.", ""]
     return "\n".join(lines)

@@ -108,7 +108,7 @@ def load_weights_and_config(path: str | Path) -> tuple[dict[str, Tensor], dict[s
 
 
 def load_into(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Strict loading with an error that a person can read.
+    """Strict loading with a readable error.
 
     Raises:
         CheckpointError: names the first missing, unexpected and mis-shaped keys and counts the rest, a tensor of
@@ -135,7 +135,7 @@ def load_into(model: nn.Module, weights: dict[str, Tensor], source: str | Path) 
 
 
 def _check_content(state: dict[str, Any], path: str | Path) -> None:
-    """Check what can be checked without a model; keys of the configuration get their names of today."""
+    """Check what can be checked without a model; keys of the configuration get their current names."""
     if state.get("format") not in (FORMAT, FORMAT_WITHOUT_CHECKSUM):
         raise CheckpointError(
             f"{path}: not a checkpoint of this project (format: {show(state.get('format'))}, expected {FORMAT!r}); "
@@ -185,7 +185,7 @@ def _check_file(file: BinaryIO, path: Path) -> tuple[bool, bool]:
 
 
 def _unpickle(file: BinaryIO, path: Path, *, is_zip: bool) -> Any:
-    """torch.load with one sentence in the place of its advice to allow code."""
+    """torch.load with one sentence instead of its advice to allow code."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

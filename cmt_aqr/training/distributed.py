@@ -1,4 +1,4 @@
-"""One process or many: the only module that talks to ``torch.distributed``.
+"""One process or many: the only module that uses ``torch.distributed``.
 
 Every function also works, without any set-up, in a single process.
 """
@@ -99,7 +99,7 @@ def _join(rank: int, world_size: int) -> dist.Store:
     """Meet the other processes at MASTER_ADDR:MASTER_PORT; init_process_group alone would wait for TIMEOUT.
 
     The store outlives the processes that torchrun starts again: without a prefix of their own they would take the
-    addresses of the dead for each other's.
+    addresses of ended processes for those of new ones.
     """
     keys = [f"joined/{each}" for each in range(world_size)]
     missing = ""
@@ -135,7 +135,7 @@ def is_lost_connection(error: Exception) -> bool:
 
 
 def leave_after_main() -> NoReturn:
-    """End a process that is not the main one, with exit status 2, after process 0 had the time to tell why."""
+    """End a process that is not the main one, with exit status 2, after process 0 had time to print the reason."""
     time.sleep(GRACE)
     raise SystemExit(2)
 
@@ -163,7 +163,7 @@ def wrap(model: nn.Module, rank_info: RankInfo) -> nn.Module:
     """
     if rank_info.world_size == 1:
         return model
-    # Said of weights whose last side is 1, for which the two layouts are the same.
+    # Warned about weights whose last dimension is 1, for which both layouts are the same.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # Its successor does not exist in PyTorch 2.11.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -219,7 +219,7 @@ def gather(items: list[Any]) -> list[Any]:
 def main_first(rank_info: RankInfo) -> Iterator[None]:
     """Process 0 runs the block, then the others: for files that the first one writes and all read.
 
-    Where process 0 fails, the others leave with exit status 2 and say nothing: process 0 says why.
+    Where process 0 fails, the others exit with status 2 and print nothing: process 0 prints the reason.
     """
     if not rank_info.is_main:
         if any_process(False, rank_info.device):

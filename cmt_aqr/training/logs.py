@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: ``log.jsonl``, TensorBoard scalars, a progress bar or plain lines.
+"""The output of a run: ``log.jsonl``, TensorBoard scalars, a progress bar or plain lines.
 
 ``step`` is the number of finished optimizer steps. Every line of ``log.jsonl`` is one JSON object with ``kind``
 (train, eval, ...), ``step``, ``time`` (seconds since 1970) and whatever the caller measured; a number that is not
@@ -27,9 +27,9 @@ from cmt_aqr.training.tensorboard import ScalarWriter
 
 LOG_FILE = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-# Seconds between two progress lines when nobody watches a terminal.
+# Seconds between two progress lines where stderr is no terminal.
 PLAIN_PERIOD = 30.0
-# Share of the newest value in a smoothed figure: the last 50 steps or so.
+# Weight of the newest value in a smoothed metric: about the last 50 steps count.
 SMOOTHING = 0.02
 
 Values = Mapping[str, Any]
@@ -56,7 +56,7 @@ class RunLog:
         Args:
             work_dir: made when absent.
             is_main: whether this process writes.
-            resume_step: the step of the checkpoint that the run goes on from: lines of later steps are dropped, new
+            resume_step: the step of the checkpoint that the run resumes from: lines of later steps are dropped, new
                 ones are appended. None is a new run: an older log is kept as ``log.1.jsonl``, ``log.2.jsonl`` ...
             tensorboard: also write scalars below ``work_dir/tensorboard``.
             plain_period: seconds between progress lines where stderr is no terminal.
@@ -196,20 +196,20 @@ class Progress:
         """Mean of the losses so far, in which the newer ones weigh more."""
         return self._loss() if self._loss.calls else None
 
-    def advance(self, count: int = 1, *, loss: float | Tensor | None = None, **figures: float) -> None:
+    def advance(self, count: int = 1, *, loss: float | Tensor | None = None, **metrics: float) -> None:
         """Count steps.
 
         Args:
             count: steps done since the last call.
             loss: of these steps, also as a tensor of one element; shown smoothed, non-finite ones are left out.
-            figures: shown as they are.
+            metrics: shown as they are.
         """
         bar = self._bar
         if bar is None:
             return
         if loss is not None and math.isfinite(loss):
             self._loss(float(loss))
-        shown = figures if self.loss is None else {"loss": self.loss} | figures
+        shown = metrics if self.loss is None else {"loss": self.loss} | metrics
         bar.set_postfix_str(_shown(shown), refresh=False)
         if self.is_first:
             self.is_first = False
@@ -229,11 +229,11 @@ class Progress:
         self._last_step = now
         return time.perf_counter()
 
-    def line(self, title: str, **figures: float) -> str:
-        """The state as one line of text, with other figures; empty in a process that is not the main one."""
+    def line(self, title: str, **metrics: float) -> str:
+        """The state as one line of text, with other metrics; empty in a process that is not the main one."""
         if self._bar is None:
             return ""
-        changes = {"bar_format": LINE, "prefix": title, "postfix": _shown(figures)}
+        changes = {"bar_format": LINE, "prefix": title, "postfix": _shown(metrics)}
         return " ".join(tqdm.format_meter(**self._bar.format_dict | changes).split())
 
     def close(self) -> None:
@@ -281,8 +281,8 @@ def _keep_until(path: Path, step: int) -> None:
         part.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in kept), encoding="utf-8")
 
 
-def _shown(figures: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+def _shown(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def _plain(value: Any) -> Any:

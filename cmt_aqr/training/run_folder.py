@@ -15,7 +15,7 @@ from cmt_aqr.training.checkpoint_checks import CheckpointError, check_optimizer,
 
 LATEST = "latest.pt"
 EVALUATIONS = "eval"
-# Names of what a run writes; everything else in a work dir belongs to the user.
+# Names of what a run writes; everything else in a work dir is the user's.
 EPOCH = re.compile(r"epoch_(0|[1-9][0-9]*)")
 EVALUATION_FILES = re.compile(r"submission\.json|metrics\.json|\.(submission|metrics)\.json\.part")
 PICTURE_FILES = re.compile(r"[0-9]{2,}_[^/]{1,16}\.jpg")
@@ -26,7 +26,7 @@ SPEED = (
     "model.attention", "model.activation_checkpointing", "model.camera.activation_checkpointing",
     "model.lidar.sparse_backend",
 )  # fmt: skip
-# Keys that may change when a run resumes: where things are, how often to look, how fast; not what is learnt.
+# Keys that may change when a run resumes: paths, how often to evaluate, how fast; not what is learnt.
 MAY_CHANGE = (
     *SPEED, "name", "data.root", "data.index_dir", "data.workers", "data.val_split", "data.synthetic.workers",
     "evaluation", "training.accumulation", "training.eval_every", "training.init_from", "training.keep_checkpoints",
@@ -115,7 +115,7 @@ def _remove_files(folder: Path, names: re.Pattern | None) -> None:
 
 
 def make_work_dir(work_dir: Path) -> None:
-    """Make the folder, and try to write there: better now than after the first epoch."""
+    """Make the folder, and try to write there, so that an error does not wait until the end of the first epoch."""
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=work_dir):
@@ -129,7 +129,7 @@ def save(
 ) -> None:
     """Write latest.pt and, at the end of an epoch, epoch_N.pt; remove epochs beyond the number to keep.
 
-    ``average``, the model with the running average of the weights, takes the place of ``model`` in epoch_N.pt.
+    ``average``, the model with the running average of the weights, is saved instead of ``model`` in epoch_N.pt.
     """
     state = {
         "config": to_tree(config),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def seed_process(seed: int, *, deterministic: bool) -> None:
-    """Seed weight initialisation, the same in every process; optionally insist on deterministic algorithms.
+    """Seed weight initialisation, the same in every process; optionally require deterministic algorithms.
 
     Args:
         seed: of the run.
@@ -17,7 +17,7 @@ def seed_process(seed: int, *, deterministic: bool) -> None:
     """
     torch.manual_seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and the scheduler's SIGTERM: finish the step, save, leave."""
+"""Ctrl-C and the scheduler's SIGTERM: finish the step, save, exit."""
 
 import signal
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class StopFlag:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside the block a signal only sets the flag, so that what is there is never left half done."""
+        """Inside the block a signal only sets the flag, so that the block always runs to its end."""
         self._is_deferred = True
         try:
             yield
@@ -35,7 +35,7 @@ class StopFlag:
             self._is_deferred = deferred
 
     def receive(self) -> None:
-        """Take note of a signal."""
+        """Set the flag."""
         self.is_set = True
         if not self._is_deferred:
             raise KeyboardInterrupt

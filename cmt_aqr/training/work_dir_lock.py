@@ -14,7 +14,7 @@ from pathlib import Path
 from cmt_aqr.errors import UserError
 
 LOCK_FILE = "run.lock"
-# What a file system without locks answers.
+# Error numbers of a file system without locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -26,8 +26,8 @@ class WorkDirBusyError(UserError):
 def work_dir_lock(work_dir: Path) -> Iterator[None]:
     """Hold the lock of a work dir, ``work_dir/run.lock``; it ends with this process, however that ends.
 
-    A POSIX record lock belongs to the process alone. flock(2), which the filelock package takes, would be held on by
-    data workers that outlive a killed run for some seconds, and a restart would find its own work dir locked.
+    A POSIX record lock is not inherited. flock(2), which the filelock package uses, would still be held by the data
+    workers that outlive a killed run for some seconds, and a restart would find its own work dir locked.
 
     Raises:
         WorkDirBusyError: names the process that holds it.
@@ -59,6 +59,6 @@ def _describe_holder(work_dir: Path, text: str) -> str:
     try:
         holder = json.loads(text)
         who = f"process {holder['pid']} on {holder['host']} has been training here since {holder['since']}"
-    except (ValueError, KeyError, TypeError):  # it has the lock but has not written its name yet
+    except (ValueError, KeyError, TypeError):  # it holds the lock but has not written its name yet
         who = "another process has just started to train here"
     return f"--work-dir {work_dir}: {who}; stop it or name another folder with --work-dir"

@@ -79,7 +79,7 @@ def test_a_stop_leaves_no_process_and_nothing_that_the_next_run_keeps(tmp_path, 
     else:
         process.send_signal(number)
     _, errors = process.communicate(timeout=10)
-    assert wait_for(lambda: not members(process.pid), 5), "a process goes on"
+    assert wait_for(lambda: not members(process.pid), 5), "a process still runs"
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:

@@ -1,4 +1,4 @@
-"""Runs all GPU tests within a time limit, and goes on where an earlier call at the same commit was stopped.
+"""Runs all GPU tests within a time limit, and continues where an earlier call at the same commit was stopped.
 
     python -m tests.gpu.run_all --outcomes gpu_tests.jsonl --limit 550
 

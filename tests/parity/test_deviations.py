@@ -71,7 +71,7 @@ def test_a_point_on_the_far_border_stays_in_its_row():
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
 def test_training_stops_at_a_loss_that_is_not_finite(bad, tmp_path):
-    # Q14: there nan_to_num goes on.
+    # Q14: the original continues with nan_to_num.
     from cmt_aqr.replay import TrainingStopped
     from train import train_step
 

@@ -10,7 +10,7 @@ from cmt_aqr.attention import AttentionBias, QueryWindows, TokenLayout, WindowSe
 from cmt_aqr.attention.grids import Grid
 from cmt_aqr.build import build_detector
 from cmt_aqr.config import load_config
-from cmt_aqr.inspection import inspect, layer_attention, probe_figures
+from cmt_aqr.inspection import inspect, layer_attention, probe_metrics
 
 CONFIG = Path(__file__).parents[2] / "configs" / "synthetic_tiny.yaml"
 SMALL = (
@@ -118,19 +118,19 @@ def test_looking_changes_nothing(detector):
         assert (layer.window_mass[0, ~has_camera, 1] == 0).all()
 
 
-def test_the_figures_of_the_probe(detector):
+def test_the_metrics_of_the_probe(detector):
     found = inspect(detector, *frame())
-    figures = probe_figures([found, found], 2.5)
+    metrics = probe_metrics([found, found], 2.5)
     lidar, camera = (found.weights[..., g][found.weights[..., g].isfinite()] for g in (0, 1))
-    assert figures["weights_lidar"]["mean"] == pytest.approx(lidar.mean().item())
-    assert figures["weights_camera"]["std"] == pytest.approx(camera.std(correction=0).item(), rel=1e-4)
-    assert figures["bias_camera"]["max"] == pytest.approx(2.5 * camera.max().item())
-    assert figures["bias_lidar"]["min"] == pytest.approx(2.5 * lidar.min().item())
-    assert figures["scale"] == 2.5
+    assert metrics["weights_lidar"]["mean"] == pytest.approx(lidar.mean().item())
+    assert metrics["weights_camera"]["std"] == pytest.approx(camera.std(correction=0).item(), rel=1e-4)
+    assert metrics["bias_camera"]["max"] == pytest.approx(2.5 * camera.max().item())
+    assert metrics["bias_lidar"]["min"] == pytest.approx(2.5 * lidar.min().item())
+    assert metrics["scale"] == 2.5
     changes = [layer.change.mean().item() for layer in found.layers]
-    assert list(figures["attention_change_by_layer"].values()) == pytest.approx(changes)
-    assert figures["attention_change"] == pytest.approx(sum(changes) / 2)
-    assert sum(figures["attention_mass"].values()) == pytest.approx(1)
+    assert list(metrics["attention_change_by_layer"].values()) == pytest.approx(changes)
+    assert metrics["attention_change"] == pytest.approx(sum(changes) / 2)
+    assert sum(metrics["attention_mass"].values()) == pytest.approx(1)
 
 
 def test_a_model_without_aqr_has_nothing_to_look_at():

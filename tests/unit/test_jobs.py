@@ -39,7 +39,7 @@ def test_an_evaluation_has_a_precision_of_its_own(monkeypatch, tmp_path, trainin
     for name in ("open_split", "evaluation_dataset", "make_loader"):
         monkeypatch.setattr(jobs, name, lambda *_, **__: Index())
     monkeypatch.setattr(jobs, "predict", predict)
-    second = RankInfo(rank=1, world_size=2, device=torch.device("cpu"))  # the first one goes on to score
+    second = RankInfo(rank=1, world_size=2, device=torch.device("cpu"))  # the first one then scores
     with RunLog(tmp_path, second.is_main, tensorboard=False) as log:
         assert jobs.evaluate_split(None, config, "val", second, tmp_path, log, tables=None) is None
     assert asked == [expected]

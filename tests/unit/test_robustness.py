@@ -95,7 +95,7 @@ def test_keys_of_training_are_refused_in_a_test(entry, advice):
 
 
 def test_failures_of_a_model_with_one_sensor():
-    sentence = r"^--failure 'beams:16': it touches no sensor of this model, which has camera only$"
+    sentence = r"^--failure 'beams:16': it affects no sensor of this model, which has camera only$"
     with pytest.raises(DataError, match=sentence):
         choose_failures(["beams"], None, ["camera"])
     chosen = choose_failures([], "mome", ["camera"])

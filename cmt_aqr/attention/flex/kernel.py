@@ -1,4 +1,4 @@
-"""One FlexAttention kernel over partitions of the keys; ``schedule.py`` says what they are and why this is fast.
+"""One FlexAttention kernel over partitions of the keys; ``schedule.py`` explains them and why this is fast.
 
 Shape letters: B batch, M heads, Q queries, K tokens, D channels of a head, S grid passes, P partitions of a pass, R
 sorted rows.
@@ -71,7 +71,7 @@ def flex_attention_with_bias(
 
 
 def check_schedule(schedule: Schedule, q: Tensor, token_mask: Tensor | None) -> None:
-    """Raise ValueError where results would be wrong without a word."""
+    """Raise ValueError where results would be silently wrong."""
     planned = (schedule.rank.shape[0], schedule.rank.shape[2])
     if planned != (q.shape[0], q.shape[2]):
         raise ValueError(f"the schedule is for batch and queries {planned}, q has {(q.shape[0], q.shape[2])}")
@@ -83,7 +83,7 @@ def check_schedule(schedule: Schedule, q: Tensor, token_mask: Tensor | None) -> 
 def attend_to_partitions(
     q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias, schedule: Schedule, token_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The evaluator as the compiler sees it."""
+    """The evaluator without checks, for the compiler."""
     if token_mask is not None:
         token_mask = nn.functional.pad(token_mask, (0, k.shape[2] - token_mask.shape[1]))
     block_mask = make_block_mask(schedule, k.shape[2], token_mask)

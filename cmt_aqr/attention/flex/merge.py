@@ -2,9 +2,9 @@
 
     out = sum_p w_p out_p,   w_p = exp(lse_p + added_p - lse),   lse = log sum_p exp(lse_p + added_p)
 
-where partition p is a query's window (added_p: the query's bias there) or a share of the other keys (added_p = 0). This
+where partition p is a query's window (added_p: the query's bias there) or some of the other keys (added_p = 0). This
 is softmax(q k^T / sqrt(D) + bias) v exactly, whatever the sign and size of the bias, and the bias's gradient is that of
-a sum of a few numbers: no atomics, the same bits in every run.
+a sum of a few numbers: no atomics, reproducible bit for bit.
 
 Shape letters: B batch, M heads, Q queries, D channels of a head, S grid passes, P partitions of a pass, R sorted rows.
 """
@@ -50,8 +50,8 @@ class _Sort(torch.autograd.Function):
         (rank,) = ctx.saved_tensors
         wide = torch.promote_types(grad.dtype, torch.float32)
         # Unrolled, so that it becomes one elementwise kernel instead of a reduction.
-        places = [(s, p) for s in range(grad.shape[2]) for p in range(grad.shape[3])]
-        total = sum(_take(grad[:, :, s, p], rank[:, s]).to(wide) for s, p in places)
+        pairs = [(s, p) for s in range(grad.shape[2]) for p in range(grad.shape[3])]
+        total = sum(_take(grad[:, :, s, p], rank[:, s]).to(wide) for s, p in pairs)
         return total.to(grad.dtype), None, None, None
 
 

@@ -1,9 +1,9 @@
 """Packed coordinates: the test whether a token lies in a window as one subtraction and one AND of integers.
 
-The kernel takes the test for every score of a partial block, so its price shows. All grids are laid out on one plane,
-one below the other, views too, with gaps that no window bridges. A coordinate on the plane is multiplied by a step
-chosen so that the tokens of a window are those less than ``SPAN`` = 2^k away from its first one in both coordinates;
-row and column share one integer:
+The kernel evaluates the test for every score of a partial block, so its cost matters. All views of all grids share one
+coordinate system: they are stacked along its rows, with gaps wider than any window. Coordinates are multiplied by a
+step chosen so that the tokens of a window are those less than ``SPAN`` = 2^k away from its first one along both axes;
+row and column are packed into one integer:
 
     token code  = (row + radius) * step << shift  |  (col + radius) * step
     window code = row * step << shift             |  col * step                 of the centre cell
@@ -26,17 +26,17 @@ from ..windows import QueryWindows, WindowSettings
 
 @dataclass(frozen=True)
 class Packing:
-    """How cells become codes; see the head of this file.
+    """How cells become packed coordinates; see the head of this file.
 
     Attributes:
         span_bits: k.
         shift: bits of the column field.
-        steps: for every grid, what one cell is on the plane.
-        radii: for every grid, the reach of a window.
-        first_rows: for every grid, where the rows of its first view begin on the plane.
-        pitches: for every grid, rows of the plane from one view to the next.
+        steps: for every grid, the distance of neighbouring cells in packed coordinates.
+        radii: for every grid, the radius of a window in cells.
+        first_rows: for every grid, packed row where its first view begins.
+        pitches: for every grid, packed rows from one view to the next.
         no_window: code of a window that holds no token.
-        dtype: int32, or int64 where the plane is too large for it; three bits more than codes need.
+        dtype: int32, or int64 where the coordinates do not fit; three bits more than codes need.
     """
 
     span_bits: int
@@ -61,7 +61,7 @@ class Packing:
 
 
 def make_packing(layout: TokenLayout, settings: WindowSettings) -> Packing:
-    """The plane for these grids and window sizes."""
+    """The packed coordinates of these grids and window sizes."""
     # A window larger than its grid is as large as the grid; without this its codes might not fit an integer.
     radii = tuple(min(settings.radius(grid), max(grid.rows, grid.cols) - 1) for grid in layout.grids)
     span_bits = next(bits for bits in range(1, 64) if all(_step(radius, bits) for radius in radii))
@@ -131,8 +131,8 @@ def membership_codes(
 
         x = ((code + high - window code) & outside) ^ high
 
-    is 0 inside the window and below 2 high outside. What is no token of grid ``number`` has the code 3 high: x is then
-    at least 2 high for every window.
+    is 0 inside the window and below 2 high outside. Anything but a token of grid ``number`` has the code 3 high: x is
+    then at least 2 high for every window.
 
     Made on the device, inside the graph: in a compiled graph a copy from the CPU may begin when its source has been
     overwritten already.

@@ -1,7 +1,7 @@
-"""Partitions of equal cost: with equal parts the last program of the forward pass would end 6 to 15 % later.
+"""Partitions of equal cost: with partitions of equal length the forward pass would take 6 to 15 % longer.
 
-Both read the same blocks. But equal parts, cut wherever the windows lie, have 6 to 27 % more partial blocks, and a GPU
-is as fast as its last program, where a block in which the mask decides costs twice what another one costs.
+Both read the same blocks. But partitions of equal length, cut without regard to the windows, have 6 to 27 % more
+partial blocks, which cost twice as much as full ones, and the kernel takes as long as its slowest program.
 ``tests/unit/attention/flex/test_partition.py`` counts this for the shapes of docs/benchmarks.md; measured at B1 Q900
 K22384, 159 us became 139.
 
@@ -24,10 +24,10 @@ def rest_partitions(
 ) -> list[tuple[BlockRange, BlockRange]]:
     """Cut the blocks of a grid into partitions of about equal cost.
 
-    A partition is one range of full blocks and one of partial ones, because the kernel is told one range of each. So
-    one of the cuts lies inside the range of partial blocks or at an end of it. A block that holds tokens of two grids,
-    or none in its last places, is an edge: it needs the mask and belongs to the first or the last partition, which has
-    no other partial blocks then unless they adjoin the edge.
+    A partition is one range of full blocks and one of partial ones, because the kernel takes one range of each. So one
+    of the cuts lies inside the range of partial blocks or at an end of it. A block that holds tokens of two grids, or
+    that ends in padding, is an edge: it needs the mask and goes to the first or the last partition, which then has no
+    other partial blocks unless they adjoin the edge.
 
     Args:
         partial: the blocks that hold windows; empty where first and end are the same.
@@ -42,7 +42,7 @@ def rest_partitions(
     start, end = tokens
     outer = (start // block_k, -(-end // block_k))
     inner = (-(-start // block_k), end // block_k)
-    if inner[0] > inner[1]:  # the grid lies inside one block
+    if inner[0] > inner[1]:  # the whole grid lies inside one block
         inner = (outer[1], outer[1])
     low, high = (x.clamp(*inner) for x in partial)
     nothing = (torch.zeros_like(low), torch.zeros_like(low))
@@ -73,14 +73,14 @@ def equal_cuts(
 ) -> list[Tensor]:
     """Cuts of the blocks ``inner`` into partitions of about equal cost.
 
-    For every number of partitions in front of the cut that is bound to the partial blocks, the most expensive partition
-    is looked at. Whole numbers only, so that every device cuts alike.
+    One cut must lie in the range of partial blocks. Every possible number of partitions before that cut is tried, and
+    the one whose most expensive partition costs least is taken. Integers only, so that every device cuts alike.
 
     Args:
-        low, high: (B, I) the range of partial blocks; where it is empty, no cut is bound to it.
+        low, high: (B, I) the range of partial blocks; where it is empty, all cuts are free.
         inner: first block and the end (exclusive).
         num_partitions: at least 2.
-        has_edges: whether the first and the last partition have an edge to look after.
+        has_edges: whether the first and the last partition have an edge.
 
     Returns:
         num_partitions + 1 tensors (B, I), ascending.
@@ -91,11 +91,11 @@ def equal_cuts(
     is_bound = high > low
 
     def cost(cut: Tensor) -> Tensor:
-        """Of what lies in front of a cut."""
+        """Cost of the blocks before a cut."""
         return torch.minimum(cut, low) - start + MASK_COST * (torch.clamp(cut, low, high) - low) + (cut - high).relu()
 
-    def place(share: Tensor) -> Tensor:
-        """Where the cost in front is a share of the total."""
+    def position_of(share: Tensor) -> Tensor:
+        """The cut before which the blocks cost ``share``."""
         inside = torch.minimum(low + (share - before) // MASK_COST, high)
         behind = high + (share - before - masked).relu()
         return torch.where(share <= before, start + share, torch.where(share <= before + masked, inside, behind))
@@ -103,7 +103,7 @@ def equal_cuts(
     chosen_count, chosen_cut = torch.ones_like(low), low
     lowest = torch.full_like(low, torch.iinfo(low.dtype).max)
     for count in range(1, num_partitions):
-        cut = place(total * count // num_partitions)
+        cut = position_of(total * count // num_partitions)
         nearest = torch.clamp(cut, low, high)
         if has_edges[0] and count == 1:
             nearest = low
@@ -120,7 +120,7 @@ def equal_cuts(
     cuts = []
     for i in range(1, num_partitions):
         share_behind = in_front + (total - in_front) * (i - chosen_count) // (num_partitions - chosen_count)
-        cut = torch.where(i < chosen_count, place(in_front * i // chosen_count), place(share_behind))
+        cut = torch.where(i < chosen_count, position_of(in_front * i // chosen_count), position_of(share_behind))
         cuts.append(torch.where(i == chosen_count, chosen_cut, cut))
     if has_edges[0]:
         cuts[0] = torch.where(is_bound & (low > start), torch.minimum(cuts[0], low), cuts[0])

@@ -1,17 +1,16 @@
-"""What FlexAttention is asked to do: partitions of the keys, the order of the queries, block ranges. Speed only.
+"""The schedule of the kernel: partitions of the keys, the order of the queries, block ranges. Speed only.
 
 The bias of a query is one number over its whole window. So attention with the bias is attention without it over
 disjoint partitions of the keys (a query's windows; the rest), each with its own lse, merged with the lse of a window
-raised by the bias (``merge.py``). No score needs to be changed: whether a key belongs to a partition is a mask, and the
-mask has to be looked at only in partial blocks, which hold a window of one of the block's queries: a tenth of all.
+raised by the bias (``merge.py``). No score needs to be changed: which keys are in a partition is a mask_mod, and it has
+to be evaluated in partial blocks only, those that hold a window of one of the block's queries: a tenth of all.
 
 One kernel computes all partitions. It makes one pass over every grid, for which the queries are sorted by their windows
 there: tokens are stored row by row, so the windows of neighbouring queries lie in one range of blocks, and what a
 partition reads is one range of partial and one of full blocks; the kernel then needs no list of block numbers. The
 passes are the heads that share one key head in FlexAttention's grouped-query mode, so that the kernel itself sums the
-gradients of keys and values. In a pass the queries are repeated once per partition, one copy behind the other: first
-those that see their windows, then those that share the rest of the grid's keys, cut into several partitions to fill the
-GPU.
+gradients of keys and values. In a pass the queries are repeated once per partition: the first copy sees its
+windows, the other copies share the rest of the grid's keys, cut into several partitions to fill the GPU.
 
 Shape letters: B batch, Q queries, N windows of a query in one grid, S grid passes, P partitions of a pass, R rows of
 the sorted queries (Q padded to whole blocks), I blocks of queries, J blocks of keys.
@@ -26,9 +25,8 @@ from ..windows import QueryWindows
 from .packing import Packing, make_packing, membership_codes, window_codes
 from .partition import BlockRange, rest_partitions
 
-# Elements to which the last dimension of a block list is filled up. FlexAttention's kernels take the lists of a
-# sample to lie behind those of the one before without a gap, but the compiler may leave one, up to 128 bytes, behind
-# what it computes itself.
+# The last dimension of a block list is padded to a multiple of it. FlexAttention's kernels assume that the lists of
+# consecutive samples are contiguous, but the compiler may pad what it computes itself, by up to 128 bytes.
 LIST_ALIGNMENT = 32
 
 
@@ -37,7 +35,7 @@ class GridPass:
     """The partitions of one grid's keys.
 
     Attributes:
-        has_windows: the first partition is the queries' windows, the others share the rest; False: they share all keys.
+        has_windows: the first partition holds the queries' windows, the others share the rest; False: all keys.
         num_rest: partitions that share the rest, or all.
     """
 
@@ -54,7 +52,7 @@ class GridPass:
 class BlockLists:
     """One range of blocks of keys for every block of queries, in FlexAttention's form.
 
-    The last dimension of each is filled up to a multiple of ``LIST_ALIGNMENT``.
+    The last dimension of each is padded to a multiple of ``LIST_ALIGNMENT``.
 
     Attributes:
         num: (B, S, P I) int32, how many blocks.
@@ -76,12 +74,12 @@ class Schedule:
         passes: S grid passes, in the order of the grids.
         num_partitions: P, in every pass.
         packing: of the codes.
-        order: (B, S, R) int64, which query stands in a row; the padding rows behind Q repeat the last one.
-        rank: (B, S, Q) int64, in which row a query stands.
+        order: (B, S, R) int64, the query of every row; the padding rows after the first Q repeat the last query.
+        rank: (B, S, Q) int64, the row of every query.
         token_codes: (S, J * block) codes of the tokens as ``membership_codes`` has them.
         window_codes: (B, S, R, N).
-        full, partial: blocks whose keys all belong to the partition, and blocks in which the mask decides.
-        has_token_mask: whether it was made for a token mask: then no block is full.
+        full, partial: blocks whose keys are all in the partition, and blocks in which the mask decides.
+        has_token_mask: whether the schedule was made for a token mask: then no block is full.
     """
 
     passes: tuple[GridPass, ...]
@@ -105,7 +103,7 @@ def make_schedule(
         windows: of the batch.
         block_q, block_k: queries and keys in a block.
         splits: for every grid, into how many partitions the rest of its tokens is cut, at least 2.
-        has_token_mask: the mask has to be looked at in every block.
+        has_token_mask: the mask has to be evaluated in every block.
 
     Raises:
         ValueError: fewer than 2 splits.
@@ -115,7 +113,7 @@ def make_schedule(
     layout, is_local = windows.layout, windows.settings.is_local
     passes = make_passes(windows, splits, block_k)
     num_partitions = max(grid_pass.num_partitions for grid_pass in passes)
-    # The kernels leave out their checks at the end where the length is a multiple of 128, two blocks of 64 queries.
+    # The kernels skip their bounds checks where the length is a multiple of 128, two blocks of 64 queries.
     num_partitions += num_partitions % 2
     packing = make_packing(layout, windows.settings)
     num_rows = -(-windows.batch_and_queries[1] // block_q) * block_q
@@ -157,17 +155,17 @@ def make_passes(windows: QueryWindows, splits: tuple[int, ...], block_k: int) ->
     """A pass over every grid."""
     passes = []
     for number, num_rest in enumerate(splits):
-        # An edge in front needs a partition more; see rest_partitions.
+        # An edge at the start needs one partition more; see rest_partitions.
         has_edge = windows.layout.token_range(number)[0] % block_k > 0
         passes.append(GridPass(windows.settings.is_local, num_rest + has_edge))
     return tuple(passes)
 
 
 def query_rank(windows: QueryWindows, number: int) -> Tensor:
-    """Place (B, Q) of every query when they are sorted by the token index of their first window in a grid.
+    """Rank (B, Q) of every query when sorted by the token index of its first window in a grid.
 
-    Those without a window come last, equals in their order. Counting the smaller ones is one small kernel where a sort
-    is several.
+    Queries without a window come last; ties keep their order. Counting the smaller keys is one small kernel where a
+    sort takes several.
     """
     layout = windows.layout
     view, row, col = windows.cells[number].unbind(-1)
@@ -178,7 +176,7 @@ def query_rank(windows: QueryWindows, number: int) -> Tensor:
 
 
 def query_order(rank: Tensor, num_rows: int) -> Tensor:
-    """The query (B, R) in every row; the padding rows behind Q repeat the last one."""
+    """The query (B, R) in every row; the padding rows after the first Q repeat the last query."""
     batch_size, num_queries = rank.shape
     query = torch.arange(num_queries, device=rank.device).expand(batch_size, -1)
     order = torch.zeros_like(rank).scatter(1, rank, query)
@@ -231,21 +229,21 @@ def block_lists(ranges: list[BlockRange], num_passes: int, num_blocks: int) -> B
     block = torch.arange(num_blocks + -num_blocks % LIST_ALIGNMENT, device=first.device)
     offset = block[:num_blocks] - first[..., None]
     is_member = ((offset >= 0) & (offset < num[..., None])).transpose(-2, -1)
-    # Blocks of queries in front, in their order: a scatter to the place that counting gives; the place behind the last
-    # takes the others.
+    # The blocks of queries of each block of keys, in order, at the start of a row: a scatter to the counted position;
+    # one extra position after the end takes all others.
     count = is_member.cumsum(dim=-1)
     length = is_member.shape[-1]
-    place = torch.where(is_member, count - 1, length)
+    position = torch.where(is_member, count - 1, length)
     number = torch.arange(length, dtype=torch.int32, device=first.device)
-    indices_q = torch.zeros(*place.shape[:-1], length + 1, dtype=torch.int32, device=first.device)
-    indices_q = indices_q.scatter(-1, place, number.expand(place.shape))[..., :length]
+    indices_q = torch.zeros(*position.shape[:-1], length + 1, dtype=torch.int32, device=first.device)
+    indices_q = indices_q.scatter(-1, position, number.expand(position.shape))[..., :length]
     return BlockLists(
-        num=_filled_up(num.to(torch.int32)),
+        num=_padded(num.to(torch.int32)),
         indices=(first[..., None] + block).clamp(max=num_blocks - 1).to(torch.int32),
-        num_q=_filled_up(count[..., -1].to(torch.int32)),
-        indices_q=_filled_up(indices_q),
+        num_q=_padded(count[..., -1].to(torch.int32)),
+        indices_q=_padded(indices_q),
     )
 
 
-def _filled_up(x: Tensor) -> Tensor:
+def _padded(x: Tensor) -> Tensor:
     return nn.functional.pad(x, (0, -x.shape[-1] % LIST_ALIGNMENT)).contiguous()

@@ -9,11 +9,11 @@ from cmt_aqr.data.failures.cases import CASES, OUTSIDE_MRA, SUITES
 from cmt_aqr.data.failures.dataset import FailureDataset, FailureSampler
 from cmt_aqr.data.failures.names import (
     Failure,
-    keep_possible,
+    affects_nothing,
+    keep_applicable,
     name_problems,
     parse_failure,
     parse_failures,
-    touches_nothing,
 )
 from cmt_aqr.data.failures.training import TrainingFailures, training_failures
 
@@ -25,10 +25,10 @@ __all__ = [
     "FailureDataset",
     "FailureSampler",
     "TrainingFailures",
-    "keep_possible",
+    "affects_nothing",
+    "keep_applicable",
     "name_problems",
     "parse_failure",
     "parse_failures",
-    "touches_nothing",
     "training_failures",
 ]

@@ -1,4 +1,4 @@
-"""Wrong calibration of cameras: what the network is told changes, the images and the ground truth do not.
+"""Wrong calibration of cameras: the matrices given to the network change, the images and the ground truth do not.
 
 *Source*: nuScenes-R (Yu et al., 2205.14951), program `create_noise_data_nuscenes.py`.
 """

@@ -33,10 +33,10 @@ SPEED_OF_LIGHT = 299_792_458.0
 
 
 def elevation_bins(points: np.ndarray) -> np.ndarray:
-    """Which of 32 beams, counted from the top, an elevation belongs to.
+    """Which of 32 beams, counted from the top, an elevation is in.
 
     Bin b reaches from b - 1 steps to b steps below the highest beam (0.1862 rad, steps of 0.023275 rad), each border
-    0.012 rad lower: it encloses the beam of its number. What lies above or below all bins belongs to the outermost.
+    0.012 rad lower: it encloses the beam of its number. What lies above or below all bins is in the outermost.
 
     Args:
         points: (P, >= 3) in the sensor's frame, metres.
@@ -230,12 +230,12 @@ def keep_sector(points: np.ndarray, boxes: Tensor, degrees: float, rng: np.rando
 
 
 def drop_objects(points: np.ndarray, boxes: Tensor, probability: float, rng: np.random.Generator) -> np.ndarray:
-    """Objects that reflect nothing: by one coin a frame, the points in all ground-truth boxes go.
+    """Objects that reflect nothing: with one probability per frame, the points in all ground-truth boxes are removed.
 
     Args:
         points: the merged points (P, 5).
         boxes: (G, 9), all of the frame.
-        probability: of the coin, 0.5.
+        probability: 0.5.
 
     *Source*: nuScenes-R, LiDAR object failure, as MoME evaluates it.
     """

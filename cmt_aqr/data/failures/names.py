@@ -1,4 +1,4 @@
-"""From what a user writes, ``beams:4`` or ``view_drop:FRONT,BACK``, to failures, or to a sentence on what is wrong."""
+"""What a user writes, ``beams:4`` or ``view_drop:FRONT,BACK``, as failures, or one sentence on what is wrong."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Failure:
     Attributes:
         case: key of ``CASES``.
         level: key of the case's ``levels``.
-        views: channels that fail, in the order of ``CAMERAS``; None: all that the case touches.
+        views: channels that fail, in the order of ``CAMERAS``; None: all that the case affects.
     """
 
     case: str
@@ -117,27 +117,27 @@ def parse_failures(texts: Sequence[str], suite: str | None = None) -> list[Failu
     return list(dict.fromkeys(failures))
 
 
-def keep_possible(failures: Sequence[Failure], sensors: Sequence[str]) -> tuple[list[Failure], list[Failure]]:
-    """Failures that touch a sensor of a model (``lidar``, ``camera``), and those that do not."""
-    touching = [failure for failure in failures if set(failure.definition.sensors) & set(sensors)]
-    return touching, [failure for failure in failures if failure not in touching]
+def keep_applicable(failures: Sequence[Failure], sensors: Sequence[str]) -> tuple[list[Failure], list[Failure]]:
+    """Failures that affect a sensor of a model (``lidar``, ``camera``), and those that do not."""
+    affecting = [failure for failure in failures if set(failure.definition.sensors) & set(sensors)]
+    return affecting, [failure for failure in failures if failure not in affecting]
 
 
 def name_problems(names: Sequence[str], sensors: Sequence[str], key: str = "data.failures") -> list[str]:
-    """What is wrong with the names in a configuration, one sentence each; see :func:`keep_possible` for the sensors."""
+    """What is wrong with the names in a configuration, one sentence each; ``sensors`` as in :func:`keep_applicable`."""
     problems = []
     for number, name in enumerate(names):
         where = f"{key}[{number}].case"
         try:
-            possible, _ = keep_possible(parse_failure(name, where), sensors)
+            applicable, _ = keep_applicable(parse_failure(name, where), sensors)
         except DataError as error:
             problems.append(str(error))
         else:
-            if not possible:
-                problems.append(f"{where} {name!r}: {touches_nothing(sensors)}")
+            if not applicable:
+                problems.append(f"{where} {name!r}: {affects_nothing(sensors)}")
     return problems
 
 
-def touches_nothing(sensors: Sequence[str]) -> str:
+def affects_nothing(sensors: Sequence[str]) -> str:
     """The end of a sentence about a failure that does nothing to a model with these sensors."""
-    return f"it touches no sensor of this model, which has {' and '.join(sensors)} only"
+    return f"it affects no sensor of this model, which has {' and '.join(sensors)} only"

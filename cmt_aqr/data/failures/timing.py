@@ -1,8 +1,8 @@
-"""Sensors that deliver the past: how many key frames back the data of a frame come from.
+"""Sensors that deliver data of earlier frames: how many key frames back the data of a frame come from.
 
 Functions of the frame's history and of a coin. ``history`` are the sample tokens of the scene up to this frame, this
-one first; ``coin`` gives a number in [0, 1) that depends on a token alone, so that all frames agree on what happened
-when.
+one first; ``coin`` gives a number in [0, 1) that depends on a token alone, so that all frames agree on
+when it happened.
 """
 
 from collections.abc import Callable, Sequence

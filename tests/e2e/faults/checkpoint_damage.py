@@ -305,7 +305,7 @@ RUN: dict[str, Callable[[State], State]] = {
 
 
 def damage(good: bytes, group: str, kind: str, rng: random.Random) -> bytes:
-    """The content to write in the place of ``good``; it is never the same."""
+    """The content to write instead of ``good``; it is never the same."""
     if group == "bytes":
         content = BYTES[kind](good, rng)
     elif group == "file":

@@ -78,7 +78,7 @@ def test_momentum_does_not_carry_it_beyond_a_limit(edge, inwards):
     scale = make_scale(edge - 0.2 * inwards)
     optimizer = torch.optim.AdamW(scale.parameters(), lr=0.3, weight_decay=0.0)
     values = take_steps(scale, optimizer, [-inwards] * 3 + [0.0] * 3)
-    assert values[1:] == [edge] * 5  # without the clamp the first moment goes on for some steps
+    assert values[1:] == [edge] * 5  # without the clamp the first moment would move it for some more steps
     values = take_steps(scale, optimizer, [inwards] * 20)
     assert (edge - values[-1]) * inwards > 0.5 and all(LOW <= value <= HIGH for value in values)
 

@@ -50,7 +50,7 @@ def test_layers_equal_torchs_attention_module_with_the_shared_norm_outside_the_c
         keys = tokens + token_positions
         x = layer.norms[1](x + cross(x + query_positions, keys, tokens, need_weights=False)[0])
         x = layer.norms[2](x + layer.ffn(x))
-        # Quirk Q7: the next layer goes on from x, not from what is returned.
+        # Quirk Q7: the next layer takes x, not from what is returned.
         torch.testing.assert_close(actual[index], decoder.post_norm(x), rtol=1e-12, atol=1e-12)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cmt_aqr.data.failures import CASES, SUITES, Failure, keep_possible, name_problems, parse_failure, parse_failures
+from cmt_aqr.data.failures import CASES, SUITES, Failure, keep_applicable, name_problems, parse_failure, parse_failures
 from cmt_aqr.data.sample import DataError
 
 
@@ -76,16 +76,16 @@ def test_suites():
 
 def test_failures_that_a_model_cannot_notice():
     failures = parse_failures(["beams:4", "occlusion", "fog:1", "temporal:1", "calibration_noise"])
-    assert [f.name for f in keep_possible(failures, ("lidar",))[1]] == ["occlusion", "calibration_noise:single"]
-    assert [f.name for f in keep_possible(failures, ("camera",))[1]] == ["beams:4"]
-    assert keep_possible(failures, ("lidar", "camera")) == (failures, [])
+    assert [f.name for f in keep_applicable(failures, ("lidar",))[1]] == ["occlusion", "calibration_noise:single"]
+    assert [f.name for f in keep_applicable(failures, ("camera",))[1]] == ["beams:4"]
+    assert keep_applicable(failures, ("lidar", "camera")) == (failures, [])
 
 
 def test_problems_of_a_configuration():
     assert name_problems(["beams:4", "view_drop"], ("lidar", "camera")) == []
     assert name_problems(["beams:4", "beams:7", "occlusion"], ("lidar",)) == [
         "data.failures[1].case 'beams:7': beams takes one of the levels 16, 8, 4, got '7'",
-        "data.failures[2].case 'occlusion': it touches no sensor of this model, which has lidar only",
+        "data.failures[2].case 'occlusion': it affects no sensor of this model, which has lidar only",
     ]
 
 
