@@ -48,8 +48,8 @@ def generator(case: Case) -> Attempts:
     queries, right = queries[:, ROWS], case.right[:, ROWS]
     for words, radii in other_radii({grid.name: place.settings.radius(grid) for grid in place.layout.grids}):
         yield words, module(queries, values, positions, rebuild_windows(case.a, ROWS, radii)), right
-    nowhere = torch.zeros_like(positions)
-    yield f"weight generator: {BARE_KEYS}", module(queries, values, nowhere, place), right
+    no_positions = torch.zeros_like(positions)
+    yield f"weight generator: {BARE_KEYS}", module(queries, values, no_positions, place), right
     yield f"weight generator: {BARE_QUERIES}", module(torch.zeros_like(queries), values, positions, place), right
     for eps in EPS:
         set_eps(module, eps)
