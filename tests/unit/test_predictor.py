@@ -104,7 +104,7 @@ def test_weights_and_windows_belong_to_the_query_of_each_box(case):
 
 
 def test_a_compiled_predictor_finds_the_same(case, monkeypatch):
-    """aot_eager in the place of inductor, which takes minutes on a CPU."""
+    """aot_eager instead of inductor, which takes minutes on a CPU."""
     monkeypatch.setattr("cmt_aqr.jobs.InferencePipeline", partial(InferencePipeline, backend="aot_eager"))
     compiled = Predictor.load(case.path, device="cpu", compile=True)
     frames = [case.frames[0], case.frames[1] | {"images": None, "image_size": (225, 400)}]
