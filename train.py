@@ -41,6 +41,7 @@ from cmt_aqr.run import (
     check_init_from,
     check_settings,
     compute_losses,
+    is_compiled,
     make_training_loader,
     resume_hint,
     set_first_weights,
@@ -383,6 +384,8 @@ def describe(run: Run, log: RunLog, notes: list[str]) -> None:
         log.print(run.model.lidar_branch.encoder.describe(rank_info.device))
     if run.model.aqr is not None:
         log.print(run.model.aqr.describe(rank_info.device))
+    if is_compiled(config, rank_info.device):
+        log.print("compiling in the first step, a minute or more (training.compile)")
     if run.step:
         log.print(f"resuming after step {run.step}")
     for note in notes:

@@ -27,7 +27,7 @@ RENAMED = {
 ADDED = {
     "data": {"failures": []},
     "evaluation": {"compile": False},
-    "training": {"schedule": "cyclic", "accumulation": 1, "lr_batch_size": None, "ema_decay": None},
+    "training": {"schedule": "cyclic", "accumulation": 1, "lr_batch_size": None, "ema_decay": None, "compile": False},
 }
 
 Range6 = tuple[float, float, float, float, float, float]
@@ -245,6 +245,8 @@ class TrainingConfig:
     # batch norm, which sees the frames of one pass
     accumulation: int = limits(low=1, high=4096)
     precision: Literal["fp32", "bf16", "fp16"]  # of autocast; positions, heads and losses are float32 always
+    # graphs of torch.compile for the images, the BEV map, the decoder and the loss: a slow first step; auto: on a GPU
+    compile: Literal["auto", True, False]
     lr: float = limits(above=0, high=10)  # learning rate at the start of the schedule
     lr_batch_size: int | None = limits(low=1, high=4096)  # lr is multiplied by batch_size / lr_batch_size; null: by 1
     # cyclic: the original's cosines up and down, for rate and momentum; one_cycle: those of torch's OneCycleLR, which

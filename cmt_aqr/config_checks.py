@@ -141,6 +141,18 @@ def _check_compile(config: Config) -> Found:
         yield "evaluation.compile", "true cannot hold model.attention.backend 'lowrank'; use false"
 
 
+def _check_training_compile(config: Config) -> Found:
+    if (
+        config.training.compile is True
+        and config.model.aqr is not None
+        and config.model.attention.backend == "score_mod"
+    ):
+        yield (
+            "training.compile",
+            "true cannot hold model.attention.backend 'score_mod', which compiles itself; use false",
+        )
+
+
 def _check_bev_map(config: Config) -> Found:
     """The maps on the way from the voxels to the BEV tokens have cells, and those of SECOND come to one size."""
     lidar = config.model.lidar
@@ -317,6 +329,7 @@ CHECKS = (
     (("model.lidar",), _check_encoder_channels),
     (("model.lidar",), _check_sparse_backend),
     (("evaluation.compile", "model.lidar", "model.attention"), _check_compile),
+    (("training.compile", "model.aqr", "model.attention"), _check_training_compile),
     (("model.lidar",), _check_bev_map),
     (("model.lidar", "model.point_range"), _check_voxels),
     (("model.tasks",), _check_classes),

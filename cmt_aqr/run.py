@@ -18,6 +18,7 @@ from cmt_aqr.data.sampling import TrainingSampler
 from cmt_aqr.files import atomic_path
 from cmt_aqr.losses.criterion import Criterion
 from cmt_aqr.losses.matcher import NonFiniteError
+from cmt_aqr.models.compiled import CompiledDetector
 from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.models.grid_mask import draw_grid_mask, grid_mask
@@ -46,7 +47,8 @@ class Run:
 
     Attributes:
         model: the detector.
-        ddp_model: the same in DistributedDataParallel where there are several processes.
+        ddp_model: the same as the training calls it: compiled where `training.compile` says so, in
+            DistributedDataParallel where there are several processes.
         tables: of the data set, for all evaluations of the run.
         average: running average of the weights; None without ``training.ema_decay``.
         loader: of the training split; None where a single step is replayed.
@@ -135,20 +137,35 @@ def build_run(config: Config, rank_info: RankInfo, work_dir: Path) -> Run:
     model = build_detector(config.model).to(rank_info.device)
     freeze(model, config.training.freeze)
     decay = config.training.ema_decay
+    criterion = build_criterion(
+        config, reduce_mean=reduce_mean, num_processes=rank_info.world_size * config.training.accumulation
+    )
+    called: nn.Module = model
+    if is_compiled(config, rank_info.device):
+        called = CompiledDetector(
+            model, masks_images=model.image_branch is not None and config.model.camera.grid_mask > 0
+        )
+        criterion.compile_terms()
     return Run(
         config=config,
         rank_info=rank_info,
         work_dir=work_dir,
         model=model,
         optimizer=build_optimizer(model, config),
-        ddp_model=wrap(model, rank_info),
+        ddp_model=wrap(called, rank_info),
         average=None if decay is None else make_average(model, decay),
-        criterion=build_criterion(
-            config, reduce_mean=reduce_mean, num_processes=rank_info.world_size * config.training.accumulation
-        ),
+        criterion=criterion,
         scaler=torch.amp.GradScaler(rank_info.device.type, enabled=config.training.precision == "fp16"),
         tables=Tables(config.data.root, config.data.version),
     )
+
+
+def is_compiled(config: Config, device: torch.device) -> bool:
+    """What `training.compile` means on a device: `auto` compiles on a GPU what can be compiled."""
+    if config.training.compile != "auto":
+        return config.training.compile
+    is_score_mod = config.model.aqr is not None and config.model.attention.backend == "score_mod"
+    return device.type == "cuda" and not is_score_mod
 
 
 def write_config(work_dir: Path, config: Config) -> None:

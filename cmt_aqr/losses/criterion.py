@@ -151,6 +151,11 @@ class Criterion(nn.Module):
             for layer, value in enumerate(values.unbind())
         }
 
+    def compile_terms(self, *, backend: str = "inductor") -> None:
+        """Compute the terms, not the matching, as graphs of torch.compile from now on."""
+        self._matched_terms = torch.compile(self._matched_terms, backend=backend)
+        self._denoising_terms = torch.compile(self._denoising_terms, backend=backend)
+
     def assign(self, predictions: Predictions, targets: PaddedTargets) -> Tensor:
         """Match every layer and task: (T, L, B, Q) int64 on the CPU, index into the frame's boxes or -1."""
         return match(

@@ -392,4 +392,8 @@ class LidarBranch(nn.Module):
 
     def encode(self, voxels: VoxelBatch) -> Tensor:
         """Voxels -> (B, C, H, W), see `forward`."""
-        return self.neck(self.backbone(self.encoder(voxels)))
+        return self.encode_grid(self.encoder(voxels))
+
+    def encode_grid(self, grid: Tensor) -> Tensor:
+        """Output of the encoder (B, *encoder.output_shape) -> (B, C, H, W), see `forward`."""
+        return self.neck(self.backbone(grid))

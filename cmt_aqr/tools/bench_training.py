@@ -4,7 +4,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -47,10 +47,11 @@ def step_table(config: Config, device: torch.device, batch: Batch, repeats: int)
         "| | first step, s | median, ms | p99, ms | samples/s | GPU busy, ms | peak, MiB | loss of the last step |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, make in (("ours", make_run), ("original's manner", make_original_run)):
+    parts: dict[str, dict[str, float]] = {}
+    for name, make, is_compiled in ways(config, device):
         torch._dynamo.reset()
         with tempfile.TemporaryDirectory() as folder:
-            run = make(config, device, Path(folder))
+            run = make(with_compile(config, is_compiled), device, Path(folder))
             step = TrainingStep(run, batch)
             start = time.perf_counter()
             step()  # which waits for its loss
@@ -60,10 +61,28 @@ def step_table(config: Config, device: torch.device, batch: Batch, repeats: int)
             cells += [number(1e3 * len(batch) / measured.median), number(measured.busy), number(measured.peak, 0)]
             lines.append(f"| {name} | {' | '.join(cells)} | {step.loss:.4f} |")
             if make is make_run:
-                parts = part_times(step, device, repeats)
-    lines += ["", "| part of our step | ms |", "|---|---|"]
-    lines += [f"| {name} | {number(value)} |" for name, value in parts.items()]
+                parts[name] = part_times(step, device, repeats)
+    lines += [
+        "",
+        f"| part of a step | {' | '.join(f'{name}, ms' for name in parts)} |",
+        "|---" * (1 + len(parts)) + "|",
+    ]
+    for part in PARTS:
+        lines.append(f"| {part} | {' | '.join(number(times[part]) for times in parts.values())} |")
     return "\n".join(lines)
+
+
+def ways(config: Config, device: torch.device) -> list[tuple[str, Callable[[Config, torch.device, Path], Run], bool]]:
+    """Name of each way, what makes its run, and whether it is compiled: on a CPU only if the configuration says so."""
+    rows = [("ours, eager", make_run, False), ("original's manner", make_original_run, False)]
+    if device.type == "cuda" or config.training.compile is True:
+        rows.insert(0, ("ours, compiled", make_run, True))
+    return rows
+
+
+def with_compile(config: Config, is_compiled: bool) -> Config:
+    """The configuration with `training.compile`."""
+    return replace(config, training=replace(config.training, compile=is_compiled))
 
 
 def make_run(config: Config, device: torch.device, work_dir: Path) -> Run:
@@ -109,7 +128,7 @@ class TrainingStep:
 
 def part_times(step: TrainingStep, device: torch.device, repeats: int) -> dict[str, float]:
     """Median milliseconds of the parts of a step; the GPU is waited for at their ends, so their sum is more than it."""
-    model, criterion, optimizer = step.run.model, step.run.criterion, step.run.optimizer
+    model, criterion, optimizer = step.run.ddp_model, step.run.criterion, step.run.optimizer
     stamps: list[float] = []
 
     def stamp(*_) -> None:

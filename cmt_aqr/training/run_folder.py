@@ -29,8 +29,8 @@ SPEED = (
 # Keys that may change when a run resumes: paths, how often to evaluate, how fast; not what is learnt.
 MAY_CHANGE = (
     *SPEED, "name", "data.root", "data.index_dir", "data.workers", "data.val_split", "data.synthetic.workers",
-    "evaluation", "training.accumulation", "training.eval_every", "training.init_from", "training.keep_checkpoints",
-    "training.log_every", "training.save_every",
+    "evaluation", "training.accumulation", "training.compile", "training.eval_every", "training.init_from",
+    "training.keep_checkpoints", "training.log_every", "training.save_every",
 )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ def test_keys_of_earlier_versions_get_their_names_of_today(tmp_path):
             "accumulation": 1,
             "lr_batch_size": None,
             "ema_decay": None,
+            "compile": False,
             "pct_start": 0.4,
             "min_momentum_ratio": 0.9,
             "start": 1,
