@@ -12,6 +12,7 @@ from cmt_aqr.aqr.router import BiasRouter, ModulationRouter
 from cmt_aqr.aqr.scale import Scale
 from cmt_aqr.aqr.weights import WeightGenerator
 from cmt_aqr.attention import WindowSettings
+from cmt_aqr.backbones import make_backbone
 from cmt_aqr.classes import CAMERAS
 from cmt_aqr.config import CameraConfig, Config, ConfigError, DataConfig, LidarConfig, ModelConfig
 from cmt_aqr.config_checks import bev_stride
@@ -34,41 +35,42 @@ from cmt_aqr.models.local_init import init_local
 from cmt_aqr.models.neck import CPFPN
 from cmt_aqr.models.position import BevEmbedding, RayEmbedding
 from cmt_aqr.models.queries import ReferencePoints
-from cmt_aqr.models.resnet import ResNet
 from cmt_aqr.models.second import SECOND, SECONDFPN
-from cmt_aqr.models.vovnet import VoVNet
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.predictions import task_classes
 from cmt_aqr.training.optim import prefix_problems
 
 POINT_FEATURES = 5
-RESNET_DEPTHS = {"resnet18": 18, "resnet50": 50}
-
-
 # Bytes of a float32 weight; in training with its gradient and AdamW's two moments.
 WEIGHT_BYTES, TRAINING_BYTES = 4, 16
 
 
 def check_device(config: ModelConfig, device: torch.device) -> None:
-    """Raise ConfigError for a model that cannot run on the device."""
-    problems = []
-    if config.aqr is not None and config.attention.backend == "flex" and device.type != "cuda":
-        problems.append(f"model.attention.backend: 'flex' needs a CUDA GPU, this run is on {device.type}; use 'auto'")
-    if config.lidar is not None and config.lidar.out_of_range == "alias" and device.type == "cuda":
-        problems.append("model.lidar.out_of_range: 'alias' exists on the CPU only, this run is on cuda; use 'drop'")
+    """Raise ConfigError, with all problems, for a model that cannot run on the device."""
+    problems = _device_problems(config, device)
     problems += _memory_problems(count_parameters(build_on_meta(config)), WEIGHT_BYTES, device)
     if problems:
         raise ConfigError(problems)
 
 
 def check_training(config: Config, device: torch.device) -> None:
-    """Raise ConfigError, with all problems, for prefixes that fit no parameter and a model beyond the memory."""
+    """As :func:`check_device` for training, which takes more memory and has prefixes that may fit no parameter."""
     model = build_on_meta(config.model)
-    problems = prefix_problems(model, config.training)
+    problems = _device_problems(config.model, device)
+    problems += prefix_problems(model, config.training)
     problems += name_problems([entry.case for entry in config.data.failures], sensors_of(config.model))
     problems += _memory_problems(count_parameters(model), TRAINING_BYTES, device)
     if problems:
         raise ConfigError(problems)
+
+
+def _device_problems(config: ModelConfig, device: torch.device) -> list[str]:
+    problems = []
+    if config.aqr is not None and config.attention.backend == "flex" and device.type != "cuda":
+        problems.append(f"model.attention.backend: 'flex' needs a CUDA GPU, this run is on {device.type}; use 'auto'")
+    if config.lidar is not None and config.lidar.out_of_range == "alias" and device.type == "cuda":
+        problems.append("model.lidar.out_of_range: 'alias' exists on the CPU only, this run is on cuda; use 'drop'")
+    return problems
 
 
 def sensors_of(config: ModelConfig) -> tuple[str, ...]:
@@ -213,14 +215,9 @@ def build_lidar_branch(config: LidarConfig, point_range: tuple[float, ...]) -> L
 
 def build_image_branch(config: CameraConfig, channels: int) -> ImageBranch:
     """Images -> camera maps of this many channels."""
-    if config.backbone in RESNET_DEPTHS:
-        backbone = ResNet(
-            depth=RESNET_DEPTHS[config.backbone],
-            base_channels=config.base_channels,
-            use_checkpoint=config.activation_checkpointing,
-        )
-    else:
-        backbone = VoVNet(use_checkpoint=config.activation_checkpointing)
+    backbone = make_backbone(
+        config.backbone, base_channels=config.base_channels, use_checkpoint=config.activation_checkpointing
+    )
     return ImageBranch(
         mean=config.mean,
         std=config.std,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cmt_aqr.backbones import BackboneName
 from cmt_aqr.boxes import BoxChoice
 from cmt_aqr.config_checks import CHECKS
 from cmt_aqr.strict_yaml import apply_overrides, build, limits, name_source, to_tree
@@ -148,7 +149,7 @@ class CameraConfig:
     channel_order: Literal["bgr", "rgb"]  # of the images that mean, std and the weights belong to
     mean: Triple = limits(low=-1000, high=1000)  # subtracted from the pixels, 0 to 255, in channel_order
     std: Triple = limits(low=0.001, high=1000)  # divides them afterwards
-    backbone: Literal["resnet18", "resnet50", "vovnet99"]  # its stride 16 and stride 32 maps are used
+    backbone: BackboneName  # its stride 16 and stride 32 maps are used
     base_channels: int = limits(low=1, high=512)  # of the ResNet's first stage; 64 is the standard network
     grid_mask: float = limits(low=0, high=1)  # probability of GridMask on a training step's images
     activation_checkpointing: bool  # the backbone is computed again in the backward pass: less memory

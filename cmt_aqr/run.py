@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from cmt_aqr.boxes import BoxChoice
-from cmt_aqr.build import build_criterion, build_detector, check_device, check_training, training_dataset
+from cmt_aqr.build import build_criterion, build_detector, check_training, training_dataset
 from cmt_aqr.config import Config, ConfigError
 from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.loader import Loader, make_loader
@@ -110,7 +110,6 @@ def check_settings(config: Config, rank_info: RankInfo) -> None:
     """Refuse, before anything is written, a run that cannot work: its batch, its attention, its parameter names."""
     if config.model.aqr is not None and config.model.attention.backend == "lowrank":
         raise ConfigError(["model.attention.backend: 'lowrank' gives AQR no gradient; it is for test.py only"])
-    check_device(config.model, rank_info.device)
     check_training(config, rank_info.device)
     is_score_mod = config.model.aqr is not None and config.model.attention.backend == "score_mod"
     if is_score_mod and rank_info.device.type == "cpu":

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 ALPHA = 0.25
 GAMMA = 2.0
@@ -22,13 +22,9 @@ def focal_loss(logits: Tensor, targets: Tensor, *, alpha: float = ALPHA, gamma: 
     Returns:
         same shape and dtype as ``logits``.
 
-    *Source*: mmdet `py_sigmoid_focal_loss`.
+    *Source*: mmdet `py_sigmoid_focal_loss`, which torchvision's equals up to rounding.
     """
-    targets = targets.to(logits.dtype)
-    scores = logits.sigmoid()
-    miss = (1 - scores) * targets + scores * (1 - targets)
-    weight = (alpha * targets + (1 - alpha) * (1 - targets)) * miss.pow(gamma)
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * weight
+    return sigmoid_focal_loss(logits, targets.to(logits.dtype), alpha=alpha, gamma=gamma)
 
 
 def focal_cost(logits: Tensor, *, alpha: float = ALPHA, gamma: float = GAMMA) -> Tensor:

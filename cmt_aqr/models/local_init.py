@@ -12,9 +12,11 @@ Shape letters: C channels, M heads, D = C / M, N samples of a fit.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
+from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from cmt_aqr.geometry import to_unit
@@ -181,13 +183,11 @@ def init_reference_points(detector: Detector, centres: Tensor, point_range: Sequ
         return
     order = torch.randperm(len(unit), generator=torch.Generator().manual_seed(0))[:MAX_CENTRES]
     unit = unit[order]
-    means = unit[: len(points)].clone()
-    for _ in range(KMEANS_ROUNDS):
-        nearest = torch.cdist(unit, means).argmin(dim=1)
-        sums = torch.zeros_like(means).index_add_(0, nearest, unit)
-        counts = torch.bincount(nearest, minlength=len(means))[:, None]
-        means = torch.where(counts > 0, sums / counts.clamp(min=1), means)
-    points.copy_(means)
+    first_means = unit[: len(points)].numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a mean that is nearest to no centre, such as a duplicate, stays where it is
+        means, _ = kmeans2(unit.numpy(), first_means, iter=KMEANS_ROUNDS, minit="matrix")
+    points.copy_(torch.from_numpy(means))
 
 
 def _with_one(columns: Tensor) -> Tensor:

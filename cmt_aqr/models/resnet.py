@@ -5,11 +5,11 @@ Shapes: N images, C channels, (H, W) pixels or cells.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from cmt_aqr.models.stages import check_out_stages, run_blocks
 
 STAGES = (1, 2, 3, 4)
 # depth -> (block, number of blocks of the four stages)
@@ -21,8 +21,7 @@ class ResNet(nn.Module):
 
     depth: 18, 34 or 50. base_channels: width of the stem, 64 in the published networks. out_stages: which of the
     stages 1 to 4 (stride 2**(stage + 1)) are returned, ascending; later stages are not built.
-    use_checkpoint: recompute each block in the backward pass instead of keeping its activations. A batch norm in
-    training mode then updates its running statistics twice per step.
+    use_checkpoint: see `run_blocks`.
 
     Parameter names equal torchvision's, and those of the official checkpoints without `img_backbone.`.
     """
@@ -38,8 +37,7 @@ class ResNet(nn.Module):
         super().__init__()
         if depth not in RESNETS:
             raise ValueError(f"ResNet depth is {depth}; expected one of {tuple(RESNETS)}")
-        if not out_stages or not set(out_stages) <= set(STAGES) or list(out_stages) != sorted(set(out_stages)):
-            raise ValueError(f"out_stages is {tuple(out_stages)}; expected ascending stages out of {STAGES}")
+        check_out_stages(out_stages, STAGES)
         block, num_blocks = RESNETS[depth]
         widths = [base_channels * 2**i for i in range(len(STAGES))]
         self.out_stages = tuple(out_stages)
@@ -63,9 +61,7 @@ class ResNet(nn.Module):
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         maps = []
         for stage in range(1, self.out_stages[-1] + 1):
-            for block in self.get_submodule(f"layer{stage}"):
-                is_recomputed = self.use_checkpoint and torch.is_grad_enabled()
-                x = checkpoint(block, x, use_reentrant=False) if is_recomputed else block(x)
+            x = run_blocks(self.get_submodule(f"layer{stage}"), x, use_checkpoint=self.use_checkpoint)
             if stage in self.out_stages:
                 maps.append(x)
         return maps

@@ -12,7 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+from cmt_aqr.models.stages import check_out_stages, run_blocks
 
 STAGES = (2, 3, 4, 5)
 
@@ -88,8 +89,7 @@ class VoVNet(nn.Module):
     """Images -> maps of the chosen stages; stage s has stride 2**s.
 
     out_stages: which of the stages 2 to 5 are returned, ascending; later stages are not built.
-    use_checkpoint: recompute each block in the backward pass instead of keeping its activations. A batch norm in
-    training mode then updates its running statistics twice per step.
+    use_checkpoint: see `run_blocks`.
 
     Names of the official checkpoints: `stem.stem_{i}/x` is `stem.{i-1}.x` here, and
     `stage{s}.OSA{s}_{b}.layers.{i}.OSA{s}_{b}_{i}/x` is `stage{s}.{b-1}.layers.{i}.x`.
@@ -97,8 +97,7 @@ class VoVNet(nn.Module):
 
     def __init__(self, *, spec: VoVNetSpec = V99_ESE, out_stages: Sequence[int] = (4, 5), use_checkpoint: bool = False):
         super().__init__()
-        if not out_stages or not set(out_stages) <= set(STAGES) or list(out_stages) != sorted(set(out_stages)):
-            raise ValueError(f"out_stages is {tuple(out_stages)}; expected ascending stages out of {STAGES}")
+        check_out_stages(out_stages, STAGES)
         self.out_stages = tuple(out_stages)
         self.out_channels = tuple(spec.out_channels[stage - STAGES[0]] for stage in out_stages)
         self.use_checkpoint = use_checkpoint
@@ -134,9 +133,7 @@ class VoVNet(nn.Module):
         for stage in range(STAGES[0], self.out_stages[-1] + 1):
             if stage > STAGES[0]:
                 x = F.max_pool2d(x, 3, stride=2, ceil_mode=True)
-            for block in self.get_submodule(f"stage{stage}"):
-                is_recomputed = self.use_checkpoint and torch.is_grad_enabled()
-                x = checkpoint(block, x, use_reentrant=False) if is_recomputed else block(x)
+            x = run_blocks(self.get_submodule(f"stage{stage}"), x, use_checkpoint=self.use_checkpoint)
             if stage in self.out_stages:
                 maps.append(x)
         return maps

@@ -38,7 +38,11 @@ def nuscenes_lidar2img(image_size: tuple[int, int]) -> Tensor:
 
 
 def fusion_layout(
-    bev: tuple[int, int] | None, cameras: tuple[int, int, int] | None, *, cell_size: tuple[float, float] | None = None
+    bev: tuple[int, int] | None,
+    cameras: tuple[int, int, int] | None,
+    *,
+    cell_size: tuple[float, float] | None = None,
+    point_range: tuple[float, ...] = POINT_RANGE,
 ) -> TokenLayout:
     """A BEV grid of rows and cols, then camera grids of views, rows and cols; None leaves one out.
 
@@ -46,8 +50,8 @@ def fusion_layout(
     """
     grids = []
     if bev is not None:
-        fills = tuple((POINT_RANGE[i + 3] - POINT_RANGE[i]) / bev[1 - i] for i in range(2))
-        grids.append(Grid("lidar", 1, *bev, origin=POINT_RANGE[:2], cell_size=cell_size or fills))
+        fills = tuple((point_range[i + 3] - point_range[i]) / bev[1 - i] for i in range(2))
+        grids.append(Grid("lidar", 1, *bev, origin=point_range[:2], cell_size=cell_size or fills))
     if cameras is not None:
         grids.append(Grid("camera", *cameras))
     return TokenLayout(tuple(grids))

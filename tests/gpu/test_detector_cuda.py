@@ -8,7 +8,7 @@ import torch
 from cmt_aqr.boxes import Targets
 from cmt_aqr.evaluation.postprocess import postprocess
 from cmt_aqr.losses.criterion import Criterion, total_loss
-from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
+from cmt_aqr.models.denoising import make_denoising
 from tests.parity.golden import relative_error
 from tests.unit.models.tiny_detector import (
     POINT_RANGE,
@@ -16,6 +16,7 @@ from tests.unit.models.tiny_detector import (
     gradients,
     make_detector,
     make_features,
+    make_noised,
     make_targets,
 )
 
@@ -53,21 +54,10 @@ def inputs(device, dtype, counts=(3, 5)):
     return features, targets
 
 
-def denoise(targets):
-    return make_denoising(
-        targets,
-        num_queries=12,
-        num_dn=10,
-        point_range=POINT_RANGE,
-        settings=DenoisingSettings(max_groups=2),
-        noise=NOISE.to(targets[0].boxes),
-    )
-
-
 def train_step(device, dtype, kernel):
     detector = make_detector(kernel=kernel, classes=TWO_TASKS, dtype=dtype).to(device).train()
     features, targets = inputs(device, dtype)
-    denoising = denoise(targets)
+    denoising = make_noised(targets, noise=NOISE)
     predictions = detector.forward_features(*features, denoising)
     terms = Criterion(classes=TWO_TASKS)(predictions, targets, denoising)
     total_loss(terms).backward()
@@ -110,7 +100,7 @@ def test_one_graph_without_recompiling_under_bfloat16_autocast():
     with torch._dynamo.config.patch(error_on_recompile=True):
         for counts in ((3, 5), (1, 0), (0, 0), (40, 2)):
             features, targets = inputs("cuda", torch.float32, counts)
-            denoising = denoise(targets)
+            denoising = make_noised(targets, noise=NOISE)
             with torch.autocast("cuda", dtype=torch.bfloat16):
                 actual = compiled(*features, denoising)
                 expected = detector.forward_features(*features, denoising)

@@ -1,14 +1,9 @@
 """The routers: the bias and the maps that they make, which queries have a say, what they log."""
 
-import ast
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-import cmt_aqr.aqr
 from cmt_aqr.aqr.modulation import modulate, render_map
 from cmt_aqr.aqr.router import BiasRouter, ModulationRouter
 from cmt_aqr.aqr.scale import Scale
@@ -19,7 +14,6 @@ from cmt_aqr.tokens import Queries, Tokens
 from cmt_aqr.tools.attention_cases import POINT_RANGE, nuscenes_lidar2img
 from tests.unit.attention.cases import BOTH, THREE, attention_by_loops, grid_of_tokens, inside_by_loops
 
-FOLDER = Path(cmt_aqr.aqr.__file__).parent
 DIM = 8
 IMAGE_SIZE = (64, 96)
 LAYOUTS = {"two": BOTH, "three": THREE}
@@ -220,15 +214,3 @@ def test_only_the_scale_has_limits():
     router = modulation_router("v1")
     router.clamp_parameters()
     assert all(torch.equal(x, before[name]) for name, x in router.state_dict().items())
-
-
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.py")), ids=lambda file: file.name)
-def test_the_package_imports_the_base_layer_alone(file):
-    base = ("attention", "transformer_layers", "geometry", "boxes", "cameras", "tokens")
-    allowed = ("cmt_aqr.aqr", *(f"cmt_aqr.{name}" for name in base))
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        modules = [node.module] if isinstance(node, ast.ImportFrom) else []
-        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for module in modules:
-            top = module.split(".")[0]
-            assert top == "torch" or top in sys.stdlib_module_names or module.startswith(allowed), module

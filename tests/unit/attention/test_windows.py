@@ -3,15 +3,17 @@
 import itertools
 import math
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
 
 from cmt_aqr import geometry
 from cmt_aqr.aqr.window_tokens import window_tokens
-from cmt_aqr.attention import AttentionBias, Grid, TokenLayout, WindowSettings, query_windows
+from cmt_aqr.attention import AttentionBias, TokenLayout, WindowSettings, query_windows
 from cmt_aqr.attention.dense import dense_bias
 from cmt_aqr.attention.windows import MIN_DEPTH, camera_cells, cells_of
+from cmt_aqr.tools.attention_cases import fusion_layout
 from tests.unit.attention.cases import LAYOUTS, RADAR, inside_by_loops, random_windows, sized
 
 # Reference points are metres / 16 here, so that numbers can be chosen that are exact in every dtype.
@@ -43,17 +45,7 @@ def ring(num_views, *, width_degrees, batch=1):
     return torch.stack(matrices).expand(batch, -1, -1, -1).clone()
 
 
-def layout_of(bev, cameras, *, point_range=RANGE, cell_size=None):
-    """A BEV grid of rows and cols that begins where the range does and, without a cell size, fills it; camera grids."""
-    grids = []
-    if bev is not None:
-        fills = tuple((point_range[i + 3] - point_range[i]) / bev[1 - i] for i in range(2))
-        grids.append(Grid("lidar", 1, *bev, origin=point_range[:2], cell_size=cell_size or fills))
-    if cameras is not None:
-        grids.append(Grid("camera", *cameras))
-    return TokenLayout(tuple(grids))
-
-
+layout_of = partial(fusion_layout, point_range=RANGE)
 BOTH = layout_of((5, 7), (3, 4, 6))
 
 
@@ -71,6 +63,18 @@ def find(
         point_range=point_range,
         image_size=image_size,
         settings=sized(lidar, camera_size, **options),
+    )
+
+
+def centred_windows(points, lidar2img, layout, **options):
+    """query_windows of points (B, Q, 3) in the unit cube of the range CENTRED."""
+    return query_windows(
+        points,
+        lidar2img,
+        layout=layout,
+        point_range=CENTRED,
+        image_size=IMAGE_SIZE,
+        settings=sized(5, 8, **options),
     )
 
 
@@ -101,14 +105,7 @@ def test_cells_equal_loops(assignment, unseen):
     lidar2img[1, :, :2] *= 1.1
     points = torch.rand(2, 80, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     points[:, 60:, :2] = 0.475 + points[:, 60:, :2] / 20  # above and below the cameras
-    windows = query_windows(
-        points,
-        lidar2img,
-        layout=layout,
-        point_range=CENTRED,
-        image_size=IMAGE_SIZE,
-        settings=sized(5, 8, camera_assignment=assignment, unseen=unseen),
-    )
+    windows = centred_windows(points, lidar2img, layout, camera_assignment=assignment, unseen=unseen)
     seen_by, beyond = [], 0
     for b, q in itertools.product(range(2), range(80)):
         bev, views = cells_by_loops(points[b, q].tolist(), lidar2img[b], layout, CENTRED, IMAGE_SIZE)
@@ -381,14 +378,7 @@ def test_projection_is_the_one_of_geometry():
     ours, ours_seen = camera_cells(geometry.to_metres(points, CENTRED), lidar2img, IMAGE_SIZE, cameras)
     assert torch.equal(ours_seen, is_seen)
     assert torch.equal(ours[is_seen], torch.stack((row, col), dim=-1)[is_seen])
-    windows = query_windows(
-        points,
-        lidar2img,
-        layout=layout,
-        point_range=CENTRED,
-        image_size=IMAGE_SIZE,
-        settings=sized(5, 8, camera_assignment="all"),
-    )
+    windows = centred_windows(points, lidar2img, layout, camera_assignment="all")
     assert torch.equal(windows.cells[1][..., 0] >= 0, is_seen)
     assert torch.equal(windows.cells[1][is_seen][:, 1:], ours[is_seen])
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cmt_aqr.losses.criterion import Criterion, total_loss
-from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
+from cmt_aqr.models.denoising import make_denoising
 from tests.unit.models.tiny_detector import (
     BEV_CHANNELS,
     DIM,
@@ -16,6 +16,7 @@ from tests.unit.models.tiny_detector import (
     gradients,
     make_detector,
     make_features,
+    make_noised,
     make_targets,
     ring_of_cameras,
 )
@@ -49,14 +50,8 @@ def step(detector, features, targets, *, num_dn, noise):
     padded = torch.zeros(len(targets), num_dn, 3, dtype=torch.float64)
     rows = min(num_dn, noise.shape[1])
     padded[:, num_dn - rows :] = noise[:, noise.shape[1] - rows :]
-    denoising = make_denoising(
-        targets,
-        num_queries=detector.reference_points.num_queries,
-        num_dn=num_dn,
-        point_range=POINT_RANGE,
-        settings=DenoisingSettings(max_groups=2),
-        noise=padded,
-    )
+    num_queries = detector.reference_points.num_queries
+    denoising = make_noised(targets, num_dn=num_dn, noise=padded, num_queries=num_queries)
     detector.shared_conv is None or detector.shared_conv[1].reset_running_stats()
     predictions = detector.train().forward_features(*features, denoising)
     terms = Criterion(classes=detector.head.classes)(predictions, targets, denoising)

@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional as F
 
 from cmt_aqr.losses.criterion import Criterion, total_loss
-from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.models.local_init import init_local
 from tests.unit.attention.cases import grid_of_tokens, inside_by_loops
@@ -21,6 +20,7 @@ from tests.unit.models.tiny_detector import (
     make_aqr,
     make_detector,
     make_features,
+    make_noised,
     make_targets,
     ring_of_cameras,
 )
@@ -47,17 +47,7 @@ def silence(detector, logit):
 
 
 def noised(targets=None, num_dn=NUM_DN):
-    """Denoising queries, the same at every call."""
-    targets = make_targets((3, 5)) if targets is None else targets
-    noise = torch.rand(2, num_dn, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    return make_denoising(
-        targets,
-        num_queries=12,
-        num_dn=num_dn,
-        point_range=POINT_RANGE,
-        settings=DenoisingSettings(max_groups=2),
-        noise=noise,
-    )
+    return make_noised(make_targets((3, 5)) if targets is None else targets, num_dn=num_dn)
 
 
 def difference(left, right, rows=slice(None)):

@@ -1,7 +1,10 @@
+from typing import get_args
+
 import pytest
 import torch
 import torchvision
 
+from cmt_aqr.backbones import BackboneName, make_backbone
 from cmt_aqr.models.image import ImageBranch, normalize_images, pad_images
 from cmt_aqr.models.neck import CPFPN
 from cmt_aqr.models.resnet import ResNet
@@ -102,3 +105,15 @@ def test_errors():
             ResNet(depth=18, out_stages=out_stages)
     with pytest.raises(ValueError, match="out_stages"):
         VoVNet(spec=MINI, out_stages=(1,))
+
+
+@pytest.mark.parametrize("name", get_args(BackboneName))
+def test_every_backbone_gives_maps_of_strides_16_and_32(name):
+    with torch.device("meta"):
+        backbone = make_backbone(name, base_channels=16, use_checkpoint=False)
+        maps = backbone(torch.zeros(2, 3, 64, 96))
+    sizes = [
+        (2, channels, 64 // stride, 96 // stride)
+        for channels, stride in zip(backbone.out_channels, (16, 32), strict=True)
+    ]
+    assert [tuple(x.shape) for x in maps] == sizes

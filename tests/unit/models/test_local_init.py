@@ -202,6 +202,21 @@ def test_reference_points_go_where_the_boxes_are():
     assert torch.cdist(boxes, points).min(1).values.mean() < torch.cdist(boxes, chosen).min(1).values.mean()
 
 
+def test_reference_points_are_means_of_the_nearest_boxes():
+    """Ten rounds of k-means by loops; among few different boxes some means have no box nearest to them and stay."""
+    for boxes in (crowds()[:180], crowds()[:4].repeat(20, 1)):
+        model = detector(num_queries=12)
+        init_reference_points(model, boxes, POINT_RANGE)
+        unit = to_unit(boxes.double(), POINT_RANGE)
+        unit = unit[torch.randperm(len(unit), generator=torch.Generator().manual_seed(0))]
+        means = [row.clone() for row in unit[:12]]
+        for _ in range(10):
+            nearest = [min(range(12), key=lambda i: (row - means[i]).square().sum().item()) for row in unit]
+            groups = [[row for row, owner in zip(unit, nearest, strict=True) if owner == i] for i in range(12)]
+            means = [torch.stack(group).mean(0) if group else mean for group, mean in zip(groups, means, strict=True)]
+        torch.testing.assert_close(model.reference_points.weight.detach(), torch.stack(means).float())
+
+
 def test_reference_points_repeat_themselves():
     models = [detector(num_queries=12), detector(num_queries=12)]
     for seed, model in enumerate(models):

@@ -10,7 +10,6 @@ import torch
 
 from cmt_aqr.cameras import make_cameras
 from cmt_aqr.losses.criterion import Criterion
-from cmt_aqr.models.denoising import make_denoising
 from cmt_aqr.models.heads import Heads
 from cmt_aqr.models.position import bev_positions, pv_positions
 from cmt_aqr.models.queries import query_positions
@@ -22,6 +21,7 @@ from tests.unit.models.tiny_detector import (
     gradients,
     make_detector,
     make_features,
+    make_noised,
     make_targets,
     ring_of_cameras,
 )
@@ -119,10 +119,10 @@ def test_reference_points_tokens_and_windows(half, design):
     """Positions of tokens and queries, denoising rows included, inside the detector; windows are whole numbers."""
     detector = make_detector(dtype=torch.float32, design=design).eval()
     features = make_features(2, dtype=torch.float32)
-    targets, noise = make_targets((3, 5), dtype=torch.float32), torch.rand(2, 10, 3)
+    targets = make_targets((3, 5), dtype=torch.float32)
 
     def stages():
-        denoising = make_denoising(targets, num_queries=12, num_dn=10, point_range=POINT_RANGE, noise=noise)
+        denoising = make_noised(targets)
         cameras = detector.make_cameras(*features[1:])
         tokens = detector.make_tokens(*features[:2], cameras)
         queries = detector.make_queries(2, cameras, denoising)
@@ -143,9 +143,7 @@ def test_losses(half, rounds_input):
     """Predictions that were rounded elsewhere make no rounded loss."""
     detector = make_detector(dtype=torch.float32)
     targets = make_targets((3, 5), dtype=torch.float32)
-    denoising = make_denoising(
-        targets, num_queries=12, num_dn=10, point_range=POINT_RANGE, noise=torch.full((2, 10, 3), 0.6)
-    )
+    denoising = make_noised(targets, noise=torch.full((2, 10, 3), 0.6))
     predictions = detector.forward_features(*make_features(2, dtype=torch.float32), denoising)
     rounded = predictions
     if rounds_input:

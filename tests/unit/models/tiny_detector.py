@@ -10,6 +10,7 @@ from cmt_aqr.aqr.weights import WeightGenerator
 from cmt_aqr.attention import WindowSettings
 from cmt_aqr.boxes import Targets
 from cmt_aqr.models.decoder import Decoder
+from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from cmt_aqr.models.detector import Detector, SharedConv
 from cmt_aqr.models.heads import Heads
 from cmt_aqr.models.position import BevEmbedding, RayEmbedding
@@ -117,6 +118,22 @@ def make_targets(counts, *, seed=2, dtype=torch.float64):
         labels = torch.randint(10, (count,), generator=generator)
         records.append(Targets(unit * (high - low) + low, labels))
     return records
+
+
+def make_noised(targets, *, num_dn=10, noise=None, num_queries=12):
+    """Denoising queries in at most two groups, the same at every call; noise (B, num_dn, 3)."""
+    if noise is None:
+        size = (len(targets), num_dn, 3)
+        noise = torch.rand(size, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    settings = DenoisingSettings(max_groups=2)
+    return make_denoising(
+        targets,
+        num_queries=num_queries,
+        num_dn=num_dn,
+        point_range=POINT_RANGE,
+        settings=settings,
+        noise=noise.to(targets[0].boxes),
+    )
 
 
 def gradients(module):
