@@ -14,6 +14,7 @@ from cmt_aqr.synthetic import calibration
 POINT_RANGE = (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)
 NUM_QUERIES = 900  # learned ones; what a case has more are denoising queries
 NUM_OBJECTS = 40  # that denoising queries gather around
+SPREAD = 0.01  # standard deviation around an object, of the whole range
 # How much samples of a batch are turned against each other, radians.
 TURN = 0.02
 PUBLISHED = WindowSettings({"lidar": 5, "camera": 8})
@@ -63,27 +64,37 @@ def make_windows(
     num_queries: int,
     *,
     device: torch.device | str,
+    num_clusters: int = 0,
     seed: int = 0,
     settings: WindowSettings = PUBLISHED,
 ) -> QueryWindows:
-    """Windows of random reference points: uniform ones, and, beyond 900, such around 40 objects as denoising makes.
+    """Windows of random reference points: learned ones, and, beyond 900, such around 40 objects as denoising makes.
 
-    Every sample of the batch has its own calibration.
+    Every sample of the batch has its own calibration. Views beyond the six of nuScenes repeat them.
+
+    Args:
+        num_clusters: the learned points lie around so many places; 0: they are uniform.
     """
     generator = torch.Generator().manual_seed(seed)
     num_learned = min(num_queries, NUM_QUERIES)
-    learned = torch.rand(num_learned, 3, generator=generator).expand(batch_size, -1, -1)
+    learned = torch.rand(num_learned, 3, generator=generator)
+    if num_clusters:
+        places = torch.rand(num_clusters, 3, generator=generator)[torch.arange(num_learned) % num_clusters]
+        learned = (places + SPREAD * torch.randn(num_learned, 3, generator=generator)).clamp(0, 1)
+    learned = learned.expand(batch_size, -1, -1)
     objects = torch.rand(batch_size, NUM_OBJECTS, 3, generator=generator)
     repeats = math.ceil((num_queries - num_learned) / NUM_OBJECTS)
     noised = objects.repeat(1, repeats, 1)[:, : num_queries - num_learned]
-    noised = (noised + 0.01 * torch.randn(noised.shape, generator=generator)).clamp(0, 1)
+    noised = (noised + SPREAD * torch.randn(noised.shape, generator=generator)).clamp(0, 1)
     points = torch.cat((noised, learned), dim=1).to(device)
     lidar2img, image_size = None, None
     for grid in layout.grids:
         if grid.name == "camera":
             image_size = (grid.rows * CAMERA_STRIDE, grid.cols * CAMERA_STRIDE)
             lidar2img = torch.stack([nuscenes_lidar2img(image_size) @ _turn(i * TURN) for i in range(batch_size)])
-            lidar2img = lidar2img[:, : grid.views].to(device)
+            lidar2img = lidar2img.repeat(1, math.ceil(grid.views / lidar2img.shape[1]), 1, 1)[:, : grid.views].to(
+                device
+            )
     return query_windows(
         points, lidar2img, layout=layout, point_range=POINT_RANGE, image_size=image_size, settings=settings
     )

@@ -6,6 +6,7 @@
     python -m cmt_aqr.tools.bench end2end cmt_aqr_r50_800x320 --cloud LIDAR_FILE.bin --precision fp16
     python -m cmt_aqr.tools.bench train cmt_aqr_r50_800x320 --batch-sizes 4
     python -m cmt_aqr.tools.bench loader synthetic_small --workers 4 8 16
+    python -m cmt_aqr.tools.bench scaling cmt_aqr_r50_800x320 --axes queries tokens
 
 ``data`` measures, on one thread and after a warm-up, the parts of a sample: the images of one frame to the network's
 input for both official sizes, beside a plain pipeline with the original's steps (decode, float32, resize, crop,
@@ -22,6 +23,8 @@ original's manner: eager, spconv, a dense float mask, or unbiased attention with
 through the validation split, and with ``--checkpoint`` the differences of the boxes mean something.
 
 ``train`` times training steps beside the original's manner on one made-up batch; ``loader`` the loading of batches.
+
+``scaling`` times, on a GPU, the attention while one size grows, and the LiDAR branch against the number of points.
 """
 
 import argparse
@@ -45,12 +48,15 @@ from cmt_aqr.errors import report_errors
 from cmt_aqr.jobs import prepare_data
 from cmt_aqr.models.voxels import voxelize
 from cmt_aqr.precision import PRECISIONS
-from cmt_aqr.tools.bench_attention import SHAPES, attention_tables
+from cmt_aqr.tools.bench_attention import attention_tables
 from cmt_aqr.tools.bench_inference import Options, inference_tables
+from cmt_aqr.tools.bench_scaling import scaling_tables
+from cmt_aqr.tools.bench_shapes import ATTENTION_SHAPES, SCALING
 from cmt_aqr.tools.bench_sparse import sparse_tables
 from cmt_aqr.tools.bench_training import loader_table, training_tables
 
-CONFIGURED = ("end2end", "train", "loader")
+CONFIGURED = ("end2end", "train", "loader", "scaling")
+AXES = (*SCALING, "points")
 IMAGE_SIZES = {"r50_800x320": (320, 800), "vov_1600x640": (640, 1600)}
 NUM_SWEEPS = 9  # with the key frame ten
 VOXELS = {"voxel_size": (0.1, 0.1, 0.2), "point_range": (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0), "max_voxels": 120_000}
@@ -93,6 +99,9 @@ def configured_tables(options: argparse.Namespace) -> Iterator[str]:
     if options.command == "loader":
         prepare_data(config, talk=True)
         yield loader_table(config, workers=tuple(options.workers), num_batches=options.batches)
+        return
+    if options.command == "scaling":
+        yield from scaling_tables(config, tuple(options.axes))
         return
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sizes = tuple(options.batch_sizes)
@@ -175,7 +184,8 @@ def _add_configured(commands: argparse._SubParsersAction) -> None:
     end2end = commands.add_parser("end2end", help="images and points in, boxes out")
     train = commands.add_parser("train", help="training steps")
     loader = commands.add_parser("loader", help="batches of the training split")
-    for command in (end2end, train, loader):
+    scaling = commands.add_parser("scaling", help="cost against queries, tokens, batch, ..., on a GPU")
+    for command in (end2end, train, loader, scaling):
         command.add_argument("config", help="YAML file, or the name of one in configs/")
         command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
     for command, repeats in ((end2end, 200), (train, 20)):
@@ -197,6 +207,7 @@ def _add_configured(commands: argparse._SubParsersAction) -> None:
     end2end.add_argument(
         "--no-compile", dest="compile", action="store_false", help="our stages as they are, uncompiled"
     )
+    scaling.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="default: all")
     loader.add_argument("--workers", nargs="+", type=int, default=[0, 4, 16], help="default: %(default)s")
     loader.add_argument("--batches", type=int, default=20, help="timed batches (default: %(default)s)")
 
@@ -211,8 +222,8 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--version", required=True, help="such as v1.0-mini")
     data.add_argument("--split", required=True, help="such as mini_val; the last frame is measured")
     attention = commands.add_parser("attention", help="the cross-attention, on a GPU")
-    choices = range(len(SHAPES))
-    shown = ", ".join(f"{i}: B{b} Q{q} K{layout.num_tokens}" for i, (layout, b, q) in enumerate(SHAPES))
+    choices = range(len(ATTENTION_SHAPES))
+    shown = ", ".join(f"{i}: {shape}" for i, shape in enumerate(ATTENTION_SHAPES))
     attention.add_argument(
         "--shapes", nargs="+", type=int, choices=choices, default=list(choices), help=f"{shown} (default: all)"
     )

@@ -10,17 +10,15 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmt_aqr.aqr.lowrank import LowRankFactors, factored_attention, factorise
-from cmt_aqr.attention import AttentionBias, QueryWindows, TokenLayout, bias_values
+from cmt_aqr.attention import AttentionBias, QueryWindows, WindowSettings, bias_values
 from cmt_aqr.attention.dense import dense_attention, dense_bias
 from cmt_aqr.attention.flex.kernel import flex_attention_with_bias, plan
 from cmt_aqr.attention.score_mod import attention_with_score_mod
 from cmt_aqr.errors import UserError
 from cmt_aqr.tools.attention_cases import fusion_layout, make_windows
+from cmt_aqr.tools.bench_shapes import ATTENTION_SHAPES, AttentionShape
 from cmt_aqr.tools.bench_timing import event_time, extra_memory, gpu_time
 
-R50 = fusion_layout((128, 128), (6, 20, 50), cell_size=(0.8, 0.8))
-VOV = fusion_layout((180, 180), (6, 40, 100), cell_size=(0.6, 0.6))
-SHAPES = ((R50, 1, 900), (R50, 2, 1490), (VOV, 1, 900), (VOV, 2, 1800))
 HEADS, HEAD_DIM = 8, 32
 SCALE, MAX_BIAS = 2.5, 5.0
 DTYPE = torch.bfloat16
@@ -72,13 +70,13 @@ def attention_tables(shapes: tuple[int, ...]) -> Iterator[str]:
         raise DeviceError("bench attention needs a CUDA GPU, and there is none")
     yield f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}, {HEADS} heads of {HEAD_DIM}\n"
     for index in shapes:
-        yield shape_table(*SHAPES[index]) + "\n"
+        yield shape_table(ATTENTION_SHAPES[index]) + "\n"
 
 
-def shape_table(layout: TokenLayout, batch_size: int, num_queries: int) -> str:
+def shape_table(shape: AttentionShape) -> str:
     """Measure every way on one shape."""
     torch._dynamo.reset()  # or the shapes before would count against the limit of recompilations
-    problem = make_problem(layout, batch_size, num_queries)
+    problem = make_problem(shape)
     reference = float64_output(problem)
     rows = [measure_row(*way, problem, reference) for way in ways(problem)]
     rows += lowrank_rows(problem, reference)
@@ -86,7 +84,7 @@ def shape_table(layout: TokenLayout, batch_size: int, num_queries: int) -> str:
     rows.append(Row("flex: sorting and block ranges, once for all layers", forward=shared))
     base = rows[0]
     lines = [
-        f"B{batch_size} Q{num_queries} K{layout.num_tokens}",
+        str(shape),
         "",
         "| | forward, us | ratio | forward + backward, us | ratio | memory, MiB: forward | both | error |",
         "|---|---|---|---|---|---|---|---|",
@@ -100,8 +98,18 @@ def shape_table(layout: TokenLayout, batch_size: int, num_queries: int) -> str:
     return "\n".join(lines)
 
 
-def make_problem(layout: TokenLayout, batch_size: int, num_queries: int) -> Problem:
+def make_problem(shape: AttentionShape) -> Problem:
     """Random content, windows with the geometry of nuScenes; memory laid out as linear projections leave it."""
+    batch_size, num_queries = shape.batch_size, shape.num_queries
+    layout = fusion_layout(shape.bev, shape.cameras, cell_size=shape.cell_size)
+    windows = make_windows(
+        layout,
+        batch_size,
+        num_queries,
+        device="cuda",
+        num_clusters=shape.clusters,
+        settings=WindowSettings(dict(zip(("lidar", "camera"), shape.windows, strict=True))),
+    )
     generator = torch.Generator("cuda").manual_seed(0)
 
     def draw(length: int, zeros: int = 0) -> Tensor:
@@ -113,7 +121,7 @@ def make_problem(layout: TokenLayout, batch_size: int, num_queries: int) -> Prob
     k, v = (x.detach()[:, :, : layout.num_tokens].transpose(1, 2).contiguous().transpose(1, 2) for x in padded)
     weights = torch.randn(batch_size, num_queries, 2, device="cuda", generator=generator).tanh()
     return Problem(
-        windows=make_windows(layout, batch_size, num_queries, device="cuda"),
+        windows=windows,
         q=draw(num_queries),
         k=k.requires_grad_(),
         v=v.requires_grad_(),

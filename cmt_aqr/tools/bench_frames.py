@@ -49,6 +49,18 @@ def made_up_batch(config: Config, batch_size: int, *, cloud: str | None = None, 
     )
 
 
+def random_points(count: int, point_range: Sequence[float], *, seed: int = 0) -> Tensor:
+    """Points (count, 5) as dense at any count: those of the made-up scanner again and again, a little further on."""
+    generator = torch.Generator().manual_seed(seed)
+    clouds, total = [], 0
+    while total < count:
+        cloud = random_cloud(generator)
+        cloud[:, :2] += 0.05 * (point_range[3] - point_range[0]) * torch.randn(2, generator=generator)
+        clouds.append(cloud)
+        total += len(cloud)
+    return torch.cat(clouds)[:count]
+
+
 def made_up_targets(point_range: Sequence[float], generator: torch.Generator) -> Targets:
     """Boxes of the size of cars, on the ground around the LiDAR."""
     side = point_range[3] - point_range[0]
