@@ -40,7 +40,8 @@ OUTPUTS = {
     "labels": "B N, position in the entry classes",
     "queries": "B N, the query that each box comes from",
     "is_kept": "B N, whether the box counts: inside evaluation.post_range and above evaluation.score_threshold",
-    "needed": "rows that these points need, beside the entry sizes; where one of those is smaller, no box is kept",
+    "needed": "rows that these points need, beside the entry sizes; where one is larger than its size, no box is kept "
+    "and those behind it may be too low",
 }
 
 

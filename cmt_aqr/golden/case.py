@@ -55,12 +55,15 @@ def draw_detector(config: Config, seed: int, frame: Frame) -> Detector:
 
 
 def settle_norms(detector: Detector, frame: Frame) -> None:
-    """Give all batch norms the statistics of a frame; they are in the branches and in the shared convolution."""
-    norms = [module for module in detector.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    """Give all batch norms the statistics of a frame; they are in the branches and in the shared convolution.
+
+    The norms alone are in training mode: the sparse encoder is the one of evaluation, whether spconv is there or not.
+    """
+    norms = [module for module in detector.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
+        norm.train()
         norm.momentum = 1.0
-    detector.train()
     detector.encode_images(frame.images)
     bev_map = detector.encode_points(frame.points)
     if bev_map is not None:

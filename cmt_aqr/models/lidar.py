@@ -82,9 +82,9 @@ def choose_backend(
         return backend
     if out_of_range == "alias":
         return "spconv"
-    if not spconv_can or spconv_backend.import_error() is not None:
-        return "torch"
-    return FASTER.get((device.type, is_training), "torch")
+    chosen = FASTER.get((device.type, is_training), "torch") if spconv_can else "torch"
+    # Asking for spconv imports it, which takes seconds.
+    return "torch" if chosen == "torch" or spconv_backend.import_error() is not None else chosen
 
 
 def _check_choices(backend: str, out_of_range: str, precision: torch.dtype) -> None:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Elements of the gathered rows that exist at a time: what a cache holds on a CPU, a few hundred megabytes on a GPU.
+# Elements of the gathered rows that exist at a time: what a cache holds on a CPU, a few hundred megabytes on a GPU, and
+# in a graph, where every part would be a node of its own.
 CHUNK = {"cpu": 2**20}
-GPU_CHUNK = 2**27
+LARGE_CHUNK = 2**27
 HEAD_ROOM = 1.25
 
 logger = logging.getLogger(__name__)
@@ -248,7 +249,8 @@ def gather_product(x: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _chunks(padded: Tensor, rows: Tensor):
-    size = max(1, CHUNK.get(padded.device.type, GPU_CHUNK) // max(1, rows.shape[1] * padded.shape[1]))
+    elements = LARGE_CHUNK if torch.compiler.is_compiling() else CHUNK.get(padded.device.type, LARGE_CHUNK)
+    size = max(1, elements // max(1, rows.shape[1] * padded.shape[1]))
     for start in range(0, max(1, rows.shape[0]), size):
         part = rows[start : start + size]
         gathered = padded.index_select(0, part.flatten()).view(part.shape[0], part.shape[1] * padded.shape[1])

@@ -194,7 +194,7 @@ def describe(
     """The metadata of the file: text by name."""
     form = {
         "pt2": "AOTInductor package" if options.package else "torch.export program",
-        "onnx": f"ONNX model, opset {OPSET},",
+        "onnx": f"ONNX model (opset {OPSET})",
     }
     about = {
         "form": form[options.to],

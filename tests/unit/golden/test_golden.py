@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cmt_aqr.config import load_config
 from cmt_aqr.golden.__main__ import main
 from cmt_aqr.golden.bundle import Source
+from cmt_aqr.golden.case import draw_detector, random_frame
 from cmt_aqr.golden.measure import measure
-from tests.unit.golden.make_tiny import FOLDER, export_tiny
+from tests.unit.golden.make_tiny import FOLDER, SETTINGS, export_tiny
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +213,13 @@ def test_measure_by_hand():
     assert found.max_rel == 0.125 and found.ulp == 0.5 / 2**-22
     one_sided = measure(a, b.nan_to_num(0, 7, 0), 0.3)
     assert one_sided.max_abs == math.inf and one_sided.past == 2
+
+
+def test_random_weights_do_not_depend_on_spconv(monkeypatch):
+    config = load_config("configs/synthetic_tiny.yaml", SETTINGS)
+    frame = random_frame(config, num_points=300, num_boxes=1)
+    expected = draw_detector(config, 3, frame).state_dict()
+    monkeypatch.setattr("cmt_aqr.models.spconv_backend.import_error", lambda: "not here")
+    for name, x in draw_detector(config, 3, frame).state_dict().items():
+        assert torch.equal(x, expected[name]), name
+    assert not draw_detector(config, 3, frame).training

@@ -257,3 +257,9 @@ def test_second_and_neck_settings():
         SECOND(in_channels=6, channels=(4, 6), layers=(1,), strides=(1, 2))
     with pytest.raises(ValueError, match="one entry per stage"):
         SECONDFPN(in_channels=(4,), channels=(4, 6), upsample_strides=(1, 2))
+
+
+def test_spconv_is_not_imported_where_it_is_not_the_faster_one(monkeypatch):
+    """Importing it takes seconds."""
+    monkeypatch.setattr("cmt_aqr.models.spconv_backend.import_error", lambda: pytest.fail("imported"))
+    assert choose_backend("auto", torch.device("cpu"), torch.float32, is_training=False) == "torch"
