@@ -156,7 +156,8 @@ def example_inputs(detector: Detector, frame: Frame, *, has_encoder: bool) -> di
     elif detector.lidar_branch is not None:
         like = detector.reference_points.weight
         inputs["encoder_map"] = like.new_zeros(1, *detector.lidar_branch.encoder.output_shape)
-    return {name: inputs[name] for name in INPUTS if name in inputs}
+    # A package reads its inputs with the strides that it was traced with.
+    return {name: inputs[name].contiguous() for name in INPUTS if name in inputs}
 
 
 def choose_sizes(branch: LidarBranch, points: Tensor) -> tuple[int, ...]:

@@ -39,6 +39,15 @@ def test_boxes_are_those_of_the_detector(kind):
     assert ("needed" in found) == ("points" in inputs)
 
 
+def test_inputs_are_contiguous_whatever_the_frame_is():
+    """A package of AOTInductor takes the strides of the traced inputs for those of all inputs."""
+    detector, _ = make_detector()
+    images, points, lidar2img = make_inputs((900,), seed=0)
+    frame = Frame(images.movedim(-1, 2).contiguous().movedim(2, -1), points, lidar2img.mT.contiguous().mT)
+    assert not frame.images.is_contiguous() and not frame.lidar2img.is_contiguous()
+    assert all(x.is_contiguous() for x in example_inputs(detector, frame, has_encoder=True).values())
+
+
 def test_boxes_from_the_map_of_the_sparse_encoder():
     program, inputs, expected = make_program("fusion with AQR", has_encoder=False)
     branch = program.detector.lidar_branch
