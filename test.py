@@ -13,8 +13,15 @@ Failing sensors, all in one run: a table of the scores clean and under each, fai
 failure in runs/<name>/failures_<split>. A name without a level means all its levels; docs/failures.md lists them.
 """
 
-import argparse
 import sys
+
+from cmt_aqr.command_line import parse_test_arguments
+
+if __name__ == "__main__":
+    parse_test_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
+
+import argparse
+from functools import partial
 from pathlib import Path
 
 from cmt_aqr.build import build_detector, check_device, open_split, sensors_of
@@ -25,6 +32,7 @@ from cmt_aqr.evaluation.nuscenes_eval import format_table
 from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.failure_report import FailureTest
 from cmt_aqr.jobs import evaluate_split, has_boxes, load_model, model_for_test, prepare_data, submit_split
+from cmt_aqr.memory import evaluation_advice, explain_out_of_memory
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.robustness import check_training_keys, choose_failures, evaluate_failures, report_failures
 from cmt_aqr.training.distributed import RankInfo, main_first, process_group
@@ -33,37 +41,16 @@ from cmt_aqr.training.logs import RunLog
 
 def main() -> int:
     """Run the command line; returns the exit status."""
-    arguments = parse_arguments()
+    arguments = parse_test_arguments(__doc__)
 
     def run() -> int:
         check_training_keys(arguments.set)
         config = load_config(arguments.config, arguments.set)
-        with process_group(arguments.device) as rank_info:
+        advice = partial(evaluation_advice, config)
+        with process_group(arguments.device) as rank_info, explain_out_of_memory(advice):
             return test(config, rank_info, arguments)
 
     return report_errors(run)
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("config", help="YAML file that the checkpoint was trained with, or its name in configs/")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint of train.py, or .safetensors weights")
-    parser.add_argument("--split", help="default: data.val_split")
-    parser.add_argument("--no-metrics", action="store_true", help="write the submission, without scoring it")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys, e.g. data.root=/data"
-    )
-    parser.add_argument("--out", type=Path, help="output folder (default: runs/<name>/test_<split>)")
-    parser.add_argument(
-        "--failure", action="append", default=[], metavar="NAME[:LEVEL]", help="also test with this sensor failure"
-    )
-    parser.add_argument("--failures", metavar="SUITE", help="also test with all of multicorrupt, mome or all")
-    parser.add_argument("--failure-seed", type=int, default=0, help="of the failures' random numbers (default: 0)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
-    return parser.parse_args()
 
 
 def test(config: Config, rank_info: RankInfo, arguments: argparse.Namespace) -> int:

@@ -10,12 +10,19 @@ epoch_*.pt and, for every evaluation, eval/epoch_N/ with submission.json, metric
 docs/architecture.md explains the parts.
 """
 
+import sys
+
+from cmt_aqr.command_line import parse_train_arguments
+
+if __name__ == "__main__":
+    parse_train_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
+
 import argparse
 import math
-import sys
 import time
 import traceback
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +38,7 @@ from cmt_aqr.evaluation.nuscenes_eval import METRICS_FILE, format_table
 from cmt_aqr.jobs import evaluate_split, prepare_data
 from cmt_aqr.losses.criterion import total_loss
 from cmt_aqr.losses.matcher import NonFiniteError
+from cmt_aqr.memory import explain_out_of_memory, training_advice
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.probe import log_probe
 from cmt_aqr.progress import phase
@@ -49,7 +57,6 @@ from cmt_aqr.run import (
     split_batch,
     write_config,
 )
-from cmt_aqr.tools.config_doc import HelpConfig
 from cmt_aqr.training.distributed import (
     RankInfo,
     any_process,
@@ -63,6 +70,7 @@ from cmt_aqr.training.distributed import (
 )
 from cmt_aqr.training.logs import Progress, RunLog, read_log
 from cmt_aqr.training.optim import set_training_mode
+from cmt_aqr.training.profiling import profiled_steps
 from cmt_aqr.training.run_folder import (
     LATEST,
     find_checkpoint,
@@ -81,7 +89,9 @@ SMALLEST_SCALE = 2.0**-10
 
 def main() -> int:
     """Run the command line; returns the exit status."""
-    arguments = parse_arguments()
+    arguments = parse_train_arguments(__doc__)
+    if is_restart():
+        arguments.resume, arguments.overwrite = True, False
 
     def run() -> int:
         with stop_signals() as stop:
@@ -92,42 +102,11 @@ def main() -> int:
                     check_settings(config, rank_info)
                 if arguments.replay is not None:
                     replay(build_run(config, rank_info, work_dir), arguments.replay)
-                return train(config, rank_info, work_dir, arguments, stop)
+                advice = partial(training_advice, config, rank_info.world_size, work_dir)
+                with explain_out_of_memory(advice):
+                    return train(config, rank_info, work_dir, arguments, stop)
 
     return report_errors(run)
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("config", help="YAML file, or the name of one in configs/, such as synthetic_tiny")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys, e.g. training.epochs=3"
-    )
-    parser.add_argument("--work-dir", type=Path, help="where results go (default: runs/<name>)")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="continue from the work dir's latest checkpoint")
-    start.add_argument("--overwrite", action="store_true", help="remove the run that the work dir holds; start anew")
-    start.add_argument(
-        "--replay", type=Path, metavar="FILE", help="repeat the step of a failed_step_N.pt and print what is not finite"
-    )
-    parser.add_argument("--seed", type=int, help="replaces the configuration's seed")
-    parser.add_argument("--deterministic", action="store_true", help="repeat a run bit for bit; slower")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
-    parser.add_argument(
-        "--help-config", action=HelpConfig, metavar="KEY", help="what a key, such as training.lr, means"
-    )
-    parser.add_argument("--max-steps", type=int, help="stop (resumable) after this many steps in all; for trials")
-    arguments = parser.parse_args()
-    if arguments.max_steps is not None and arguments.max_steps < 1:
-        parser.error(f"argument --max-steps: expected at least 1, got {arguments.max_steps}")
-    if arguments.seed is not None:
-        arguments.set.append(f"seed={arguments.seed}")
-    if is_restart():
-        arguments.resume, arguments.overwrite = True, False
-    return arguments
 
 
 def train(config: Config, rank_info: RankInfo, work_dir: Path, arguments: argparse.Namespace, stop: StopFlag) -> int:
@@ -147,6 +126,8 @@ def train(config: Config, rank_info: RankInfo, work_dir: Path, arguments: argpar
             raise
         log = resources.enter_context(RunLog(work_dir, rank_info.is_main, resume_step=run.step or None))
         describe(run, log, notes)
+        if arguments.profile and rank_info.is_main:
+            run.after_step = resources.enter_context(profiled_steps(work_dir / "profile", log.print))
         with stop.deferred(), explain_killed_worker(f"training.batch_size; {resume_hint(work_dir)}"):
             is_stopped = train_epochs(run, log, stop)
         if is_stopped:
@@ -226,6 +207,7 @@ def train_epoch(run: Run, log: RunLog, progress: Progress, stop: StopFlag) -> bo
             metrics = train_step(run, batch)
             step_time = time.perf_counter() - clock
             first.close()
+            run.after_step()
             if run.step % run.config.training.log_every == 0 or run.step == run.total_steps:
                 log_step(run, log, metrics | {"data_time": data_time, "step_time": step_time})
             progress.advance(loss=metrics["loss"], epoch=run.step / run.steps_per_epoch, lr=metrics["lr"])

@@ -9,17 +9,12 @@ box code (10), what the network regresses: cx, cy, log length, log width, cz, lo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cmt_aqr.box_format import BOX_SIZE
 from cmt_aqr.classes import CLASSES
-
-BOX_SIZE = 9
-CODE_SIZE = 10
-# Boxes that hold at least one point of these sensors in the key frame (by the counts of the tables), or all.
-BoxChoice = Literal["lidar", "lidar_or_radar", "all"]
 
 # Signs of the eight corners in halves of the size: bottom face counter-clockwise from rear right, then the top face.
 _CORNER_SIGNS = (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cmt_aqr.backbones import BackboneName
-from cmt_aqr.boxes import BoxChoice
+from cmt_aqr.box_format import BoxChoice
 from cmt_aqr.config_checks import CHECKS
 from cmt_aqr.strict_yaml import apply_overrides, build, limits, name_source, to_tree
 from cmt_aqr.yaml_reader import ConfigError, find_config, read_yaml

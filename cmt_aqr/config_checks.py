@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from cmt_aqr.boxes import CODE_SIZE
+from cmt_aqr.box_format import CODE_SIZE
 from cmt_aqr.classes import CLASSES
 from cmt_aqr.config_data_checks import (
     Found,

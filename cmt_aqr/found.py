@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmt_aqr.boxes import BOX_SIZE, Detections
+from cmt_aqr.box_format import BOX_SIZE
+from cmt_aqr.boxes import Detections
 from cmt_aqr.evaluation.postprocess import BestBoxes
 
 # Columns of a packed box behind its geometry.

@@ -27,6 +27,7 @@ from cmt_aqr.evaluation.run import (
 )
 from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.inference import InferencePipeline
+from cmt_aqr.memory import evaluation_advice, explain_out_of_memory
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.precision import PRECISIONS
@@ -122,9 +123,9 @@ def predict_split(
             draw(pictures, batch, detections)
             progress.advance()
 
-        failure = None
+        failure, advice = None, partial(evaluation_advice, config)
         try:
-            with explain_killed_worker("evaluation.batch_size"):
+            with explain_killed_worker("evaluation.batch_size"), explain_out_of_memory(advice):
                 results = predict(make_detect(model, config, rank_info.device), loader, on_batch=after_batch)
         except Exception as error:  # raised below: the other processes wait for this one
             results, failure = [], error

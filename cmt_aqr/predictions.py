@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmt_aqr.boxes import CODE_SIZE
+from cmt_aqr.box_format import CODE_SIZE
 from cmt_aqr.classes import CLASSES
 
 # Regression branches in box-code order, with their widths. The names are the original's; what they learn is in

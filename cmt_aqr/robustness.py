@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from cmt_aqr.evaluation.run import FrameResult, evaluate, predict
 from cmt_aqr.evaluation.submission import EvaluationError
 from cmt_aqr.failure_report import BARS_FILE, CLEAN, REPORT_FILE, FailureTest, Row, format_failures, write_report
 from cmt_aqr.jobs import make_detect, raise_together, spread
+from cmt_aqr.memory import evaluation_advice, explain_out_of_memory
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.training.distributed import RankInfo, gather
 from cmt_aqr.training.logs import RunLog
@@ -137,7 +139,7 @@ def _predict(
         num_workers=workers,
     )
     own: list[list[FrameResult]] = [[] for _ in variants]
-    problem = None
+    problem, advice = None, partial(evaluation_advice, config)
     with log.progress(f"{test.split}, {len(variants)} variants", len(loader)) as progress:
         pictures = _Pictures(config, index, variants, sampler.keys, rank_info, folder, log)
 
@@ -146,7 +148,7 @@ def _predict(
             progress.advance()
 
         try:
-            with explain_killed_worker("evaluation.batch_size"):
+            with explain_killed_worker("evaluation.batch_size"), explain_out_of_memory(advice):
                 results = predict(make_detect(model, config, rank_info.device), loader, on_batch=after_batch)
             for key, result in zip(sampler.keys, results, strict=True):
                 own[key % len(variants)].append(result)

@@ -1,6 +1,7 @@
 """A training run: its record, its parts made from the configuration, and the losses of its current step."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from cmt_aqr.boxes import BoxChoice
+from cmt_aqr.box_format import BoxChoice
 from cmt_aqr.build import build_criterion, build_detector, check_training, training_dataset
 from cmt_aqr.config import Config, ConfigError
 from cmt_aqr.data.index import FrameIndex
@@ -58,6 +59,7 @@ class Run:
         saved_step: of the checkpoint in the work dir, None before the first.
         probe: validation frames that are inspected after every epoch; None before the first time.
         skipped_steps: steps since the last line of the log whose update the gradient scaler skipped.
+        after_step: called after every step; the profiler's, where there is one.
     """
 
     config: Config
@@ -77,6 +79,7 @@ class Run:
     saved_step: int | None = None
     probe: list[Batch] | None = None
     skipped_steps: int = 0
+    after_step: Callable[[], None] = field(default=lambda: None)
 
     @property
     def total_steps(self) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cmt_aqr.boxes import BoxChoice
+from cmt_aqr.box_format import BoxChoice
 from cmt_aqr.data.failures.training import TrainingFailures
 from cmt_aqr.data.frames import bare_sample, finish_images
 from cmt_aqr.data.gt_sampling import GtSampler

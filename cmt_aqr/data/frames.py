@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from cmt_aqr.boxes import BoxChoice
+from cmt_aqr.box_format import BoxChoice
 from cmt_aqr.data.image_transforms import ImageDraw, image_matrix, transform_image
 from cmt_aqr.data.index import Frame
 from cmt_aqr.data.sample import Sample

@@ -20,7 +20,8 @@ from typing import BinaryIO, get_args
 import torch
 from torch import Tensor
 
-from cmt_aqr.boxes import BOX_SIZE, BoxChoice, Targets
+from cmt_aqr.box_format import BOX_SIZE, BoxChoice
+from cmt_aqr.boxes import Targets
 from cmt_aqr.data.cache import exclusive_lock, fingerprint, new_cache, same_content
 from cmt_aqr.data.sample import DataError
 from cmt_aqr.progress import phase

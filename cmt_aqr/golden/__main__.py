@@ -10,30 +10,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from cmt_aqr.build import check_device
-from cmt_aqr.config import load_config, naming_source
-from cmt_aqr.errors import report_errors
-from cmt_aqr.golden.bundle import PRECISIONS, Source, read_manifest
-from cmt_aqr.golden.case import draw_detector, load_detector, random_frame, read_frame
-from cmt_aqr.golden.catalogue import STAGES
-from cmt_aqr.golden.compare import compare
-from cmt_aqr.golden.export import GRADIENTS, Choice, ExportError, export
-from cmt_aqr.golden.patterns import likely_causes
-from cmt_aqr.golden.report import format_report
+from cmt_aqr.golden.catalogue import GRADIENTS, PRECISIONS, STAGES
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cmt_aqr.golden", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_export(commands)
     add_compare(commands)
-    options = parser.parse_args(arguments)
-    return report_errors(lambda: options.run(options))
+    return parser
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:
@@ -66,7 +53,6 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a bundle")
-    parser.set_defaults(run=run_export)
 
 
 def add_compare(commands: argparse._SubParsersAction) -> None:
@@ -88,7 +74,6 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
         help="B's axes in the order that gives A's, such as lidar/bev_map=0,3,1,2; NAME may hold *",
     )  # fmt: skip
     parser.add_argument("--factor", type=positive, default=1.0, help="multiply all limits (default: 1)")
-    parser.set_defaults(run=run_compare)
 
 
 def positive(text: str) -> float:
@@ -97,6 +82,28 @@ def positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
     return value
+
+
+if __name__ == "__main__":
+    _parser().parse_args()  # answers --help and mistakes before the imports below, which take seconds
+
+import torch
+
+from cmt_aqr.build import check_device
+from cmt_aqr.config import load_config, naming_source
+from cmt_aqr.errors import report_errors
+from cmt_aqr.golden.bundle import Source, read_manifest
+from cmt_aqr.golden.case import draw_detector, load_detector, random_frame, read_frame
+from cmt_aqr.golden.compare import compare
+from cmt_aqr.golden.export import Choice, ExportError, export
+from cmt_aqr.golden.patterns import likely_causes
+from cmt_aqr.golden.report import format_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    return report_errors(lambda: {"export": run_export, "compare": run_compare}[options.command](options))
 
 
 def run_export(options: argparse.Namespace) -> int:

@@ -14,11 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cmt_aqr.errors import UserError, describe_os_error
+from cmt_aqr.golden.catalogue import PRECISIONS
 
 FORMAT = "cmt_aqr reference numerics 1"
 MANIFEST = "manifest.json"
-# From exact to coarse; a bundle holds some of them.
-PRECISIONS = ("float64", "float32", "bf16")
 INPUTS, WEIGHTS = "inputs", "weights"
 
 

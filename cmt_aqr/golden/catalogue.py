@@ -14,6 +14,13 @@ STAGES = (
     "inputs", "weights", "voxels", "lidar", "images", "cameras", "positions", "tokens", "denoising", "queries",
     "windows", "aqr", "bias", "decoder", "heads", "boxes", "losses", "gradients",
 )  # fmt: skip
+# From exact to coarse; a bundle holds some of them.
+PRECISIONS = ("float64", "float32", "bf16")
+GRADIENTS = (
+    "reference_points", "aqr.scale", "aqr.generator.linear", "aqr.generator.layers.0.attention", "bev_embedding",
+    "ray_embedding", "shared_conv.0", "decoder.layers.0.cross_attention", "decoder.post_norm",
+    "head.tasks.0.branches.center.out", "lidar_branch.encoder.conv_input", "image_branch.neck.lateral_convs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

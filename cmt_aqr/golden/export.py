@@ -17,7 +17,7 @@ from cmt_aqr.config import Config, to_tree
 from cmt_aqr.errors import UserError
 from cmt_aqr.files import atomic_path
 from cmt_aqr.golden.bundle import FORMAT, INPUTS, WEIGHTS
-from cmt_aqr.golden.catalogue import STAGES, stage_of
+from cmt_aqr.golden.catalogue import GRADIENTS, STAGES, stage_of
 from cmt_aqr.golden.compare import ordered
 from cmt_aqr.golden.manifest import add_tolerances, circumstances, constants, describe_tensor, write, write_manifest
 from cmt_aqr.golden.stages import Frame, Tensors, keep_gradients, run_boxes, run_branches, run_head, run_losses
@@ -26,12 +26,6 @@ from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.predictions import DenoisingQueries
 from cmt_aqr.training.seeding import denoising_noise
-
-GRADIENTS = (
-    "reference_points", "aqr.scale", "aqr.generator.linear", "aqr.generator.layers.0.attention", "bev_embedding",
-    "ray_embedding", "shared_conv.0", "decoder.layers.0.cross_attention", "decoder.post_norm",
-    "head.tasks.0.branches.center.out", "lidar_branch.encoder.conv_input", "image_branch.neck.lateral_convs",
-)  # fmt: skip
 
 
 class ExportError(UserError):
@@ -43,7 +37,7 @@ class Choice:
     """What to export.
 
     Attributes:
-        precisions: of bundle.PRECISIONS.
+        precisions: of catalogue.PRECISIONS.
         stages: to write; all are computed.
         is_training: also denoising queries, losses and gradients.
         gradients: beginnings of the names of parameters whose gradients are written.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from cmt_aqr.boxes import CODE_SIZE, Targets, encode_boxes
+from cmt_aqr.box_format import CODE_SIZE
+from cmt_aqr.boxes import Targets, encode_boxes
 from cmt_aqr.classes import CLASSES
 from cmt_aqr.geometry import constant_like
 from cmt_aqr.losses.focal import ALPHA, GAMMA, focal_loss, one_hot

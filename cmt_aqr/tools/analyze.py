@@ -15,6 +15,32 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cmt_aqr.tools.analyze",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file that the checkpoint was trained with")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint of train.py, or .safetensors weights")
+    parser.add_argument(
+        "--failure", action="append", default=[], metavar="NAME[:LEVEL]", help="also under this failure"
+    )
+    parser.add_argument("--failures", metavar="SUITE", help="also under all of multicorrupt, mome or all")
+    parser.add_argument("--failure-seed", type=int, default=0, help="of the failures' random numbers (default: 0)")
+    parser.add_argument("--frames", type=int, default=20, help="frames, evenly spread over the split (default: 20)")
+    parser.add_argument("--score", type=float, default=0.1, help="queries below are left out (default: 0.1)")
+    parser.add_argument("--split", help="default: data.val_split")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
+    parser.add_argument("--out", type=Path, help="output folder (default: runs/<name>/analysis)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
+    return parser
+
+
+if __name__ == "__main__":
+    _parser().parse_args()  # answers --help and mistakes before the imports below, which take seconds
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -183,28 +209,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     return report_errors(lambda: run(options))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cmt_aqr.tools.analyze",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="YAML file that the checkpoint was trained with")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint of train.py, or .safetensors weights")
-    parser.add_argument(
-        "--failure", action="append", default=[], metavar="NAME[:LEVEL]", help="also under this failure"
-    )
-    parser.add_argument("--failures", metavar="SUITE", help="also under all of multicorrupt, mome or all")
-    parser.add_argument("--failure-seed", type=int, default=0, help="of the failures' random numbers (default: 0)")
-    parser.add_argument("--frames", type=int, default=20, help="frames, evenly spread over the split (default: 20)")
-    parser.add_argument("--score", type=float, default=0.1, help="queries below are left out (default: 0.1)")
-    parser.add_argument("--split", help="default: data.val_split")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
-    parser.add_argument("--out", type=Path, help="output folder (default: runs/<name>/analysis)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
-    return parser
 
 
 if __name__ == "__main__":

@@ -34,6 +34,72 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from cmt_aqr.tools.bench_shapes import ATTENTION_SHAPES, SCALING
+
+AXES = (*SCALING, "points")
+
+
+def _add_configured(commands: argparse._SubParsersAction) -> None:
+    """The commands that take a configuration."""
+    end2end = commands.add_parser("end2end", help="images and points in, boxes out")
+    train = commands.add_parser("train", help="training steps")
+    loader = commands.add_parser("loader", help="batches of the training split")
+    scaling = commands.add_parser("scaling", help="cost against queries, tokens, batch, ..., on a GPU")
+    for command in (end2end, train, loader, scaling):
+        command.add_argument("config", help="YAML file, or the name of one in configs/")
+        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
+    for command, repeats in ((end2end, 200), (train, 20)):
+        command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
+        command.add_argument("--cloud", help="a LiDAR file of nuScenes, .bin (default: a made-up scanner)")
+        command.add_argument(
+            "--batch-sizes", nargs="+", type=int, default=[1], metavar="N", help="frames (default: %(default)s)"
+        )
+        command.add_argument("--repeats", type=int, default=repeats, help="timed calls (default: %(default)s)")
+    end2end.add_argument("--checkpoint", help="weights (default: random ones)")
+    end2end.add_argument(
+        "--frames",
+        type=int,
+        default=0,
+        metavar="N",
+        help="go through N frames of the validation split",
+    )
+    end2end.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp16", help="default: %(default)s")
+    end2end.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="our stages as they are, uncompiled"
+    )
+    scaling.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="default: all")
+    loader.add_argument("--workers", nargs="+", type=int, default=[0, 4, 16], help="default: %(default)s")
+    loader.add_argument("--batches", type=int, default=20, help="timed batches (default: %(default)s)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cmt_aqr.tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="loading and transforming one frame")
+    data.add_argument("--dataroot", required=True, help="nuScenes-format folder")
+    data.add_argument("--version", required=True, help="such as v1.0-mini")
+    data.add_argument("--split", required=True, help="such as mini_val; the last frame is measured")
+    attention = commands.add_parser("attention", help="the cross-attention, on a GPU")
+    choices = range(len(ATTENTION_SHAPES))
+    shown = ", ".join(f"{i}: {shape}" for i, shape in enumerate(ATTENTION_SHAPES))
+    attention.add_argument(
+        "--shapes", nargs="+", type=int, choices=choices, default=list(choices), help=f"{shown} (default: all)"
+    )
+    sparse = commands.add_parser("sparse", help="the sparse encoder by spconv and by PyTorch")
+    sparse.add_argument("--cloud", help="a LiDAR file of nuScenes, .bin (default: a random cloud)")
+    sparse.add_argument("--batch-size", type=int, default=1, help="frames (default: %(default)s)")
+    sparse.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
+    sparse.add_argument("--repeats", type=int, default=5, help="runs of each part (default: %(default)s)")
+    _add_configured(commands)
+    data.add_argument("--repeats", type=int, default=15, help="runs of each part (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    _parser().parse_args()  # answers --help and mistakes before the imports below, which take seconds
+
 import cv2
 import numpy as np
 import torch
@@ -47,16 +113,13 @@ from cmt_aqr.data.readers import load_points
 from cmt_aqr.errors import report_errors
 from cmt_aqr.jobs import prepare_data
 from cmt_aqr.models.voxels import voxelize
-from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.tools.bench_attention import attention_tables
 from cmt_aqr.tools.bench_inference import Options, inference_tables
 from cmt_aqr.tools.bench_scaling import scaling_tables
-from cmt_aqr.tools.bench_shapes import ATTENTION_SHAPES, SCALING
 from cmt_aqr.tools.bench_sparse import sparse_tables
 from cmt_aqr.tools.bench_training import loader_table, training_tables
 
 CONFIGURED = ("end2end", "train", "loader", "scaling")
-AXES = (*SCALING, "points")
 IMAGE_SIZES = {"r50_800x320": (320, 800), "vov_1600x640": (640, 1600)}
 NUM_SWEEPS = 9  # with the key frame ten
 VOXELS = {"voxel_size": (0.1, 0.1, 0.2), "point_range": (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0), "max_voxels": 120_000}
@@ -177,64 +240,6 @@ def best_time(run: Callable[[], object], repeats: int) -> float:
         run()
         times.append(time.process_time() - start)
     return min(times)
-
-
-def _add_configured(commands: argparse._SubParsersAction) -> None:
-    """The commands that take a configuration."""
-    end2end = commands.add_parser("end2end", help="images and points in, boxes out")
-    train = commands.add_parser("train", help="training steps")
-    loader = commands.add_parser("loader", help="batches of the training split")
-    scaling = commands.add_parser("scaling", help="cost against queries, tokens, batch, ..., on a GPU")
-    for command in (end2end, train, loader, scaling):
-        command.add_argument("config", help="YAML file, or the name of one in configs/")
-        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
-    for command, repeats in ((end2end, 200), (train, 20)):
-        command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
-        command.add_argument("--cloud", help="a LiDAR file of nuScenes, .bin (default: a made-up scanner)")
-        command.add_argument(
-            "--batch-sizes", nargs="+", type=int, default=[1], metavar="N", help="frames (default: %(default)s)"
-        )
-        command.add_argument("--repeats", type=int, default=repeats, help="timed calls (default: %(default)s)")
-    end2end.add_argument("--checkpoint", help="weights (default: random ones)")
-    end2end.add_argument(
-        "--frames",
-        type=int,
-        default=0,
-        metavar="N",
-        help="go through N frames of the validation split",
-    )
-    end2end.add_argument("--precision", choices=tuple(PRECISIONS), default="fp16", help="default: %(default)s")
-    end2end.add_argument(
-        "--no-compile", dest="compile", action="store_false", help="our stages as they are, uncompiled"
-    )
-    scaling.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="default: all")
-    loader.add_argument("--workers", nargs="+", type=int, default=[0, 4, 16], help="default: %(default)s")
-    loader.add_argument("--batches", type=int, default=20, help="timed batches (default: %(default)s)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cmt_aqr.tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    data = commands.add_parser("data", help="loading and transforming one frame")
-    data.add_argument("--dataroot", required=True, help="nuScenes-format folder")
-    data.add_argument("--version", required=True, help="such as v1.0-mini")
-    data.add_argument("--split", required=True, help="such as mini_val; the last frame is measured")
-    attention = commands.add_parser("attention", help="the cross-attention, on a GPU")
-    choices = range(len(ATTENTION_SHAPES))
-    shown = ", ".join(f"{i}: {shape}" for i, shape in enumerate(ATTENTION_SHAPES))
-    attention.add_argument(
-        "--shapes", nargs="+", type=int, choices=choices, default=list(choices), help=f"{shown} (default: all)"
-    )
-    sparse = commands.add_parser("sparse", help="the sparse encoder by spconv and by PyTorch")
-    sparse.add_argument("--cloud", help="a LiDAR file of nuScenes, .bin (default: a random cloud)")
-    sparse.add_argument("--batch-size", type=int, default=1, help="frames (default: %(default)s)")
-    sparse.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
-    sparse.add_argument("--repeats", type=int, default=5, help="runs of each part (default: %(default)s)")
-    _add_configured(commands)
-    data.add_argument("--repeats", type=int, default=15, help="runs of each part (default: %(default)s)")
-    return parser
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 The meaning of a key is the comment at its field in ``cmt_aqr/config.py``, behind it or in the lines above it.
 """
 
-import argparse
 import ast
 import dataclasses
 import inspect
@@ -145,24 +144,6 @@ def page(schema: type = config.Config, official: Mapping[str, str] = types.Mappi
         table = ["| key | takes | meaning | in CMT |", "|---|---|---|---|", *rows]
         parts.append(head + "\n" + "\n".join(table) + "\n")
     return "\n".join(parts)
-
-
-class HelpConfig(argparse.Action):
-    """``--help-config KEY`` of a script: print what a key means, and end."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        """Print and exit; an unknown key is one sentence and status 2."""
-        try:
-            print(explain(values))
-        except UserError as error:
-            parser.exit(2, f"error: {error}\n")
-        parser.exit()
 
 
 def explain(name: str) -> str:

@@ -15,6 +15,31 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+COMMAND = "python -m cmt_aqr.tools.failures"
+PAGE, PICTURES = Path("docs/failures.md"), "failures"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("list", help="names, levels and suites")
+    pictures = commands.add_parser("pictures", help="a frame before and after every failure")
+    pictures.add_argument("--dataroot", required=True, help="folder with the version, samples, sweeps and maps")
+    pictures.add_argument("--version", required=True, help="such as v1.0-mini")
+    pictures.add_argument("--split", required=True, help="such as mini_val, or one of the version's splits.json")
+    pictures.add_argument("--token", help="sample token (default: the frame in the middle of the split)")
+    pictures.add_argument("--out", required=True, type=Path, help="folder for the pictures")
+    text = commands.add_parser("page", help="write docs/failures.md")
+    text.add_argument("--check", action="store_true", help="write nothing; exit status 2 where the page differs")
+    text.add_argument("--page", type=Path, default=PAGE, help=f"default: {PAGE}")
+    return parser
+
+
+if __name__ == "__main__":
+    _parser().parse_args()  # answers --help and mistakes before the imports below, which take seconds
+
 import cv2
 import numpy as np
 import torch
@@ -31,8 +56,6 @@ from cmt_aqr.errors import report_errors
 from cmt_aqr.files import atomic_path, write_bytes
 from cmt_aqr.viz.before_after import bev_panel, camera_panel, side_by_side
 
-COMMAND = "python -m cmt_aqr.tools.failures"
-PAGE, PICTURES = Path("docs/failures.md"), "failures"
 # Pixels across a panel, and the quality of the JPEG.
 WIDTH, QUALITY = 400, 65
 # Seeds that are tried until a failure that happens by chance happens.
@@ -196,24 +219,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     return report_errors(run)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("list", help="names, levels and suites")
-    pictures = commands.add_parser("pictures", help="a frame before and after every failure")
-    pictures.add_argument("--dataroot", required=True, help="folder with the version, samples, sweeps and maps")
-    pictures.add_argument("--version", required=True, help="such as v1.0-mini")
-    pictures.add_argument("--split", required=True, help="such as mini_val, or one of the version's splits.json")
-    pictures.add_argument("--token", help="sample token (default: the frame in the middle of the split)")
-    pictures.add_argument("--out", required=True, type=Path, help="folder for the pictures")
-    text = commands.add_parser("page", help="write docs/failures.md")
-    text.add_argument("--check", action="store_true", help="write nothing; exit status 2 where the page differs")
-    text.add_argument("--page", type=Path, default=PAGE, help=f"default: {PAGE}")
-    return parser
 
 
 INTRODUCTION = """\

@@ -16,6 +16,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cmt_aqr.tools.import_checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", type=Path, help="official .pth file (or .safetensors with the official names)")
+    parser.add_argument("out", type=Path, help=".safetensors file to write; an older one is replaced")
+    parser.add_argument("--config", required=True, help="YAML file of the detector that the weights are for")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change keys, e.g. model.head_kernel=3",
+    )
+    parser.add_argument(
+        "--backbone",
+        action="store_true",
+        help="take the image backbone only, to start a training; neck, heads and fc are skipped. The channel order and "
+        "normalisation the file was trained with must be those of model.camera",
+    )
+    parser.add_argument(
+        "--sparse-layout",
+        choices=("auto", "spconv1", "spconv2"),
+        default="auto",
+        help="layout of the sparse weights: spconv1 (z, y, x, in, out), spconv2 (out, z, y, x, in), or auto (default): "
+        "told by the shapes, where those fit both ways by the file's version marks",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    _parser().parse_args()  # answers --help and mistakes before the imports below, which take seconds
+
 import torch
 from safetensors.torch import save
 from torch import Tensor
@@ -271,40 +309,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     return report_errors(lambda: run(options))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cmt_aqr.tools.import_checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", type=Path, help="official .pth file (or .safetensors with the official names)")
-    parser.add_argument("out", type=Path, help=".safetensors file to write; an older one is replaced")
-    parser.add_argument("--config", required=True, help="YAML file of the detector that the weights are for")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change keys, e.g. model.head_kernel=3",
-    )
-    parser.add_argument(
-        "--backbone",
-        action="store_true",
-        help="take the image backbone only, to start a training; neck, heads and fc are skipped. The channel order and "
-        "normalisation the file was trained with must be those of model.camera",
-    )
-    parser.add_argument(
-        "--sparse-layout",
-        choices=("auto", "spconv1", "spconv2"),
-        default="auto",
-        help="layout of the sparse weights: spconv1 (z, y, x, in, out), spconv2 (out, z, y, x, in), or auto (default): "
-        "told by the shapes, where those fit both ways by the file's version marks",
-    )
-    return parser
 
 
 if __name__ == "__main__":

@@ -13,6 +13,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 
+CHOICES = ("tf32", "bf16", "fp16")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cmt_aqr.tools.precision_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
+    parser.add_argument("--precisions", nargs="+", choices=CHOICES, help="default: all that the device has")
+    return parser
+
+
+if __name__ == "__main__":
+    _parser().parse_args()  # answers --help and mistakes before the imports below, which take seconds
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +43,6 @@ from cmt_aqr.models.detector import Detector
 from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.tools.attention_cases import nuscenes_lidar2img
 
-CHOICES = ("tf32", "bf16", "fp16")
 NUM_POINTS = 100_000
 GROUND_Z, GROUND_STD, MEAN_DISTANCE = -1.8, 0.8, 20.0  # metres
 IMAGE_PATCH = 16  # pixels between independent colours
@@ -58,15 +76,11 @@ class Error:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precisions", nargs="+", choices=CHOICES, help="default: all that the device has")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
 
     def run() -> int:
-        config, device = load_config(options.config, options.set), torch.device(options.device)
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        config, device = load_config(options.config, options.set), torch.device(options.device or default)
         precisions = options.precisions or CHOICES[device.type == "cpu" :]
         where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         print(f"{config.name}, {where}, torch {torch.__version__}, {date.today()}\n")

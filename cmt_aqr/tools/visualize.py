@@ -12,6 +12,49 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cmt_aqr.tools.visualize",
+        description="Draw frames of a nuScenes-format data set: camera views and the scene from above.",
+    )
+    parser.add_argument("--dataroot", required=True, help="folder with the version, samples, sweeps and maps")
+    parser.add_argument("--version", required=True, help="such as v1.0-mini")
+    parser.add_argument("--split", required=True, help="such as mini_val, or one of the version's splits.json")
+    parser.add_argument("--out", required=True, help="folder for the pictures")
+    parser.add_argument("--tokens", nargs="+", metavar="TOKEN", help="sample tokens; default: the first frames")
+    parser.add_argument("--count", type=_positive, default=10, help="frames without --tokens (default 10)")
+    parser.add_argument("--every", type=_positive, default=1, help="take every n-th frame (default 1)")
+    parser.add_argument("--submission", metavar="JSON", help="draw these detections; ground truth is then dashed white")
+    parser.add_argument("--score", type=float, default=0.3, help="leave out detections below (default 0.3)")
+    parser.add_argument("--no-ground-truth", action="store_true", help="leave out the ground truth")
+    parser.add_argument("--sensors", choices=("both", "camera", "lidar"), default="both", help="default: both")
+    parser.add_argument(
+        "--sweeps", type=_not_negative, default=0, help="previous LiDAR sweeps added to the key frame's (default 0)"
+    )
+    parser.add_argument("--velocity-file", metavar="JSON", help="velocities of annotations, for single frames")
+    parser.add_argument("--index-dir", help="keep the index of the split here; default: build it anew")
+    parser.add_argument("--format", choices=("jpg", "png"), default="jpg", help="default: jpg")
+    return parser
+
+
+if __name__ == "__main__":
+    _parser().parse_args()  # answers --help and mistakes before the imports below, which take seconds
+
 from cmt_aqr.boxes import Detections
 from cmt_aqr.data.dataset import FrameDataset
 from cmt_aqr.data.index import FrameIndex
@@ -94,45 +137,6 @@ def _detections(results: dict[str, list[dict]], sample: Sample, path: str) -> De
         return submission_to_detections(results[sample.token], sample.lidar2ego.numpy(), sample.ego2global.numpy())
     except EvaluationError as error:
         raise EvaluationError(f"{path}: sample {sample.token}: {error}") from error
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cmt_aqr.tools.visualize",
-        description="Draw frames of a nuScenes-format data set: camera views and the scene from above.",
-    )
-    parser.add_argument("--dataroot", required=True, help="folder with the version, samples, sweeps and maps")
-    parser.add_argument("--version", required=True, help="such as v1.0-mini")
-    parser.add_argument("--split", required=True, help="such as mini_val, or one of the version's splits.json")
-    parser.add_argument("--out", required=True, help="folder for the pictures")
-    parser.add_argument("--tokens", nargs="+", metavar="TOKEN", help="sample tokens; default: the first frames")
-    parser.add_argument("--count", type=_positive, default=10, help="frames without --tokens (default 10)")
-    parser.add_argument("--every", type=_positive, default=1, help="take every n-th frame (default 1)")
-    parser.add_argument("--submission", metavar="JSON", help="draw these detections; ground truth is then dashed white")
-    parser.add_argument("--score", type=float, default=0.3, help="leave out detections below (default 0.3)")
-    parser.add_argument("--no-ground-truth", action="store_true", help="leave out the ground truth")
-    parser.add_argument("--sensors", choices=("both", "camera", "lidar"), default="both", help="default: both")
-    parser.add_argument(
-        "--sweeps", type=_not_negative, default=0, help="previous LiDAR sweeps added to the key frame's (default 0)"
-    )
-    parser.add_argument("--velocity-file", metavar="JSON", help="velocities of annotations, for single frames")
-    parser.add_argument("--index-dir", help="keep the index of the split here; default: build it anew")
-    parser.add_argument("--format", choices=("jpg", "png"), default="jpg", help="default: jpg")
-    return parser
 
 
 if __name__ == "__main__":

@@ -349,6 +349,25 @@ def test_full_disk_while_saving_keeps_the_last_checkpoint(train, tmp_path, monke
     monkeypatch.undo()
 
 
+def test_out_of_memory_in_a_step_and_in_an_evaluation(train, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.25 GiB. GPU 0 has a total capacity of ..."
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["train"], "train_step", full)
+        result = train(arguments=("--max-steps", "1"))
+    expected = "the GPU is out of memory (2.25 GiB more were asked for); use --set with "
+    line = sentence(result, expected, "nothing was saved yet, start again with the same command")
+    assert line.startswith("error: ")
+    monkeypatch.setattr("cmt_aqr.jobs.predict", full)
+    result = train("training.epochs=1", "evaluation.batch_size=2", arguments=("--overwrite",))
+    assert result.status == 0 and "Traceback" not in result.out
+    assert "epoch 1 could not be evaluated: the GPU is out of memory" in result.out
+    assert "use --set with evaluation.batch_size below 2" in result.out
+
+
 def test_a_mistake_of_the_program_is_not_blamed_on_the_user(world, call, monkeypatch):
     def fail(*_):
         raise ValueError("an internal contradiction")

@@ -34,6 +34,7 @@ MISTAKES = {
     ),
     "cmt_aqr.tools.import_checkpoint": (["a.pth", "b.safetensors", "--config", "missing.yaml"], "missing.yaml"),
     "cmt_aqr.tools.precision_report": (["missing.yaml"], "missing.yaml"),
+    "cmt_aqr.tools.verify_frozen": (["missing.yaml"], "missing.yaml"),
     "cmt_aqr.tools.visualize": (["--dataroot", "none", "--version", "v", "--split", "s", "--out", "out"], "none"),
 }
 

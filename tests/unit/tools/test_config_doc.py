@@ -8,11 +8,12 @@ from typing import Literal
 
 import pytest
 
+from cmt_aqr.command_line import HelpConfig
 from cmt_aqr.config import Config
 from cmt_aqr.errors import UserError
 from cmt_aqr.strict_yaml import limits
 from cmt_aqr.tools import configs
-from cmt_aqr.tools.config_doc import OFFICIAL, HelpConfig, blocks, comments, explain, keys, page
+from cmt_aqr.tools.config_doc import OFFICIAL, blocks, comments, explain, keys, page
 
 PAGE = Path(__file__).parents[3] / "docs" / "config.md"
 
