@@ -4,9 +4,15 @@
 
 - head_train_layer0: the training case with the first of its six decoder layers. No layer depends on a later one, so the
   recorded predictions, assignments and losses of layer 0 are those of a detector with one layer. Gradients are left
-  out, since they come from all six, and so are intermediate stages, to save space.
+  out, since they come from all six. Of the stages between (shared convolution, positions, output of the decoder) there
+  are a few rows each, to save space; a mistake in a stage changes all of its rows.
 - lam_windows: the windows of the published AQR, whole.
 - decode: the detections of the case with a score threshold.
+
+A case in evaluation mode does not fit into the megabyte beside them: every recorded case has weights of its own, of
+which a detector with one layer takes 640 kB compressed, and the inputs of one sample 90 kB. Evaluation differs from the
+training case by the statistics of one batch norm and by the absence of denoising queries; the whole set has it
+(head_eval).
 
 `CMT_AQR_GOLDEN` names the folder of the whole files.
 """
@@ -26,6 +32,16 @@ TRAINING_CASE = "head_train"
 LAYER0 = "head_train_layer0"
 # Arrays of the training case that every layer shares.
 SHARED = ("in/", "out/dn/", "out/task0/", "out64/dn/")
+# Rows of the stages between inputs and heads that are kept: name -> index. Denoising and matching queries, corners and
+# the middle of the grids, and of the camera maps the first and the last view.
+ROWS = {
+    "x_shared": np.s_[:, :, (0, 7, 15), (15, 3, 15)],
+    "bev_pos_embeds": np.s_[(0, 15, 137, 255),],
+    "rv_pos_embeds": np.s_[(0, 4, 11), (0, 2, 3), (9, 4, 0)],
+    "outs_dec": np.s_[:1, :, (0, 55, 56, 115)],
+    "bn_after/running_mean": np.s_[:],
+    "bn_after/running_var": np.s_[:],
+}
 TERMS = ("loss_cls", "loss_bbox", "dn_loss_cls", "dn_loss_bbox")
 
 
@@ -69,7 +85,9 @@ def first_layer(golden: Golden) -> dict[str, np.ndarray]:
     arrays = {"meta_json": np.array(json.dumps(golden.meta | {"num_layers": 1}))}
     for name in golden.names:
         value, part = golden[name], name.removeprefix("out64/")
-        if name.startswith(SHARED):
+        if part in ROWS and part != name:
+            arrays[f"rows/{part}"] = value[ROWS[part]]
+        elif name.startswith(SHARED):
             arrays[name] = value
         elif name.startswith("sd/task_heads."):  # (layers x channels, ...), the layers one behind the other
             arrays[name] = value[: len(value) // NUM_LAYERS]

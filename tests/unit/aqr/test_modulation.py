@@ -9,7 +9,7 @@ import torch
 from cmt_aqr.aqr.modulation import gaussian_window, modulate, render_map
 from cmt_aqr.attention import QueryWindows
 from cmt_aqr.tools.attention_cases import fusion_layout
-from tests.unit.attention.cases import BOTH, LAYOUTS, cell_of_token, random_windows, sized
+from tests.unit.attention.cases import BOTH, LAYOUTS, cell_of_token, is_near, random_windows, sized
 
 SETTINGS = {
     "first": sized(3, 4),
@@ -31,7 +31,7 @@ def map_by_loops(windows, weights):
             weight = weights[b, q, number]
             for centre_view, centre_row, centre_col in windows.cells[number][b, q].tolist():
                 dr, dc = row - centre_row, col - centre_col
-                if centre_view == view and abs(dr) <= radius and abs(dc) <= radius:
+                if centre_view == view and is_near(dr, dc, radius):
                     share = math.exp(-(dr**2 + dc**2) / (2 * (0.5 * max(radius, 1)) ** 2))
                     weighted, coverage = weighted + share * weight, coverage + share
         if coverage:

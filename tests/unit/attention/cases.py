@@ -71,6 +71,11 @@ def windows_at_every_cell(layout, settings):
     return QueryWindows(layout, settings, tuple(cells))
 
 
+def is_near(rows_away, cols_away, radius):
+    """The window's shape, in plain numbers: the tests' own definition of ``attention.windows.in_window``."""
+    return abs(rows_away) <= radius and abs(cols_away) <= radius
+
+
 def inside_by_loops(windows):
     """Whether a token lies in a query's window of its own grid, (B, Q, K) bool, cell by cell."""
     layout, sizes = windows.layout, windows.settings.sizes
@@ -86,7 +91,7 @@ def inside_by_loops(windows):
         for index, (number, view, row, col) in enumerate(tokens):
             for centre_grid, centre_view, centre_row, centre_col, radius in centres:
                 is_there = (number, view) == (centre_grid, centre_view)
-                if is_there and abs(row - centre_row) <= radius and abs(col - centre_col) <= radius:
+                if is_there and is_near(row - centre_row, col - centre_col, radius):
                     inside[b, q, index] = True
     return inside
 
