@@ -50,7 +50,7 @@ def _describe(text: str, on_host: bool) -> str:
 
 
 def training_advice(config: Config, world_size: int, work_dir: Path, on_host: bool) -> str:
-    """What makes a training step smaller, and how to go on afterwards.
+    """What makes a training step smaller, and how to resume afterwards.
 
     Args:
         world_size: processes that share ``training.batch_size``.
