@@ -148,14 +148,18 @@ def compare_one(name: str, a: Source, b: Source, limit: float | None, pairing: P
 
 
 def aligned(name: str, a: Source, b: Source, pairing: Pairing | None) -> tuple[Tensor, Tensor]:
-    """Both tensors, with the rows that have a partner in A's order, and angles of boxes without whole turns."""
-    left, right = a[name], b[name]
-    if pairing is not None:
-        left, right = left[pairing.rows_a], right[pairing.rows_b]
+    """Both tensors as :func:`paired`, angles of boxes without whole turns."""
+    left, right = paired(name, a, b, pairing)
     if fnmatchcase(name, BOXES) and left.shape == right.shape:
         right = right.clone()
         right[:, YAW] = same_turn(left[:, YAW], right[:, YAW])
     return left, right
+
+
+def paired(name: str, a: Source, b: Source, pairing: Pairing | None) -> tuple[Tensor, Tensor]:
+    """Both tensors; with a pairing the rows that have a partner, in A's order."""
+    left, right = a[name], b[name]
+    return (left, right) if pairing is None else (left[pairing.rows_a], right[pairing.rows_b])
 
 
 def largest(tensor: Tensor) -> float:

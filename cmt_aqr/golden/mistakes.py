@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmt_aqr.attention.windows import camera_cells
+from cmt_aqr.attention.windows import NO_WINDOW, camera_cells
 from cmt_aqr.boxes import decode_boxes
 from cmt_aqr.geometry import to_metres, to_unit
 from cmt_aqr.golden.bundle import Source
@@ -33,6 +33,8 @@ BOX_CODE_ORDERS = {
     "box code order: vy was read before vx": (0, 1, 2, 3, 4, 5, 6, 7, 9, 8),
 }  # fmt: skip
 SIZES = slice(3, 6)
+# View, row and column of a window that is not there.
+NOWHERE = torch.tensor([NO_WINDOW, 0, 0])
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Case:
     Attributes:
         name: of the tensor.
         a: the reference, with its manifest.
-        left, right: A's and B's values, rows paired where they have names.
+        left, right: A's and B's values, rows paired where they have names, angles of boxes without whole turns.
+        given: as ``right``, with the angles as B has them.
         rows: of A that are in ``left``; None for all.
         is_first: no tensor of the stage before this one departs.
     """
@@ -51,6 +54,7 @@ class Case:
     a: Source
     left: Tensor
     right: Tensor
+    given: Tensor
     rows: Tensor | None = None
     is_first: bool = True
 
@@ -208,21 +212,28 @@ def bev_windows(case: Case) -> Attempts:
     grid = next((grid for grid in case.constants.get("grids", []) if grid["cell_size"]), None)
     if grid is None or not case.has("queries/reference_points") or case.name != f"windows/{grid['name']}":
         return
-    rows = case.left.shape[1]
-    points = case.a["queries/reference_points"].double()[:, -rows:]
-    last = torch.tensor([grid["rows"], grid["cols"]]) - 1
-    stretched = points[..., [1, 0]] * (last + 1)
+    points = case.a["queries/reference_points"].double()[:, -case.left.shape[1] :]
+    shape = torch.tensor([grid["rows"], grid["cols"]])
+    stretched = points[..., [1, 0]] * shape
     low, high = torch.tensor(case.constants["point_range"], dtype=torch.float64).chunk(2)
     metres = points[..., :2] * (high - low)[:2] + low[:2] - torch.tensor(grid["origin"], dtype=torch.float64)
     metric = (metres / torch.tensor(grid["cell_size"], dtype=torch.float64)).flip(-1)
-    attempts = {
-        "stretched windows: the point range was divided by the number of cells, BEV cells are metric: "
-        "floor((metres - origin) / cell size) (quirk Q13)": stretched.floor(),
-        "cells were rounded to the nearest; a point lies in cell floor(offset / cell size)": metric.round(),
-        "stretched windows, and cells rounded to the nearest: floor((metres - origin) / cell size)": stretched.round(),
-    }
-    for words, cells in attempts.items():
-        yield words, torch.minimum(cells.long().clamp(min=0), last), case.right[:, :, 0, 1:]
+    attempts = (
+        (
+            "stretched windows: the point range was divided by the number of cells, BEV cells are metric: "
+            "floor((metres - origin) / cell size) (quirk Q13)", stretched, torch.floor,
+        ),
+        ("cells were rounded to the nearest; a point lies in cell floor(offset / cell size)", metric, torch.round),
+        (
+            "stretched windows, and cells rounded to the nearest: floor((metres - origin) / cell size)",
+            stretched, torch.round,
+        ),
+    )  # fmt: skip
+    for words, place, to_cell in attempts:
+        is_on_grid = ((place >= 0) & (place <= shape)).all(dim=-1)
+        cells = torch.minimum(to_cell(place).long(), shape - 1)
+        windows = torch.cat((torch.zeros_like(cells[..., :1]), cells), dim=-1)
+        yield words, torch.where(is_on_grid[..., None], windows, NOWHERE)[:, :, None], case.right
 
 
 def camera_choice(case: Case) -> Attempts:
@@ -289,7 +300,7 @@ def other_angle(case: Case) -> Attempts:
         "yaw is turned by half a turn": right[:, YAW] + math.pi,
         "yaw is turned by a quarter of a turn": right[:, YAW] + math.pi / 2,
         "yaw is turned by a quarter of a turn the other way": right[:, YAW] - math.pi / 2,
-        "yaw is in degrees, expected radians": right[:, YAW].deg2rad(),
+        "yaw is in degrees, expected radians": case.given[:, YAW].double().deg2rad(),
     }
     for words, yaw in attempts.items():
         fixed = right.clone()

@@ -9,7 +9,7 @@ from torch import Tensor
 from cmt_aqr.golden import layer_mistakes, mistakes
 from cmt_aqr.golden.bundle import Source
 from cmt_aqr.golden.catalogue import stage_of
-from cmt_aqr.golden.compare import Comparison, Row, aligned, largest, share_within
+from cmt_aqr.golden.compare import Comparison, Row, aligned, largest, paired, share_within
 from cmt_aqr.golden.measure import is_exact
 
 # Share of the elements past their limit that a mistake has to explain.
@@ -63,9 +63,11 @@ def causes_of(row: Row, a: Source, b: Source, *, is_first: bool) -> list[str]:
         is_first: no tensor of the stage before this one departs.
     """
     left, right = aligned(row.name, a, b, row.pairing)
-    case = mistakes.Case(row.name, a, left, right, None if row.pairing is None else row.pairing.rows_a, is_first)
+    _, given = paired(row.name, a, b, row.pairing)
+    rows = None if row.pairing is None else row.pairing.rows_a
+    case = mistakes.Case(row.name, a, left, right, given, rows, is_first)
     if row.unpaired:
-        case = mistakes.Case(row.name, a, a[row.name], b[row.name], is_first=is_first)
+        case = mistakes.Case(row.name, a, a[row.name], b[row.name], b[row.name], is_first=is_first)
     is_whole = row.difference is None or row.unpaired
     past = 1.0 if is_whole else row.difference.past / row.difference.count
     apart = math.inf if is_whole else row.difference.max_abs

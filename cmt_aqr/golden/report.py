@@ -50,9 +50,11 @@ def describe_limits(a: Source, b: Source) -> str:
     factor = a.manifest.get("tolerance_factor")
     if factor is None:
         return "1e-5 of the largest value"
-    if b.precision == "float64":
-        return f"those of float32, {factor} times its error against float64, times 2^-26"
-    return f"{factor} times the error of {b.precision} against float64"
+    precision = "bf16" if b.precision == "bf16" else "float32"
+    error = f"the error of {precision} against float64"
+    if a.manifest["tolerance_source"] != "measured":
+        error = f"a typical error of {precision} (export float64 and float32 to measure this model's own)"
+    return f"{factor} times {error}" + (", times 2^-26" if b.precision == "float64" else "")
 
 
 def table(comparison: Comparison) -> list[str]:

@@ -65,11 +65,20 @@ def test_the_shipped_bundle_is_what_the_code_computes(fresh, capsys):
     assert main(["compare", str(FOLDER), str(fresh), "--precision", "float32"]) == 0
     text = capsys.readouterr().out
     assert "within their limits" in text
-    assert "limits: those of float32, 10 times its error against float64, times 2^-26; integers" in text
+    assert "limits: 10 times the error of float32 against float64, times 2^-26; integers" in text
     assert "limits: 10 times the error of float32 against float64; integers" in text
     names = (Source(FOLDER).names, Source(fresh).names)
     assert names[0] == names[1] and len(names[0]) > 300
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 2e6
+
+
+def test_limits_that_were_not_measured_are_called_typical(tmp_path, capsys):
+    assert export_tiny(tmp_path / "rough", "--dtype", "float32") == 0
+    assert main(["compare", str(tmp_path / "rough"), str(FOLDER), "--precision", "float32"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "limits: 10 times a typical error of float32 (export float64 and float32 to measure this model's own);" in text
+    )
 
 
 def test_an_export_repeats_itself_bit_by_bit(fresh, tmp_path):
