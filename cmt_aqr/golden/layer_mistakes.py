@@ -27,7 +27,7 @@ TOKENS = ("queries/positions", "tokens/values", "tokens/positions")
 NO_SCALE = "the scores were not divided by sqrt(D), D = hidden_dim / num_heads, before the softmax"
 WHOLE_SCALE = "the scores were divided by sqrt(hidden_dim), they are divided by sqrt(D), D = hidden_dim / num_heads"
 BARE_KEYS = "the keys have no position embeddings: keys are tokens + positions, values the tokens alone"
-BARE_QUERIES = "the queries have no position embeddings: what asks is x + queries/positions"
+BARE_QUERIES = "the queries have no position embeddings: the attention's query is x + queries/positions"
 PLACED_VALUES = "the values have position embeddings: keys are tokens + positions, values the tokens alone"
 LATE_RESIDUAL = "the norm was taken before the residual sum: the layers are post-norm, norm(x + f(x))"
 PRE_NORM = "pre-norm, x + f(norm(x)): the layers are post-norm, norm(x + f(x))"
@@ -64,11 +64,11 @@ def generator(case: Case) -> Attempts:
 
 def other_radii(radii: dict[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
     """Windows that reach a cell less or more than they should, in one grid or in all."""
-    for change, how in ((-1, "one less"), (1, "one more")):
+    for change, how in ((-1, "one cell less"), (1, "one cell more")):
         for names in [[name] for name in radii] + [list(radii)] * (len(radii) > 1):
             if all(radii[name] + change >= 0 for name in names):
                 who = " and ".join(names)
-                words = f"window radius: a window of size w reaches w // 2 cells to every side, those of {who} {how}"
+                words = f"window radius: it is size // 2 cells to every side, windows of {who} reach {how}"
                 yield words, {name: radius + change * (name in names) for name, radius in radii.items()}
 
 

@@ -246,7 +246,7 @@ def camera_choice(case: Case) -> Attempts:
     cells, is_seen = camera_cells(points, case.a["inputs/lidar2img"].double(), tuple(constants["image_size"]), grid)
     last = grid.views - 1 - is_seen.flip(-1).int().argmax(dim=-1, keepdim=True)
     chosen = torch.cat((last[..., None], cells.gather(2, last[..., None].expand(*last.shape, 2))), dim=-1)
-    words = "the window is in the last camera that sees the point, it belongs to the first one in order (quirk Q11)"
+    words = "the window is in the last camera that sees the point: the first one in order has it (quirk Q11)"
     yield words, torch.where(is_seen.any(-1)[..., None, None], chosen, case.left), case.right
 
 

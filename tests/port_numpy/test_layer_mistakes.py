@@ -166,7 +166,7 @@ MISTAKES = {
     "generator, other scale": (
         projected(GENERATOR, (HEAD_DIM / DIM) ** 0.5), "aqr/weights", f"weight generator: {WHOLE_SCALE}",
     ),
-    "generator, window": (wide_windows, "aqr/weights", "those of lidar one more"),
+    "generator, window": (wide_windows, "aqr/weights", "windows of lidar reach one cell more"),
     "eps 1e-12": (eps(1e-12), "aqr/weights", "the layer norms have an eps of 1e-12"),
     "eps 1e-3": (eps(1e-3), "aqr/weights", "the layer norms have an eps of 1e-3"),
     "scale missing": (constant("scale", 1.0), "bias/values", "the scale of 2.5 is missing"),

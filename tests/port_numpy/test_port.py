@@ -41,7 +41,10 @@ MISTAKES = {
     "rows and columns of windows": ("windows", "rows and columns are swapped"),
     "stretched windows": ("windows", "stretched windows: the point range was divided by the number of cells"),
     "last camera": ("windows", "the window is in the last camera that sees the point"),
-    "even windows": ("aqr", "a window of size w reaches w // 2 cells to every side, those of camera one less"),
+    "even windows": (
+        "aqr",
+        "window radius: it is size // 2 cells to every side, windows of camera reach one cell less",
+    ),
     "sigmoid for tanh": ("aqr", "the activation of the weights is tanh, not sigmoid"),
     "layer norm eps": ("aqr", "the layer norms have an eps of 1e-6"),
     "sign of the scale": ("bias", "the sign of the bias"),

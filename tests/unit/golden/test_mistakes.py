@@ -143,6 +143,24 @@ def test_a_mistake_is_named(mistake, tmp_path, capsys):
     assert text.startswith(f"{name.partition('/')[0]}\n") and words in text, text
 
 
+@pytest.mark.parametrize("stage", sorted({name.partition("/")[0] for name in EXACT} - {"losses", "gradients"}))
+def test_a_bundle_of_one_stage_is_compared(stage, tmp_path, capsys):
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    for name in ("manifest.json", "weights.safetensors", "inputs.safetensors"):
+        (bundle / name).symlink_to(FOLDER / name)
+    own = {name: x for name, x in EXACT.items() if name.startswith(f"{stage}/")}
+    save_file(own, bundle / "float64.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    wrong = {}
+    for name, x in own.items():
+        noise = 0.1 * torch.randn(x.shape, generator=generator)
+        wrong[name] = x + noise if x.is_floating_point() else x.flip(*range(x.ndim))
+    save_file({name: x.contiguous() for name, x in wrong.items()}, tmp_path / "port.safetensors")
+    assert main(["compare", str(bundle), str(tmp_path / "port.safetensors"), "--precision", "float64"]) == 1
+    assert f"first stage that departs: {stage}\n" in capsys.readouterr().out
+
+
 def test_a_small_difference_is_not_called_a_factor_of_nearly_one(tmp_path, capsys):
     generator = torch.Generator().manual_seed(0)
     noise = 1e-6 * torch.randn(EXACT["aqr/weights"].shape, generator=generator, dtype=torch.float64)
