@@ -77,7 +77,7 @@ class DenoisingQueries:
 
     Rows: [padding rows, group 0, group 1, ...]; the matching queries follow them on the query axis. Every group has one
     slot per box of the fullest frame. A slot without a box in its frame is valid: it is a query at (0, 0, 0) that its
-    group sees (*Quirk Q8*). A padding row is only there to make the shape constant: nobody sees it, no loss reads it.
+    group sees (*Quirk Q8*). A padding row only makes the shape constant: no other row sees it, no loss reads it.
 
     Attributes:
         reference_points: (B, num_dn, 3) in [0, 1].

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 # Seconds that a task may take silently.
 PATIENCE = 3.0
-# Seconds between two lines where nobody watches a terminal.
+# Seconds between two lines where stderr is no terminal.
 PLAIN_PERIOD = 15.0
 LINE = "{desc}: {n_fmt}/{total_fmt} ({percentage:.1f} %){postfix}, {rate_fmt}, remaining {remaining}"
 

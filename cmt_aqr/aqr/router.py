@@ -157,7 +157,7 @@ class BiasRouter(nn.Module):
         return Routed(tokens, attend, windows, weights, bias)
 
     def token_length(self, layout: TokenLayout, device: torch.device) -> int:
-        """Length of the token axis that the attention wants: flex is faster with zeros up to whole blocks."""
+        """Length of the token axis that suits the attention: flex is faster with zeros up to whole blocks."""
         is_flex = self._evaluator(device) == "flex"
         return layout.padded_length if is_flex else layout.num_tokens
 

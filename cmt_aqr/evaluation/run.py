@@ -1,6 +1,6 @@
 """From a model and a loader to official metrics: predict, write the submission, evaluate.
 
-``train.py`` and ``test.py`` call :func:`evaluate`; nothing here knows how batches are made.
+``train.py`` and ``test.py`` call :func:`evaluate`; nothing here depends on how batches are made.
 """
 
 from collections.abc import Callable, Iterable, Sequence

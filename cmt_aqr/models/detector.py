@@ -260,7 +260,7 @@ class Detector(nn.Module):
         return self._join(positions, layout)
 
     def _join(self, parts: list[Tensor], layout: TokenLayout) -> Tensor:
-        """Tokens (B, K_i, C) of the grids side by side, padded with zeros to the length that the attention wants."""
+        """Tokens (B, K_i, C) of the grids side by side, padded with zeros to the length that suits the attention."""
         length = layout.num_tokens
         if self.aqr is not None:
             length = self.aqr.token_length(layout, parts[0].device)

@@ -217,7 +217,7 @@ class Heads(nn.Module):
     def forward(
         self, hidden: Tensor, reference_points: Tensor, *, num_dn: int = 0, is_valid: Tensor | None = None
     ) -> Predictions:
-        """Predict from every layer's output, in at least float32 whatever autocast says.
+        """Predict from every layer's output, in at least float32, also under autocast.
 
         bfloat16 would move box centres by 2 cm on average.
 

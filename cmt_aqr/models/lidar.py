@@ -200,7 +200,7 @@ class SparseEncoder(nn.Module):
         out_of_range: what happens to voxels outside `sparse_shape` (*Quirk Q13*): "drop" removes them; "alias" hands
             them to spconv as the original does, where a voxel at x >= W is hashed like (y + 1, x - W) and leaks into
             its neighbours there until the first stride-2 convolution removes it (CPU only: CUDA hashes otherwise).
-        precision: float32, float16 or bfloat16 (which spconv lacks) on CUDA, whatever autocast surrounds the call. On
+        precision: float32, float16 or bfloat16 (which spconv lacks) on CUDA, also under autocast. On
             CPU the dtype of the weights is used, float64 included.
         backend: "torch", "spconv", or "auto" for :func:`choose_backend`.
 

@@ -9,7 +9,7 @@ import numpy as np
 from cmt_aqr.rotations import rotation_matrix
 from cmt_aqr.synthetic.backdrop import Backdrop, Ground, Spoiler, ground_homography, scene_light
 from cmt_aqr.synthetic.calibration import CAMERAS, CameraMount, intrinsic_matrix
-from cmt_aqr.synthetic.projection import MAX_MARKS, SUBPIXEL_BITS, Eyes, Projector, Sheet
+from cmt_aqr.synthetic.projection import MAX_MARKS, SUBPIXEL_BITS, PaintList, Projector, Viewpoints
 from cmt_aqr.synthetic.scenes import EGO_PROFILE, Scene
 
 _COUNT_WIDTH = 400
@@ -52,11 +52,11 @@ class CameraRig:
     def render(self, times: np.ndarray, actors: np.ndarray, rng: np.random.Generator) -> Iterator[View]:
         """The images of the cameras at times (6,) in s, with actors (n,), indices, and the ego where they are then."""
         egos, poses = self._scene.ego_poses(times), self._scene.poses(times, actors)
-        eyes = [camera.eye(ego) for camera, ego in zip(self.cameras, egos, strict=True)]
-        eyes = Eyes(*(np.array(column) for column in zip(*eyes, strict=True)))
-        for number, sheet in enumerate(self._projector.sheets(eyes, actors, poses)):
+        viewpoints = [camera.viewpoint(ego) for camera, ego in zip(self.cameras, egos, strict=True)]
+        viewpoints = Viewpoints(*(np.array(column) for column in zip(*viewpoints, strict=True)))
+        for number, paint_list in enumerate(self._projector.paint_lists(viewpoints, actors, poses)):
             ego = tuple(egos[number].tolist())
-            yield self.cameras[number].draw(sheet, ego, eyes.axes[number], eyes.position[number], rng)
+            yield self.cameras[number].draw(paint_list, ego, viewpoints.axes[number], viewpoints.position[number], rng)
 
 
 class Camera:
@@ -83,8 +83,8 @@ class Camera:
         focal, centre, _, _ = self._pinhole
         self._half_view = float(np.arctan(max(centre, image_size[0] - centre) / focal)) + 0.03
 
-    def eye(self, ego: np.ndarray) -> tuple:
-        """This camera's row of every field of Eyes when the ego is at x, y (m), yaw (rad)."""
+    def viewpoint(self, ego: np.ndarray) -> tuple:
+        """This camera's row of every field of Viewpoints when the ego is at x, y (m), yaw (rad)."""
         x, y, yaw = ego
         turn = np.array([[np.cos(yaw), -np.sin(yaw), 0], [np.sin(yaw), np.cos(yaw), 0], [0, 0, 1]])
         offset = turn @ np.array(self.mount.translation)
@@ -92,34 +92,36 @@ class Camera:
 
     def draw(
         self,
-        sheet: Sheet,
+        paint_list: PaintList,
         ego: tuple[float, float, float],
         axes: np.ndarray,
         position: np.ndarray,
         rng: np.random.Generator,
     ) -> View:
-        """Paint a sheet; axes (3, 3) and position (3,) are those of Eyes."""
+        """Draw a paint list; axes (3, 3) and position (3,) are those of Viewpoints."""
         to_texels = self._ground.to_texels() @ ground_homography(axes, position, self._intrinsic)
         canvas = self._backdrop.draw(self._ground, to_texels)
         grid = canvas[:: self._grid_step, :: self._grid_step, 3]
-        covered = _paint(canvas, grid, sheet)
-        left = _count_marks(grid, sheet)
-        has_owner = sheet.mark_owner >= 0
-        owner, count = sheet.mark_owner[has_owner], len(sheet.actors)
+        covered = _paint(canvas, grid, paint_list)
+        left = _count_marks(grid, paint_list)
+        has_owner = paint_list.mark_owner >= 0
+        owner, count = paint_list.mark_owner[has_owner], len(paint_list.actors)
         drawn, visible = (np.bincount(owner, pixels[has_owner], count).astype(int) for pixels in (covered, left))
         image = self._spoiler.apply(cv2.cvtColor(canvas, cv2.COLOR_BGRA2BGR), rng)
-        return View(image, ego, canvas[..., 3], sheet.mark_owner, sheet.actors, drawn, visible)
+        return View(image, ego, canvas[..., 3], paint_list.mark_owner, paint_list.actors, drawn, visible)
 
 
-def _paint(canvas: np.ndarray, grid: np.ndarray, sheet: Sheet) -> np.ndarray:
-    """Fill the polygons of a sheet, writing marks into the fourth channel of canvas, of which grid is a view.
+def _paint(canvas: np.ndarray, grid: np.ndarray, paint_list: PaintList) -> np.ndarray:
+    """Fill the polygons of a paint list, writing marks into the fourth channel of canvas, of which grid is a view.
 
     Returns (256,): grid pixels that bore each mark right after the last quad of its group was painted.
     """
     covered = np.zeros(MAX_MARKS + 1, dtype=np.int64)
-    for polygon, colour in sheet.shadows:
+    for polygon, colour in paint_list.shadows:
         cv2.fillConvexPoly(canvas, polygon, colour, cv2.LINE_8, SUBPIXEL_BITS)
-    for polygon, colour, finished in zip(sheet.polygons, sheet.colours, sheet.last_of_group, strict=True):
+    for polygon, colour, finished in zip(
+        paint_list.polygons, paint_list.colours, paint_list.last_of_group, strict=True
+    ):
         cv2.fillConvexPoly(canvas, polygon, colour, cv2.LINE_8, SUBPIXEL_BITS)
         if finished is not None:
             mark, window = finished
@@ -127,9 +129,9 @@ def _paint(canvas: np.ndarray, grid: np.ndarray, sheet: Sheet) -> np.ndarray:
     return covered
 
 
-def _count_marks(grid: np.ndarray, sheet: Sheet) -> np.ndarray:
-    """Pixels of the grid that bear each mark (256,) of a painted sheet; those without a mark are not all counted."""
-    rows = [finished[1][0] for finished in sheet.last_of_group if finished is not None]
+def _count_marks(grid: np.ndarray, paint_list: PaintList) -> np.ndarray:
+    """Pixels of the grid that bear each mark (256,) of a drawn paint list; those without a mark are not all counted."""
+    rows = [finished[1][0] for finished in paint_list.last_of_group if finished is not None]
     top, bottom = min((row.start for row in rows), default=0), max((row.stop for row in rows), default=1)
     marked = np.ascontiguousarray(grid[top:bottom])
     return cv2.calcHist([marked], [0], None, [MAX_MARKS + 1], [0, MAX_MARKS + 1]).ravel()

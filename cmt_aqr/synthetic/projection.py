@@ -37,8 +37,8 @@ Window = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
-class Eyes:
-    """V cameras at their moments. axes (V, 3, 3): camera axes as columns in the global frame; position (V, 3) and
+class Viewpoints:
+    """V cameras at their time stamps. axes (V, 3, 3): camera axes as columns in the global frame; position (V, 3) and
     offset (V, 3): metres from the global and from the ego's origin, along the global axes; yaw (V,): the ego's, rad;
     pinhole (V, 4): fx, cx, fy, cy (px); half_view (V,): greatest angle of a ray from the axis, level, rad."""
 
@@ -51,7 +51,7 @@ class Eyes:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class PaintList:
     """What to paint in one image, in this order: shadows, then quads, far to near.
 
     actors (n,): scene indices of the actors that may be in view. Polygons (m, 2) are int32 pixels in units of 2 **
@@ -84,53 +84,55 @@ class Projector:
         self._group_centres = scene.group_centres.T.astype(np.float32, order="C")
         self._first_quad = np.searchsorted(scene.quad_actor, np.arange(len(scene.s) + 1))
 
-    def sheets(self, eyes: Eyes, actors: np.ndarray, poses: np.ndarray) -> list[Sheet]:
-        """One sheet for each of V eyes. actors (n,): scene indices; poses (V, n, 3): theirs at each eye's moment."""
-        views = np.arange(len(eyes.axes) + 1)
-        placed = self._in_view(eyes, actors, poses)
-        shadows = self._shadows(placed, eyes)
-        quads = self._visible_quads(placed, eyes)
+    def paint_lists(self, viewpoints: Viewpoints, actors: np.ndarray, poses: np.ndarray) -> list[PaintList]:
+        """One paint list per viewpoint. actors (n,): scene indices; poses (V, n, 3): theirs at its time stamp."""
+        views = np.arange(len(viewpoints.axes) + 1)
+        placed = self._in_view(viewpoints, actors, poses)
+        shadows = self._shadows(placed, viewpoints)
+        quads = self._visible_quads(placed, viewpoints)
         marks = self._marks(quads, placed, len(views) - 1)
         polygons = list(_fixed_point(*quads.pixels))
         for index in np.flatnonzero(quads.is_cut):
-            polygons[index] = _clipped(quads.corners[:, :, index], quads.view[index], eyes)
-        colours = np.column_stack([self._shade(quads, placed, eyes), marks]).tolist()
+            polygons[index] = _clipped(quads.corners[:, :, index], quads.view[index], viewpoints)
+        colours = np.column_stack([self._shade(quads, placed, viewpoints), marks]).tolist()
         last_of_group = self._last_of_groups(quads, marks)
         quad_bounds, row_bounds = (np.searchsorted(rows.view, views).tolist() for rows in (quads, placed))
-        sheets = []
+        paint_lists = []
         for view in views[:-1]:
             own = slice(*quad_bounds[view : view + 2])
             first, end = row_bounds[view : view + 2]
             owner = np.full(MAX_MARKS + 1, -1)
             owner[marks[own]] = quads.row[own] - first
             owner[0] = -1
-            sheets.append(
-                Sheet(placed.actor[first:end], shadows[view], polygons[own], colours[own], owner, last_of_group[own])
+            paint_lists.append(
+                PaintList(
+                    placed.actor[first:end], shadows[view], polygons[own], colours[own], owner, last_of_group[own]
+                )
             )
-        return sheets
+        return paint_lists
 
-    def _in_view(self, eyes: Eyes, actors: np.ndarray, poses: np.ndarray) -> "_Placed":
+    def _in_view(self, viewpoints: Viewpoints, actors: np.ndarray, poses: np.ndarray) -> "_Placed":
         """Those of actors (n,) that may be in each image, by their distance and direction on the ground."""
         radius = self._scene.radius[actors]
-        x, y = poses[..., 0] - eyes.position[:, :1], poses[..., 1] - eyes.position[:, 1:2]
-        axis_x, axis_y = (eyes.axes[:, :2, 2] / np.hypot(*eyes.axes[:, :2, 2].T)[:, None]).T[..., None]
+        x, y = poses[..., 0] - viewpoints.position[:, :1], poses[..., 1] - viewpoints.position[:, 1:2]
+        axis_x, axis_y = (viewpoints.axes[:, :2, 2] / np.hypot(*viewpoints.axes[:, :2, 2].T)[:, None]).T[..., None]
         forward, aside = x * axis_x + y * axis_y, np.abs(x * axis_y - y * axis_x)
         # Distance to the nearer of the two planes that bound the view.
-        beyond = aside * np.cos(eyes.half_view)[:, None] - forward * np.sin(eyes.half_view)[:, None]
+        beyond = aside * np.cos(viewpoints.half_view)[:, None] - forward * np.sin(viewpoints.half_view)[:, None]
         seen = (beyond < radius) & (forward > -radius)
         view, slot = np.nonzero(seen)
         yaw = poses[..., 2][seen]
         places = np.stack([x[seen], y[seen], np.cos(yaw), np.sin(yaw)]).astype(np.float32)
         return _Placed(view, actors.take(slot), *places)
 
-    def _shadows(self, placed: "_Placed", eyes: Eyes) -> list[list[tuple[np.ndarray, list[float]]]]:
+    def _shadows(self, placed: "_Placed", viewpoints: Viewpoints) -> list[list[tuple[np.ndarray, list[float]]]]:
         """For each view the polygons and colours of dark patches under the labelled objects."""
         placed = placed.take(np.flatnonzero(self._scene.label.take(placed.actor) != NO_LABEL))
         width, length, _ = (self._scene.size.take(placed.actor, axis=0).T / 2 + _SHADOW_MARGIN).astype(np.float32)
         signs = np.array([[1, 1, -1, -1], [1, -1, -1, 1]], dtype=np.float32)[..., None]
         x, y = placed.turn(signs[0] * length, signs[1] * width)
-        z = _SHADOW_HEIGHT - eyes.position[:, 2].take(placed.view)
-        u, v, depth = _project(x + placed.x, y + placed.y, z, placed.view, eyes)
+        z = _SHADOW_HEIGHT - viewpoints.position[:, 2].take(placed.view)
+        u, v, depth = _project(x + placed.x, y + placed.y, z, placed.view, viewpoints)
         low_v, high_v = v.min(0), v.max(0)
         seen = self._overlaps(u.min(0), low_v, u.max(0), high_v) & (depth.min(0) > NEAR)
         seen = np.flatnonzero(seen & (high_v - low_v > MIN_SHADOW_ROWS))
@@ -139,7 +141,7 @@ class Projector:
         colours[:, :3] = self._hazy(np.full((1, 3), level), depth.take(seen, axis=1).mean(0))
         polygons = list(_fixed_point(u.take(seen, axis=1), v.take(seen, axis=1)))
         painted = list(zip(polygons, colours.tolist(), strict=True))
-        bounds = np.searchsorted(placed.view.take(seen), np.arange(len(eyes.axes) + 1)).tolist()
+        bounds = np.searchsorted(placed.view.take(seen), np.arange(len(viewpoints.axes) + 1)).tolist()
         return [painted[start:end] for start, end in pairwise(bounds)]
 
     def _overlaps(self, low_u, low_v, high_u, high_v) -> np.ndarray:
@@ -147,14 +149,14 @@ class Projector:
         width, height = self._size
         return (high_u > 0) & (low_u < width) & (high_v > 0) & (low_v < height)
 
-    def _visible_quads(self, placed: "_Placed", eyes: Eyes) -> "_Quads":
+    def _visible_quads(self, placed: "_Placed", viewpoints: Viewpoints) -> "_Quads":
         """Quads that face their camera and reach into its image, in painting order (far to near) view after view."""
-        quad, row = self._facing_quads(placed, eyes)
+        quad, row = self._facing_quads(placed, viewpoints)
         at = placed.take(row)
         x, y, z = self._corners.take(quad, axis=2)
         x, y = at.turn(x, y)
-        x, y, z = x + at.x, y + at.y, z - eyes.position[:, 2].astype(np.float32).take(at.view)
-        u, v, depth = _project(x, y, z, at.view, eyes)
+        x, y, z = x + at.x, y + at.y, z - viewpoints.position[:, 2].astype(np.float32).take(at.view)
+        u, v, depth = _project(x, y, z, at.view, viewpoints)
         area = 0.5 * np.abs((u[2] - u[0]) * (v[3] - v[1]) - (u[3] - u[1]) * (v[2] - v[0]))
         box = np.stack([u.min(0), v.min(0), u.max(0), v.max(0)])
         on_screen = self._overlaps(*box) & (area > self._min_area.take(quad))
@@ -177,23 +179,23 @@ class Projector:
             is_behind.take(keep),
         )
 
-    def _facing_quads(self, placed: "_Placed", eyes: Eyes) -> tuple[np.ndarray, np.ndarray]:
+    def _facing_quads(self, placed: "_Placed", viewpoints: Viewpoints) -> tuple[np.ndarray, np.ndarray]:
         """Scene indices (q,) of the quads whose front is towards their camera, and their rows (q,) of placed."""
         first = self._first_quad.take(placed.actor)
         count = self._first_quad.take(placed.actor + 1) - first
         row = np.repeat(np.arange(len(count)), count)
         quad = np.arange(len(row)) + (first - np.cumsum(count) + count).take(row)
         # The camera in the actor's own frame tells which faces it sees.
-        eye = np.empty((3, len(count)), dtype=np.float32)
-        eye[0] = -placed.x * placed.cos - placed.y * placed.sin
-        eye[1] = placed.x * placed.sin - placed.y * placed.cos
-        eye[2] = eyes.position[:, 2].take(placed.view)
+        viewpoint = np.empty((3, len(count)), dtype=np.float32)
+        viewpoint[0] = -placed.x * placed.cos - placed.y * placed.sin
+        viewpoint[1] = placed.x * placed.sin - placed.y * placed.cos
+        viewpoint[2] = viewpoints.position[:, 2].take(placed.view)
         normal_x, normal_y, normal_z, plane = self._planes.take(quad, axis=1)
-        eye_x, eye_y, eye_z = eye.take(row, axis=1)
-        facing = np.flatnonzero(eye_x * normal_x + eye_y * normal_y + eye_z * normal_z > plane)
+        viewpoint_x, viewpoint_y, viewpoint_z = viewpoint.take(row, axis=1)
+        facing = np.flatnonzero(viewpoint_x * normal_x + viewpoint_y * normal_y + viewpoint_z * normal_z > plane)
         return quad.take(facing), row.take(facing)
 
-    def _shade(self, quads: "_Quads", placed: "_Placed", eyes: Eyes) -> np.ndarray:
+    def _shade(self, quads: "_Quads", placed: "_Placed", viewpoints: Viewpoints) -> np.ndarray:
         """Colours (q, 3) BGR of quads: paint times light, then haze."""
         light, at = self._light, placed.take(quads.row)
         level = np.full(len(quads.index), light.ambient)
@@ -203,8 +205,8 @@ class Projector:
             normal_x, normal_y = at.turn(normal_x, normal_y)
             level += light.sun * (normal_x * _SUN[0] + normal_y * _SUN[1] + normal_z * _SUN[2]).clip(0.0, None)
         if light.headlight > 0:
-            offset_x, offset_y, _ = eyes.offset.T.take(quads.view, axis=1)
-            cos, sin = np.cos(eyes.yaw).take(quads.view), np.sin(eyes.yaw).take(quads.view)
+            offset_x, offset_y, _ = viewpoints.offset.T.take(quads.view, axis=1)
+            cos, sin = np.cos(viewpoints.yaw).take(quads.view), np.sin(viewpoints.yaw).take(quads.view)
             from_ego_x, from_ego_y = x + offset_x, y + offset_y
             forward, left = from_ego_x * cos + from_ego_y * sin, from_ego_y * cos - from_ego_x * sin
             level += headlight_gain(light, forward, left) - headlight_gain(light, -1.0, 0.0)
@@ -232,7 +234,7 @@ class Projector:
         return np.repeat(mark, np.diff(starts, append=len(quads.view)))
 
     def _last_of_groups(self, quads: "_Quads", marks: np.ndarray) -> list[tuple[int, Window] | None]:
-        """Sheet.last_of_group for all quads."""
+        """PaintList.last_of_group for all quads."""
         last: list[tuple[int, Window] | None] = [None] * len(marks)
         starts = quads.starts()
         if len(starts) == 0:
@@ -290,19 +292,19 @@ class _Quads:
         return np.flatnonzero(is_first)
 
 
-def _project(x, y, z, view: np.ndarray, eyes: Eyes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _project(x, y, z, view: np.ndarray, viewpoints: Viewpoints) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pixels u, v and depth (m) of points (..., n) of views (n,); u and v mean nothing where depth is not positive."""
-    axes = eyes.axes.reshape(-1, 9).T.astype(np.float32).take(view, axis=1).reshape(3, 3, -1)
+    axes = viewpoints.axes.reshape(-1, 9).T.astype(np.float32).take(view, axis=1).reshape(3, 3, -1)
     right, down, depth = (x * axes[0, k] + y * axes[1, k] + z * axes[2, k] for k in range(3))
-    fx, cx, fy, cy = eyes.pinhole.T.astype(np.float32).take(view, axis=1)
+    fx, cx, fy, cy = viewpoints.pinhole.T.astype(np.float32).take(view, axis=1)
     inverse = 1.0 / np.maximum(depth, np.float32(1e-3))
     return right * inverse * fx + cx, down * inverse * fy + cy, depth
 
 
-def _clipped(corners: np.ndarray, view: int, eyes: Eyes) -> np.ndarray:
+def _clipped(corners: np.ndarray, view: int, viewpoints: Viewpoints) -> np.ndarray:
     """Polygon of a quad (3, 4) without what lies behind the near plane."""
-    local = (eyes.axes[view].T @ corners).T.tolist()
-    fx, cx, fy, cy = eyes.pinhole[view].tolist()
+    local = (viewpoints.axes[view].T @ corners).T.tolist()
+    fx, cx, fy, cy = viewpoints.pinhole[view].tolist()
     kept = []
     for (x, y, depth), (last_x, last_y, last_depth) in zip(local, [local[-1], *local[:-1]], strict=True):
         if (depth > NEAR) != (last_depth > NEAR):

@@ -1,6 +1,6 @@
 """Scalars for TensorBoard, written by the caller's thread.
 
-PyTorch's SummaryWriter writes in a thread of its own, where a full disk ends in a traceback that nobody can catch.
+PyTorch's SummaryWriter writes in a thread of its own, where a full disk raises an error that the caller cannot catch.
 """
 
 import itertools

@@ -66,7 +66,7 @@ def test_gradients_reach_the_weights():
     assert torch.equal(weights.grad > 0, has_window)
 
 
-def test_one_query_paints_its_weight_and_a_crowd_its_mean():
+def test_one_query_draws_its_weight_and_several_draw_their_mean():
     settings = sized(3, 3)
     layout = fusion_layout((6, 6), (1, 3, 3))
 
@@ -79,8 +79,8 @@ def test_one_query_paints_its_weight_and_a_crowd_its_mean():
     grid = alone[0, :36].view(6, 6)
     torch.testing.assert_close(grid[1:4, 1:4], torch.full((3, 3), 0.25))
     assert (alone != 1).sum() == 9  # nothing in the camera, which does not see the query
-    crowd = render_map(windows_at((2, 2), (2, 2)), torch.tensor([[[0.2, 0.0], [0.6, 0.0]]]))
-    torch.testing.assert_close(crowd[0, :36].view(6, 6)[1:4, 1:4], torch.full((3, 3), 0.4))
+    several = render_map(windows_at((2, 2), (2, 2)), torch.tensor([[[0.2, 0.0], [0.6, 0.0]]]))
+    torch.testing.assert_close(several[0, :36].view(6, 6)[1:4, 1:4], torch.full((3, 3), 0.4))
     # Half-way between two queries counts each the same, elsewhere the nearer one counts more.
     row = render_map(windows_at((2, 1), (2, 3)), torch.tensor([[[0.0, 0.0], [1.0, 0.0]]]))[0, :36].view(6, 6)[2]
     torch.testing.assert_close(row, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0, 1.0]))

@@ -125,7 +125,7 @@ def test_the_generator_layer_by_layer(activation, layout, num_grids):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_query_hears_the_tokens_of_its_windows_and_no_others():
+def test_a_query_attends_to_the_tokens_of_its_windows_alone():
     windows = random_windows(LAYOUTS["both"])
     inside = inside_by_loops(windows)
     generator = make_generator()
