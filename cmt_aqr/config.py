@@ -133,7 +133,7 @@ class LidarConfig:
     encoder_out_channels: int = limits(low=1, high=2048)  # of the sparse encoder, for each cell along z that is left
     # width of each level of the BEV backbone (SECOND)
     second_channels: tuple[int, ...] = limits(low=1, high=2048, entries=(1, 8))
-    # 3x3 convolutions of each level behind its first one
+    # 3x3 convolutions of each level after its first one
     second_layers: tuple[int, ...] = limits(low=0, high=64, entries=(1, 8))
     second_strides: tuple[int, ...] = limits(low=1, high=16, entries=(1, 8))  # stride of each level's first convolution
     # width of each level in the BEV neck, which concatenates them

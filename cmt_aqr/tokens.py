@@ -15,7 +15,7 @@ class Tokens:
     """Keys and values of the cross-attention.
 
     Attributes:
-        values: (B, K, C); behind the tokens of the layout there may be zeros up to ``layout.padded_length``, for an
+        values: (B, K, C); after the tokens of the layout there may be zeros up to ``layout.padded_length``, for an
             attention that ignores them.
         positions: (B, K, C) position embeddings, at least float32; keys are values + positions.
         layout: which token is where: BEV tokens first, then cameras.

@@ -58,7 +58,7 @@ class ModalityDropout:
     """How often one whole sensor is blanked in training (Quirk Q17).
 
     Attributes:
-        image_probability: all images become 0 (before normalisation, so -mean/std behind it).
+        image_probability: all images become 0 (before normalisation, so -mean/std after it).
         point_probability: all points become 0 0 0 0 0; they are not removed, and move with the scene augmentation.
     """
 

@@ -34,7 +34,7 @@ class DeviceError(UserError):
 class Problem:
     """Leaves of one shape: q (B, M, Q, D), k, v (B, M, K, D) in DTYPE; weights (B, Q, 2), scale (1,) float32.
 
-    ``padded`` holds k and v with zeros behind them up to whole blocks, as the detector's tokens come.
+    ``padded`` holds k and v padded with zeros to whole blocks, as the detector pads its tokens.
     """
 
     windows: QueryWindows

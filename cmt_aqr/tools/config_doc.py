@@ -1,6 +1,6 @@
 """docs/config.md from the schema: every key with what it takes, what it means, and its name in the original program.
 
-The meaning of a key is the comment at its field in ``cmt_aqr/config.py``, behind it or in the lines above it.
+The meaning of a key is the comment at its field in ``cmt_aqr/config.py``, after it or in the lines above it.
 """
 
 import ast
@@ -200,7 +200,7 @@ def keys(block: type, prefix: str) -> list[Key]:
 
 
 def comments(source: str) -> dict[str, dict[str, str]]:
-    """class -> field -> the comment behind the field, after those in the lines directly above it."""
+    """class -> field -> the comment after the field, preceded by those in the lines directly above it."""
     lines = source.splitlines()
     found = {
         token.start[0]: token.string.lstrip("#").strip()
@@ -220,7 +220,7 @@ def comments(source: str) -> dict[str, dict[str, str]]:
 
 
 def _cell(text: str) -> list[str]:
-    """A cell of a Markdown table and the bar behind it."""
+    """A cell of a Markdown table and the bar after it."""
     return [text.replace("|", "\\|"), "|"] if text else ["|"]
 
 

@@ -122,8 +122,8 @@ def with_new_key(
         folder: the configurations; the ablation's files are made anew.
         key: dotted; a field of the schema in ``cmt_aqr/config.py``.
         value: as YAML.
-        after: dotted; the key to put it behind. Default: the field before it in the schema.
-        comment: behind the value, in every file.
+        after: dotted; the key to put it after. Default: the field before it in the schema.
+        comment: after the value, in every file.
 
     Returns:
         Changed files by path below the folder, and names of files whose block is null.
@@ -280,8 +280,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add.add_argument("key", help="dotted, such as model.lidar.sparse_backend")
     add.add_argument("value", help="as YAML, such as 0.1, '[1, 2]' or '{a: 1, b: 2}' for a block of keys")
-    add.add_argument("--after", metavar="KEY", help="put it behind this key (default: as in cmt_aqr/config.py)")
-    add.add_argument("--comment", default="", help="text of a comment behind the value")
+    add.add_argument("--after", metavar="KEY", help="put it after this key (default: as in cmt_aqr/config.py)")
+    add.add_argument("--comment", default="", help="text of a comment after the value")
     doc = commands.add_parser(
         "doc", help="write docs/config.md", description="Write the page about all keys from cmt_aqr/config.py."
     )

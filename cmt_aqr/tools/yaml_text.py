@@ -61,7 +61,7 @@ def add_key(text: str, keys: Keys, value: str, *, before: Sequence[str], comment
         text: YAML whose block ``keys[:-1]`` exists and does not hold the key yet.
         value: the value as YAML; a block of keys is written one a line.
         before: keys of the same block; the new one comes after the last of them that the block holds, else first.
-        comment: stands behind the value.
+        comment: follows the value.
 
     Raises:
         ConfigError: the text cannot be edited in this way.
@@ -106,7 +106,7 @@ def _compose(text: str) -> yaml.MappingNode:
 
 
 def _end(name: yaml.Node, value: yaml.Node) -> int:
-    """The line after an entry's last; a block's own mark lies behind the comments that follow it."""
+    """The line after an entry's last; a block's own end mark lies after the comments that follow it."""
     if isinstance(value, yaml.ScalarNode) or value.flow_style or not value.value:
         return max(name.end_mark.line, value.end_mark.line) + 1
     last = value.value[-1]

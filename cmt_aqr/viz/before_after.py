@@ -46,7 +46,7 @@ def bev_panel(points: np.ndarray, boxes: Tensor | None, *, width: int) -> np.nda
 
 
 def side_by_side(rows: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> np.ndarray:
-    """Rows of two panels of one size, with the words "before" and what is behind it; (height, width, 3)."""
+    """Rows of two panels of one size, labelled "before" and with the name of the row; (height, width, 3)."""
     lines = []
     for before, after, name in rows:
         for panel, words in ((before, "before"), (after, name)):

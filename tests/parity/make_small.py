@@ -89,7 +89,7 @@ def first_layer(golden: Golden) -> dict[str, np.ndarray]:
             arrays[f"rows/{part}"] = value[ROWS[part]]
         elif name.startswith(SHARED):
             arrays[name] = value
-        elif name.startswith("sd/task_heads."):  # (layers x channels, ...), the layers one behind the other
+        elif name.startswith("sd/task_heads."):  # (layers x channels, ...), layer after layer
             arrays[name] = value[: len(value) // NUM_LAYERS]
         elif name.startswith("sd/"):
             if "decoder.layers." not in name or "decoder.layers.0." in name:

@@ -50,7 +50,7 @@ class TrainingFailures:
             rng: of this sample.
         """
         for failures, probability in self.choices:
-            # All is drawn whether it is used or not, so that a probability does not change the draws behind it.
+            # All is drawn whether it is used or not, so that a probability does not change later draws.
             happens, which, seed = rng.random() < probability, rng.integers(len(failures)), int(rng.integers(2**63))
             if happens:
                 views = None if views is None else list(views)
