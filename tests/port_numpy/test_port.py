@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from cmt_aqr.config import load_config
 from cmt_aqr.golden.__main__ import main
+from cmt_aqr.golden.case import draw_detector, random_frame
+from cmt_aqr.golden.export import Choice, export
 from tests.port_numpy.port import main as port
 from tests.unit.golden.make_tiny import CONFIG, FOLDER, SETTINGS
 
@@ -71,20 +74,10 @@ def other_bundle(tmp_path_factory):
         path = folder / name
         if path.exists():
             return path
-        command = [
-            "export",
-            str(CONFIG),
-            str(path),
-            "--train",
-            "--points",
-            "200",
-            "--boxes",
-            "3",
-            "--gradients",
-            "none",
-        ]
-        settings = (*SETTINGS, "model.lidar.sparse_backend=torch", *OTHERS[name])  # importing spconv takes seconds
-        assert main([*command, "--set", *settings]) == 0
+        config = load_config(str(CONFIG), [*SETTINGS, *OTHERS[name]])
+        frame = random_frame(config, num_points=200, num_boxes=3)
+        choice = Choice(["float64", "float32"], is_training=True, gradients=())
+        export(config, draw_detector(config, config.seed, frame), frame, choice, path)
         return path
 
     return write
