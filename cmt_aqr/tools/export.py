@@ -22,6 +22,30 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+
+def _parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cmt_aqr.tools.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the model")
+    parser.add_argument("--checkpoint", required=True, help="weights of train.py, or .safetensors")
+    parser.add_argument("--to", required=True, choices=("pt2", "onnx"), help="what to write")
+    parser.add_argument("--package", action="store_true", help="pt2: compile it with AOTInductor, for C++ and Python")
+    parser.add_argument("--output", type=Path, metavar="PATH", help="file to write (default: name of CONFIG, here)")
+    parser.add_argument("--stages", action="store_true", help="also return positions, windows, weights and heads")
+    frame = parser.add_mutually_exclusive_group()
+    frame.add_argument("--data", type=Path, metavar="ROOT", help="data set in nuScenes format, for the sizes")
+    frame.add_argument("--points", type=int, default=300_000, help="of the made-up frame (default: 300000)")
+    parser.add_argument("--token", help="sample of --data (default: the first one of data.val_split)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where pt2 will run (default: cpu)")
+    return parser
+
+
+if __name__ == "__main__":
+    _parser().parse_args()  # answers --help and mistakes before the imports below, which take seconds
+
 import torch
 from torch import Tensor
 
@@ -47,28 +71,8 @@ class DeploymentError(UserError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = make_parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     return report_errors(lambda: run(options))
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cmt_aqr.tools.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the model")
-    parser.add_argument("--checkpoint", required=True, help="weights of train.py, or .safetensors")
-    parser.add_argument("--to", required=True, choices=("pt2", "onnx"), help="what to write")
-    parser.add_argument("--package", action="store_true", help="pt2: compile it with AOTInductor, for C++ and Python")
-    parser.add_argument("--output", type=Path, metavar="PATH", help="file to write (default: name of CONFIG, here)")
-    parser.add_argument("--stages", action="store_true", help="also return positions, windows, weights and heads")
-    frame = parser.add_mutually_exclusive_group()
-    frame.add_argument("--data", type=Path, metavar="ROOT", help="data set in nuScenes format, for the sizes")
-    frame.add_argument("--points", type=int, default=300_000, help="of the made-up frame (default: 300000)")
-    parser.add_argument("--token", help="sample of --data (default: the first one of data.val_split)")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where pt2 will run (default: cpu)")
-    return parser
 
 
 def run(options: argparse.Namespace) -> int:

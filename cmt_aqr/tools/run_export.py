@@ -15,6 +15,22 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cmt_aqr.tools.run_export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help=".pt2 or .onnx file of tools.export")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of python -m cmt_aqr.golden export")
+    parser.add_argument("out", type=Path, metavar="OUT", help=".npz file to write")
+    return parser
+
+
+if __name__ == "__main__":
+    _parser().parse_args()  # answers --help and mistakes before the imports below, which take seconds
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,15 +58,7 @@ class RunError(UserError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cmt_aqr.tools.run_export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", type=Path, metavar="MODEL", help=".pt2 or .onnx file of tools.export")
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of python -m cmt_aqr.golden export")
-    parser.add_argument("out", type=Path, metavar="OUT", help=".npz file to write")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     return report_errors(lambda: run(options.model, options.bundle, options.out))
 
 

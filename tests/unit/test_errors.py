@@ -28,6 +28,7 @@ MISTAKES = {
     "cmt_aqr.tools.analyze": (["missing.yaml", "--checkpoint", "x.pt"], "missing.yaml"),
     "cmt_aqr.tools.bench": (["data", "--dataroot", "none", "--version", "v", "--split", "s"], "none"),
     "cmt_aqr.tools.configs": (["ablation", "--configs", "none"], "none"),
+    "cmt_aqr.tools.export": (["missing.yaml", "--checkpoint", "x.pt", "--to", "onnx"], "missing.yaml"),
     "cmt_aqr.tools.failures": (
         ["pictures", "--dataroot", "none", "--version", "v", "--split", "s", "--out", "out"],
         "none",
@@ -35,6 +36,7 @@ MISTAKES = {
     "cmt_aqr.tools.from_folder": (["none", "out"], "frames.json does not exist"),
     "cmt_aqr.tools.import_checkpoint": (["a.pth", "b.safetensors", "--config", "missing.yaml"], "missing.yaml"),
     "cmt_aqr.tools.precision_report": (["missing.yaml"], "missing.yaml"),
+    "cmt_aqr.tools.run_export": (["missing.pt2", "bundle", "out.npz"], "missing.pt2: no such file"),
     "cmt_aqr.tools.verify_frozen": (["missing.yaml"], "missing.yaml"),
     "cmt_aqr.tools.visualize": (["--dataroot", "none", "--version", "v", "--split", "s", "--out", "out"], "none"),
 }
