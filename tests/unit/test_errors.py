@@ -33,6 +33,7 @@ MISTAKES = {
         ["pictures", "--dataroot", "none", "--version", "v", "--split", "s", "--out", "out"],
         "none",
     ),
+    "cmt_aqr.tools.experiments": (["report", "none.yml", "--out", "out"], "none.yml"),
     "cmt_aqr.tools.from_folder": (["none", "out"], "frames.json does not exist"),
     "cmt_aqr.tools.import_checkpoint": (["a.pth", "b.safetensors", "--config", "missing.yaml"], "missing.yaml"),
     "cmt_aqr.tools.precision_report": (["missing.yaml"], "missing.yaml"),

@@ -36,7 +36,7 @@ TORCH_ONLY = ("aqr/",)
 LIBRARIES = {
     "nuscenes": ("nuscenes_tables.py", "data/", "evaluation/"),
     "spconv": ("models/spconv_backend.py",),
-    "scipy": ("losses/matcher.py", "models/local_init.py"),
+    "scipy": ("losses/matcher.py", "models/local_init.py", "tools/experiment_report.py"),
     "torch.distributed": ("training/distributed.py",),
     "matplotlib": ("viz/",),
 }
