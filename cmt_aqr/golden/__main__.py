@@ -74,6 +74,7 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
         help="B's axes in the order that gives A's, such as lidar/bev_map=0,3,1,2; NAME may hold *",
     )  # fmt: skip
     parser.add_argument("--factor", type=positive, default=1.0, help="multiply all limits (default: 1)")
+    parser.add_argument("--markdown", action="store_true", help="one line a stage, as a Markdown table")
 
 
 def positive(text: str) -> float:
@@ -97,7 +98,7 @@ from cmt_aqr.golden.case import draw_detector, load_detector, random_frame, read
 from cmt_aqr.golden.compare import compare
 from cmt_aqr.golden.export import Choice, ExportError, export
 from cmt_aqr.golden.patterns import likely_causes
-from cmt_aqr.golden.report import format_report
+from cmt_aqr.golden.report import format_report, markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,7 +156,10 @@ def run_compare(options: argparse.Namespace) -> int:
     a = Source(options.a)
     b = Source(options.b, precision=options.precision, transpose=options.transpose)
     comparison = compare(a, b, factor=options.factor)
-    print(format_report(comparison, a, b, likely_causes(comparison, a, b)))
+    if options.markdown:
+        print(markdown(comparison, a, b))
+    else:
+        print(format_report(comparison, a, b, likely_causes(comparison, a, b)))
     return 0 if comparison.first_stage is None else 1
 
 

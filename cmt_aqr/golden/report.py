@@ -87,6 +87,30 @@ def table_row(row: Row) -> tuple[str, ...]:
     return (row.name, shape, *figures, differ, f"{row.limit:.1e}", outcome)
 
 
+def markdown(comparison: Comparison, a: Source, b: Source) -> str:
+    """One line a stage as a Markdown table: the tensor that is furthest apart, and how many integers differ."""
+    lines = [
+        f"{describe_source(a)} against {describe_source(b)}",
+        "",
+        "| stage | floats | largest error / largest value | of | lowest cosine | integers that differ |",
+        "|---|---|---|---|---|---|",
+    ]
+    for stage in dict.fromkeys(stage_of(row.name) for row in comparison.rows):
+        rows = [row for row in comparison.rows if stage_of(row.name) == stage]
+        floats = [row for row in rows if not row.is_exact and row.difference is not None]
+        exact = [row for row in rows if row.is_exact and row.difference is not None]
+        differ = sum(max(row.difference.past, row.unpaired) for row in exact)
+        count = sum(row.difference.count for row in exact)
+        cells = [stage, str(len(floats)), "-", "-", "-", f"{differ:,} of {count:,}" if exact else "-"]
+        if floats:
+            worst = max(floats, key=lambda row: row.difference.max_rel)
+            cells[2:4] = [f"{worst.difference.max_rel:.1e}", worst.name.partition("/")[2]]
+            cells[4] = f"{min(row.difference.cosine for row in floats):.9f}"
+        lines.append(f"| {' | '.join(cells)} |")
+        lines += [f"| {row.name} | {row.problem} | | | | |" for row in rows if row.problem]
+    return "\n".join(lines)
+
+
 def missing(comparison: Comparison, a: Source, b: Source) -> list[str]:
     """What only one side has, by stage where a whole stage is missing."""
     lines = []

@@ -1,8 +1,14 @@
 """Files written for deployment give the numbers of the detector, stage by stage."""
 
+import shutil
+import subprocess
+
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from cmt_aqr.classes import CLASSES
 from cmt_aqr.golden.__main__ import main as golden
 from cmt_aqr.tools.export import main as export
 from cmt_aqr.tools.run_export import load
@@ -55,3 +61,41 @@ def test_an_onnx_model(bundle, tmp_path, capsys):
     assert export(command(bundle, "--to", "onnx", "--stages", "--output", str(file))) == 0
     assert "ONNX model (opset 20) of synthetic_tiny" in capsys.readouterr().out
     assert_agrees(bundle, file, capsys)
+
+
+def test_a_package_in_python_and_in_cpp(bundle, tmp_path, capsys):
+    file = tmp_path / "small.package.pt2"
+    if export(command(bundle, "--to", "pt2", "--package", "--stages", "--output", str(file))):
+        pytest.skip(capsys.readouterr().err)
+    assert "AOTInductor package of synthetic_tiny" in capsys.readouterr().out
+    assert_agrees(bundle, file, capsys)
+    found = np.load(file.with_suffix(".npz"))
+    program = build_example(tmp_path)
+    inputs = load_file(bundle / "inputs.safetensors")
+    for name in ("images", "points.0", "lidar2img"):
+        inputs[f"inputs/{name}"].numpy().tofile(tmp_path / f"{name.partition('.')[0]}.bin")
+    printed = subprocess.run([program, file, tmp_path], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(printed) == len(found["boxes/labels.0"]) > 10
+    for line, label, score, box in zip(
+        printed, *(found[f"boxes/{name}.0"] for name in ("labels", "scores", "boxes")), strict=True
+    ):
+        name, *numbers = line.split()
+        assert name == CLASSES[label]
+        np.testing.assert_allclose(np.array(numbers, float), [score, *box], rtol=0, atol=2e-3)
+    (tmp_path / "points.bin").unlink()
+    failed = subprocess.run([program, file, tmp_path], capture_output=True, text=True, check=False)
+    assert failed.returncode == 2 and failed.stderr == f"error: {tmp_path}/points.bin: cannot be opened\n"
+
+
+def build_example(folder):
+    """The program of examples/cpp, built with the headers and libraries of the installed torch."""
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake")
+    torch_folder = torch.__path__[0]
+    for line in (
+        ["cmake", "-S", "examples/cpp", "-B", folder / "build", f"-DTORCH={torch_folder}"],
+        ["cmake", "--build", folder / "build"],
+    ):
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "build" / "detect"

@@ -232,3 +232,11 @@ def test_random_weights_do_not_depend_on_spconv(monkeypatch):
     for name, x in draw_detector(config, 3, frame).state_dict().items():
         assert torch.equal(x, expected[name]), name
     assert not draw_detector(config, 3, frame).training
+
+
+def test_a_table_for_a_page_has_one_line_a_stage(port):
+    status, text = port({"decoder/hidden": lambda x: 1.5 * x, "windows/lidar": lambda x: x + 1}, "--markdown")
+    rows = {line.split("|")[1].strip(): line.split("|") for line in text.splitlines() if line.startswith("|")}
+    assert status == 1 and list(rows)[2:] == [*dict.fromkeys(name.split("/")[0] for name in Source(FOLDER).names)][2:]
+    assert rows["decoder"][3:5] == [" 5.0e-01 ", " hidden "] and float(rows["decoder"][5]) == 1
+    assert rows["windows"][6] == " 84 of 168 " and rows["tokens"][3] == " 0.0e+00 "
