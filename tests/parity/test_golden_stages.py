@@ -1,0 +1,52 @@
+"""Stages of ``python -m cmt_aqr.golden export`` in float64 are those of the original, where its files have them."""
+
+import json
+
+import pytest
+import torch
+
+from cmt_aqr.evaluation.postprocess import Decoding
+from cmt_aqr.golden.stages import Frame, run_boxes, run_head
+from cmt_aqr.predictions import BOX_BRANCHES, CLASS_BRANCH
+from tests.parity.golden import load_golden
+from tests.parity.head_case import HeadCase
+from tests.parity.test_head import CASES
+
+
+@pytest.mark.parametrize(("name", "prefix"), CASES)
+def test_positions_decoder_and_heads_of_a_bundle_equal_the_original(name, prefix):
+    golden = load_golden(name)
+    meta = json.loads(str(golden[prefix + "meta_json"]))
+    case = HeadCase(golden, torch.float64, prefix=prefix, meta=meta)
+    images = (
+        None if case.pv_maps is None else torch.zeros(*case.pv_maps.shape[:2], *case.image_size, 3, dtype=torch.uint8)
+    )
+    points = None if images is not None else [torch.zeros(1, 5)] * meta["bs"]
+    made = {}
+    with torch.no_grad():
+        frame = Frame(images, points, case.lidar2img)
+        predictions = run_head(case.detector.eval(), (case.pv_maps, case.bev_map), frame, None, made)
+        run_boxes(predictions, Decoding(meta["max_num"], tuple(meta["post_center_range"]), None), made)
+    compared = {"decoder/hidden": "outs_dec"}
+    compared |= {
+        f"heads/task{task}.{branch}": f"task{task}/{branch}"
+        for task in range(len(predictions.tasks))
+        for branch in (*BOX_BRANCHES, CLASS_BRANCH)
+    }
+    for ours, theirs in compared.items():
+        case.check(f"golden export, {ours.partition('/')[0]}", made[ours], theirs)
+    num_bev = 0
+    if case.bev_map is not None:
+        expected = case.reference("bev_pos_embeds")
+        num_bev = len(expected)
+        for sample in made["tokens/positions"]:
+            case.golden.check("golden export, BEV positions", sample[:num_bev], expected, 1e-12)
+    if case.pv_maps is not None:
+        expected = case.reference("rv_pos_embeds").reshape(made["tokens/positions"][:, num_bev:].shape)
+        case.golden.check("golden export, camera positions", made["tokens/positions"][:, num_bev:], expected, 1e-12)
+    logits = [case.reference(f"task{task}/{CLASS_BRANCH}")[-1, 0] for task in range(len(predictions.tasks))]
+    order = torch.tensor([label for members in predictions.classes for label in members]).argsort()
+    scores = torch.cat(logits, dim=-1).sigmoid()[:, order]
+    expected = scores[made["boxes/queries.0"], made["boxes/labels.0"]]
+    assert len(expected) > 10
+    case.golden.check("golden export, scores of boxes", made["boxes/scores.0"], expected, 1e-12)
