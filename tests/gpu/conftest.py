@@ -1,9 +1,14 @@
-"""Writes every finished test to a file at once (``--outcomes``), so that a run that is stopped loses nothing."""
+"""Writes every finished test to a file at once (``--outcomes``), so that a run that is stopped loses nothing.
+
+Where there are several GPUs, the processes of pytest-xdist take them in turn.
+"""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 OUTCOMES: dict[str, Path] = {}
 
@@ -28,5 +33,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput") and torch.cuda.device_count() > 1:
+        worker = int(config.workerinput["workerid"].removeprefix("gw"))
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(worker % torch.cuda.device_count())
     if not hasattr(config, "workerinput") and config.getoption("--outcomes", None):
         OUTCOMES["path"] = Path(config.getoption("--outcomes"))

@@ -3,7 +3,7 @@
     python -m tests.gpu.run_all --outcomes gpu_tests.jsonl --limit 550
 
 prints the messages of the failures, the tests that are not finished, and a row for docs/gpu_tests.md. Compiling takes
-most of the time, so several processes share it (``-n``, with pytest-xdist).
+most of the time, so several processes share it, and all GPUs (``-n``, with pytest-xdist).
 """
 
 import argparse
