@@ -2,13 +2,12 @@
 
 A folder of three files: `objects.npz` (labels, boxes, offsets), `points.bin` (float32, 5 a point, relative to the box
 centre, axes of the LiDAR frame) and `patches.bin` (JPEG). The folder's name carries a digest of the index and of the
-settings, so a change of either builds a new folder; it appears only when it is complete.
+settings, so a change of either builds a new folder; it appears only when it is complete (`database_writer.py`).
 """
 
 import hashlib
 import json
-import logging
-import shutil
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +16,18 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from cmt_aqr.boxes import box_corners, points_in_boxes
-from cmt_aqr.classes import CLASSES
-from cmt_aqr.data.cache import exclusive_lock, new_cache
+from cmt_aqr.data.cache import exclusive_lock
+from cmt_aqr.data.database_writer import FrameObject, write_database
 from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.jpeg import decode
 from cmt_aqr.data.readers import POINT_SIZE, load_points, read_views
 from cmt_aqr.data.sample import DataError
 from cmt_aqr.geometry import transform_points
 
-logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # A patch smaller than this on either side is not worth pasting (the original's threshold, pixels).
 MIN_PATCH_SIZE = 10
 # Sweep points closer than this in both |x| and |y| are not part of an object, metres (the original's, *Quirk F34*).
@@ -98,7 +94,7 @@ def open_gt_database(
 ) -> GtDatabase:
     """Open the database of a training split, cutting it out of the frames first where there is none.
 
-    Safe to call from several processes: one builds, the others wait.
+    Safe to call from several processes: one builds, the others wait. A build that was interrupted continues.
 
     Args:
         index: training split.
@@ -109,7 +105,7 @@ def open_gt_database(
         num_workers: processes that read frames.
 
     Raises:
-        DataError: bad sensor files.
+        DataError: bad sensor files, a full disk, a damaged database.
     """
     settings = {
         "format": FORMAT_VERSION,
@@ -123,11 +119,14 @@ def open_gt_database(
     if not folder.is_dir():
         with exclusive_lock(folder):
             if not folder.is_dir():
-                frames = _FrameObjects(index, num_sweeps, with_patches, min_points)
-                with new_cache(folder) as temporary:
-                    _write(frames, temporary, num_workers)
-    with np.load(folder / "objects.npz", allow_pickle=False) as arrays:
-        return GtDatabase(folder, *(arrays[name] for name in ("labels", "boxes", "point_offsets", "patch_offsets")))
+                write_database(_FrameObjects(index, num_sweeps, with_patches, min_points), folder, num_workers)
+    try:
+        with np.load(folder / "objects.npz", allow_pickle=False) as arrays:
+            return GtDatabase(folder, *(arrays[name] for name in ("labels", "boxes", "point_offsets", "patch_offsets")))
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        raise DataError(
+            f"{folder / 'objects.npz'} cannot be read: {error}; delete the folder, it is then built again"
+        ) from None
 
 
 def near_boxes(points: Tensor, boxes: Tensor) -> Tensor:
@@ -206,13 +205,13 @@ class _FrameObjects(Dataset):
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, item: int) -> list[tuple[int, Tensor, Tensor, bytes]] | DataError:
+    def __getitem__(self, item: int) -> list[FrameObject] | DataError:
         try:
             return list(self._objects(item))
         except DataError as error:
             return DataError(str(error))
 
-    def _objects(self, item: int) -> Iterator[tuple[int, Tensor, Tensor, bytes]]:
+    def _objects(self, item: int) -> Iterator[FrameObject]:
         frame, root = self._index.frame(item), self._index.dataroot
         targets = frame.targets("lidar_or_radar")
         points = load_points(frame, root, num_sweeps=self._num_sweeps, close_radius=CLOSE_RADIUS)
@@ -225,7 +224,7 @@ class _FrameObjects(Dataset):
         for i in keep:
             own = points[inside[i]]
             own[:, :3] -= targets.boxes[i, :3]
-            yield int(targets.labels[i]), targets.boxes[i], own, patches[i]
+            yield int(targets.labels[i]), targets.boxes[i].numpy(), own.numpy(), patches[i]
 
 
 def _cut_patches(boxes: Tensor, lidar2img: Tensor, views: Iterable[np.ndarray]) -> list[bytes]:
@@ -243,31 +242,3 @@ def _cut_patches(boxes: Tensor, lidar2img: Tensor, views: Iterable[np.ndarray]) 
 def _encode(patch: np.ndarray) -> bytes:
     bgr = cv2.cvtColor(patch, cv2.COLOR_RGB2BGR)
     return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes()
-
-
-def _write(frames: _FrameObjects, folder: Path, num_workers: int) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    labels, boxes, point_counts, patch_sizes = [], [], [0], [0]
-    loader = DataLoader(frames, batch_size=None, num_workers=num_workers)
-    logger.info("cutting objects out of %d frames into %s", len(frames), folder.parent)
-    with open(folder / "points.bin", "wb") as point_file, open(folder / "patches.bin", "wb") as patch_file:
-        for objects in tqdm(loader, desc="GT database", unit="frame", disable=None):
-            if isinstance(objects, DataError):
-                raise objects
-            for label, box, points, patch in objects:
-                labels.append(label)
-                boxes.append(box.numpy())
-                point_counts.append(len(points))
-                patch_sizes.append(len(patch))
-                point_file.write(points.numpy().tobytes())
-                patch_file.write(patch)
-    np.savez(
-        folder / "objects.npz",
-        labels=np.array(labels, dtype=np.int64),
-        boxes=np.array(boxes, dtype=np.float32).reshape(-1, 9),
-        point_offsets=np.cumsum(point_counts),
-        patch_offsets=np.cumsum(patch_sizes),
-    )
-    counts = np.bincount(np.array(labels, dtype=np.int64), minlength=len(CLASSES))
-    logger.info("GT database: %s", ", ".join(f"{name} {n}" for name, n in zip(CLASSES, counts, strict=True)))

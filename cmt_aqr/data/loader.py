@@ -53,7 +53,8 @@ def explain_killed_worker(advice: str) -> Iterator[None]:
         ) from None
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """Set up a data worker, as `DataLoader.worker_init_fn`: one thread, and stopped by the main process alone."""
     # Ctrl-C in a terminal reaches the workers too; the main process decides when they end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -135,7 +136,7 @@ def make_loader(
         collate_fn=_collate,
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         persistent_workers=num_workers > 0,
         prefetch_factor=prefetch_factor if num_workers > 0 else None,
     )

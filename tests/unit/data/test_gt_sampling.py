@@ -9,7 +9,14 @@ import torch
 from cmt_aqr.boxes import Targets, box_corners, points_in_boxes
 from cmt_aqr.classes import CAMERAS, CLASSES
 from cmt_aqr.data.dataset import FrameDataset, TrainingAugmentation
-from cmt_aqr.data.gt_database import _cut_patches, near_boxes, open_gt_database, points_of_boxes, project_boxes
+from cmt_aqr.data.gt_database import (
+    _cut_patches,
+    _FrameObjects,
+    near_boxes,
+    open_gt_database,
+    points_of_boxes,
+    project_boxes,
+)
 from cmt_aqr.data.gt_sampling import ORIGINAL_COUNTS, GtSampler, bev_overlap
 from cmt_aqr.data.jpeg import decode
 from cmt_aqr.data.nuscenes import load_index
@@ -108,7 +115,21 @@ def test_failed_build_leaves_nothing(world, tmp_path):
     (world.root / index.frame(2).lidar_file).write_bytes(b"123")
     with pytest.raises(DataError, match="is truncated: 3 bytes"):
         open_gt_database(index, cache_dir=tmp_path / "gt", **BUILD)
-    assert not [path for path in (tmp_path / "gt").iterdir() if path.is_dir() and not path.name.startswith(".")]
+    assert list((tmp_path / "gt").iterdir()) == []
+
+
+def test_no_tensor_is_sent_between_processes(index):
+    # Each would take a file descriptor of its own: with eight workers more than the usual 1024.
+    frames = _FrameObjects(index, num_sweeps=1, with_patches=True, min_points=5)
+    assert [[type(value) for value in one] for one in frames[1]] == [[int, np.ndarray, np.ndarray, bytes]]
+
+
+def test_a_damaged_database_is_one_sentence(index, tmp_path):
+    folder = open_gt_database(index, cache_dir=tmp_path / "gt", **BUILD).folder
+    with open(folder / "objects.npz", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(DataError, match=r"objects.npz cannot be read: .*; delete the folder, it is then built again$"):
+        open_gt_database(index, cache_dir=tmp_path / "gt", **BUILD)
 
 
 def _bare(sample: Sample, targets: Targets) -> Sample:
