@@ -1,6 +1,5 @@
 """python -m cmt_aqr: the commands, one a line, from the first lines of their files."""
 
-import ast
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -63,8 +62,8 @@ def programs(folder: Path) -> Iterator[tuple[str, str]]:
 
 def purpose_of(file: Path) -> str:
     """The first paragraph of a file's docstring in one line; the file is not run."""
-    text = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
-    return " ".join(text.partition("\n\n")[0].split())
+    _, _, text = file.read_text("utf-8").partition('"""')
+    return " ".join(text.partition('"""')[0].partition("\n\n")[0].split())
 
 
 if __name__ == "__main__":

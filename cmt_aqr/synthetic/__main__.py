@@ -6,13 +6,13 @@ import signal
 import sys
 
 from cmt_aqr.errors import report_errors
-from cmt_aqr.synthetic.recording import WorldSettings
-from cmt_aqr.synthetic.writer import generate_world
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
+    # After the command line has been read: this takes longer than all of --help.
+    from cmt_aqr.synthetic import WorldSettings, generate_world
 
     def run() -> int:
         # A scheduler's stop ends as Ctrl-C does: without partial folders. SIGKILL's are removed by the next run.

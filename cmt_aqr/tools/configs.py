@@ -16,6 +16,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+COMMAND = "python -m cmt_aqr.tools.configs"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    ablation = commands.add_parser(
+        "ablation",
+        help="write configs/ablation/*.yaml from patches.yml",
+        description="Write configs/ablation/*.yaml: each entry of patches.yml names the file it starts from and the "
+        "values it changes.",
+    )
+    ablation.add_argument("--check", action="store_true", help="write nothing; exit status 2 where a file differs")
+    add = commands.add_parser(
+        "add",
+        help="add a key to every file",
+        description="Add a key to every configuration. The field must be in cmt_aqr/config.py already; files in which "
+        "its block is null are left as they are and reported.",
+    )
+    add.add_argument("key", help="dotted, such as model.lidar.sparse_backend")
+    add.add_argument("value", help="as YAML, such as 0.1, '[1, 2]' or '{a: 1, b: 2}' for a block of keys")
+    add.add_argument("--after", metavar="KEY", help="put it after this key (default: as in cmt_aqr/config.py)")
+    add.add_argument("--comment", default="", help="text of a comment after the value")
+    doc = commands.add_parser(
+        "doc", help="write docs/config.md", description="Write the page about all keys from cmt_aqr/config.py."
+    )
+    doc.add_argument("--check", action="store_true", help="write nothing; exit status 2 where the page differs")
+    doc.add_argument("--page", type=Path, default=Path("docs/config.md"), help="default: docs/config.md")
+    for command in (ablation, add):
+        command.add_argument("--configs", type=Path, default=Path("configs"), help="folder (default: configs)")
+    return parser
+
+
+if __name__ == "__main__":
+    _parser().parse_args()  # answers --help and mistakes before the imports below
+
 from cmt_aqr.config import Config, ConfigError, config_from_tree
 from cmt_aqr.errors import report_errors
 from cmt_aqr.files import atomic_path, write_bytes
@@ -24,7 +62,6 @@ from cmt_aqr.tools.yaml_text import Keys, add_key, block_text, get, merge_text, 
 from cmt_aqr.yaml_reader import parse_yaml, read_yaml, suggest
 
 PATCHES = "ablation/patches.yml"
-COMMAND = "python -m cmt_aqr.tools.configs"
 Texts = dict[str, str]  # name of a configuration -> text of its file
 
 
@@ -258,38 +295,6 @@ def main() -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args()
     return report_errors(lambda: run(options))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    ablation = commands.add_parser(
-        "ablation",
-        help="write configs/ablation/*.yaml from patches.yml",
-        description="Write configs/ablation/*.yaml: each entry of patches.yml names the file it starts from and the "
-        "values it changes.",
-    )
-    ablation.add_argument("--check", action="store_true", help="write nothing; exit status 2 where a file differs")
-    add = commands.add_parser(
-        "add",
-        help="add a key to every file",
-        description="Add a key to every configuration. The field must be in cmt_aqr/config.py already; files in which "
-        "its block is null are left as they are and reported.",
-    )
-    add.add_argument("key", help="dotted, such as model.lidar.sparse_backend")
-    add.add_argument("value", help="as YAML, such as 0.1, '[1, 2]' or '{a: 1, b: 2}' for a block of keys")
-    add.add_argument("--after", metavar="KEY", help="put it after this key (default: as in cmt_aqr/config.py)")
-    add.add_argument("--comment", default="", help="text of a comment after the value")
-    doc = commands.add_parser(
-        "doc", help="write docs/config.md", description="Write the page about all keys from cmt_aqr/config.py."
-    )
-    doc.add_argument("--check", action="store_true", help="write nothing; exit status 2 where the page differs")
-    doc.add_argument("--page", type=Path, default=Path("docs/config.md"), help="default: docs/config.md")
-    for command in (ablation, add):
-        command.add_argument("--configs", type=Path, default=Path("configs"), help="folder (default: configs)")
-    return parser
 
 
 if __name__ == "__main__":

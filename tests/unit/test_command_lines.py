@@ -53,17 +53,13 @@ def heavy(modules: set[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("program", programs())
-def test_help_imports_nothing_heavy(program):
+def test_help_imports_hardly_anything(program):
     status, modules, printed = run(program, "--help")
     is_list = program in ("cmt_aqr", "cmt_aqr.tools")  # they print the commands
     assert status == 0 and ("Each of them takes --help" if is_list else "usage: ") in printed
     assert modules & {"argparse", "cmt_aqr"} and heavy(modules) == [], program + ADVICE
-
-
-@pytest.mark.parametrize("program", ["train.py", "test.py"])
-def test_help_of_the_scripts_imports_hardly_anything(program):
-    _, modules, _ = run(program, "--help")
-    assert not modules & {"yaml", "numpy", "cmt_aqr.config"}, "this --help is to take no longer than import yaml"
+    light = not modules & {"yaml", "numpy", "cv2", "tqdm", "cmt_aqr.config"}
+    assert light, "this --help is to take no longer than import yaml"
 
 
 @pytest.mark.parametrize(
