@@ -76,7 +76,9 @@ def attention_with_score_mod(
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention
     if q.device.type == "cpu":
         return attend(q, k, v, score_mod), None
-    out, aux = attend(q, k, v, score_mod, return_aux=AuxRequest(lse=True))
+    # With several windows a query, the look-ups of all stages of the kernel's pipeline exceed the shared memory.
+    one_stage = {"num_stages": 1} if max(cells.shape[2] for cells in bias.windows.cells) > 1 else None
+    out, aux = attend(q, k, v, score_mod, kernel_options=one_stage, return_aux=AuxRequest(lse=True))
     return out, aux.lse
 
 

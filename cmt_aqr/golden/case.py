@@ -57,8 +57,10 @@ def draw_detector(config: Config, seed: int, frame: Frame) -> Detector:
 def settle_norms(detector: Detector, frame: Frame) -> None:
     """Give all batch norms the statistics of a frame; they are in the branches and in the shared convolution.
 
-    The norms alone are in training mode: the sparse encoder is the one of evaluation, whether spconv is there or not.
+    In float64, then rounded, so that every machine gives the norms the same numbers. The norms alone are in training
+    mode: the sparse encoder is the one of evaluation, whether spconv is there or not.
     """
+    detector.double()
     norms = [module for module in detector.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -70,6 +72,7 @@ def settle_norms(detector: Detector, frame: Frame) -> None:
         detector.shared_conv(bev_map)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+    detector.float()
 
 
 def random_frame(config: Config, *, num_points: int, num_boxes: int) -> Frame:

@@ -102,11 +102,13 @@ def make_frame(config: Config, device: torch.device, *, num_points: int = NUM_PO
         images = images.permute(0, 2, 3, 1)[None].to(device)
         lidar2img = nuscenes_lidar2img((height, width))[None].to(device)
     if config.model.lidar is not None:
-        angle = 2 * torch.pi * torch.rand(num_points, generator=generator)
-        distance = -MEAN_DISTANCE * torch.rand(num_points, generator=generator).clamp(min=1e-6).log()
-        z = GROUND_Z + GROUND_STD * torch.randn(num_points, generator=generator)
-        rest = torch.rand(num_points, 2, generator=generator) * torch.tensor([255, 0.5])  # intensity, age in seconds
-        points = [torch.column_stack((distance * angle.cos(), distance * angle.sin(), z, rest)).to(device)]
+        # In float64, so that every processor draws the same points after rounding.
+        exact = {"generator": generator, "dtype": torch.float64}
+        angle = 2 * torch.pi * torch.rand(num_points, **exact)
+        distance = -MEAN_DISTANCE * torch.rand(num_points, **exact).clamp(min=1e-6).log()
+        z = GROUND_Z + GROUND_STD * torch.randn(num_points, **exact)
+        rest = torch.rand(num_points, 2, **exact) * torch.tensor([255, 0.5])  # intensity, age in seconds
+        points = [torch.column_stack((distance * angle.cos(), distance * angle.sin(), z, rest)).float().to(device)]
     return Frame(images, points, lidar2img)
 
 

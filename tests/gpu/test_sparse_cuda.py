@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cmt_aqr.models.lidar import RowBatchNorm, SparseEncoder
-from cmt_aqr.models.sparse import Capacities
+from cmt_aqr.models.sparse import Capacities, SparseConvolution
 from cmt_aqr.models.voxels import VoxelBatch, pad_voxels
 from tests.gpu.test_branches_cuda import ieee_arithmetic, random_voxels, to_cuda  # noqa: F401
 from tests.parity.golden import relative_error
@@ -23,12 +23,18 @@ TRAINING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-1, torc
 
 
 def make_encoder(precision=torch.float32):
-    """Biases of 8 keep every ReLU open: one within rounding of 0 would switch on one side and change a gradient."""
+    """Biases of 8 keep every ReLU open: one within rounding of 0 would switch on one side and change a gradient.
+
+    In evaluation nothing is normalised, so the weights are small: the sums stay below the biases.
+    """
     torch.manual_seed(0)
     encoder = SparseEncoder(in_channels=5, sparse_shape=SHAPE, backend="torch", precision=precision)
     for module in encoder.modules():
         if isinstance(module, RowBatchNorm):
             torch.nn.init.constant_(module.bias, 8.0)
+        elif isinstance(module, SparseConvolution):
+            with torch.no_grad():
+                module.weight.mul_(0.1)
     return encoder
 
 
