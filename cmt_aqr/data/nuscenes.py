@@ -7,7 +7,7 @@ named a2b: p_b = a2b @ [p_a, 1].
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -178,14 +178,14 @@ def _inverse(matrix: np.ndarray) -> np.ndarray:
     return result
 
 
-def original_yaw(rotation: np.ndarray) -> float:
-    """Yaw that the original's converter takes from a full rotation (3, 3): `pyquaternion.yaw_pitch_roll[0]`.
+def original_yaw(rotation: np.ndarray) -> np.ndarray:
+    """Yaw that the original's converter takes from full rotations (..., 3, 3): `pyquaternion.yaw_pitch_roll[0]`.
 
     The LiDAR leans by about two degrees, so a box that is upright on the map is not upright in the LiDAR frame and
     "yaw" is a choice. This one is the angle of the first row of R (negated), not that of the heading R[:, 0]; the two
     differ by up to 1e-3 rad.
     """
-    return float(np.arctan2(-rotation[0, 1], rotation[0, 0]))
+    return np.arctan2(-rotation[..., 0, 1], rotation[..., 0, 0])
 
 
 class _Tables:
@@ -203,8 +203,9 @@ class _Tables:
         """Everything about one key frame."""
         get = self.nusc.get
         lidar = get("sample_data", sample["data"][LIDAR_CHANNEL])
-        lidar2ego, ego2global = self._sensor2ego(lidar["calibrated_sensor_token"]), self._ego2global(lidar)
+        lidar2ego, (ego2global,) = self._sensor2ego(lidar["calibrated_sensor_token"]), self._ego2global([lidar])
         lidar2global = ego2global @ lidar2ego
+        global2lidar = _inverse(lidar2global)
         annotations = []
         for token in sample["anns"]:
             row = get("sample_annotation", token)
@@ -218,9 +219,9 @@ class _Tables:
             lidar_file=lidar["filename"],
             lidar2ego=lidar2ego.tolist(),
             ego2global=ego2global.tolist(),
-            sweeps=self._sweeps(lidar, _inverse(lidar2global)),
-            cameras=[self._camera(channel, sample, lidar2global, ego2global) for channel in self.cameras],
-            boxes=[self._box(row, _inverse(lidar2global)) for _, row in annotations],
+            sweeps=self._sweeps(lidar, global2lidar),
+            cameras=self._cameras(sample, lidar2global, ego2global),
+            boxes=self._boxes([row for _, row in annotations], global2lidar),
             labels=[label for label, _ in annotations],
             num_lidar_points=[row["num_lidar_pts"] for _, row in annotations],
             num_radar_points=[row["num_radar_pts"] for _, row in annotations],
@@ -228,8 +229,8 @@ class _Tables:
         )
 
     def _sweeps(self, key: dict, global2lidar: np.ndarray) -> list[SweepRecord]:
-        sweeps, row = [], key
-        while row["prev"] and len(sweeps) < MAX_SWEEPS:
+        rows, lags, row = [], [], key
+        while row["prev"] and len(rows) < MAX_SWEEPS:
             later, row = row, self.nusc.get("sample_data", row["prev"])
             where = f"{self.folder / 'sample_data.json'}: {later['token']} has prev {row['token']}"
             if row["channel"] != LIDAR_CHANNEL:
@@ -240,20 +241,31 @@ class _Tables:
                     f"{where} with timestamp {row['timestamp']}, expected a time before its own "
                     f"{later['timestamp']} and at most {_MAX_LAG:g} s before the key frame's {key['timestamp']}"
                 )
-            sweep2global = self._ego2global(row) @ self._sensor2ego(row["calibrated_sensor_token"])
-            sweeps.append(SweepRecord(row["filename"], lag, (global2lidar @ sweep2global).tolist()))
-        return sweeps
+            rows.append(row)
+            lags.append(lag)
+        sweep2ego = np.array([self._sensor2ego(row["calibrated_sensor_token"]) for row in rows]).reshape(-1, 4, 4)
+        sweep2key = (global2lidar @ (self._ego2global(rows) @ sweep2ego)).tolist()
+        return [SweepRecord(row["filename"], *values) for row, *values in zip(rows, lags, sweep2key, strict=True)]
 
-    def _camera(self, channel: str, sample: dict, lidar2global: np.ndarray, ego2global: np.ndarray) -> CameraRecord:
-        if channel in sample["data"]:
-            row = self.nusc.get("sample_data", sample["data"][channel])
-            calibration = self.nusc.get("calibrated_sensor", row["calibrated_sensor_token"])
-            file, ego2global = row["filename"], self._ego2global(row)
-        else:
-            file, (calibration, row) = None, self._stand_in(channel, sample)
-        lidar2cam = _inverse(self._sensor2ego(calibration["token"])) @ _inverse(ego2global) @ lidar2global
-        intrinsic = calibration["camera_intrinsic"]
-        return CameraRecord(channel, file, row["height"], row["width"], intrinsic, lidar2cam.tolist())
+    def _cameras(self, sample: dict, lidar2global: np.ndarray, ego2global: np.ndarray) -> list[CameraRecord]:
+        found = {
+            name: self.nusc.get("sample_data", sample["data"][name]) for name in self.cameras if name in sample["data"]
+        }
+        poses = dict(zip(found, self._ego2global(found.values()), strict=True))
+        cameras = []
+        for channel in self.cameras:
+            if channel in found:
+                row = found[channel]
+                calibration = self.nusc.get("calibrated_sensor", row["calibrated_sensor_token"])
+            else:
+                calibration, row = self._stand_in(channel, sample)
+            ego2cam = _inverse(self._sensor2ego(calibration["token"]))
+            global2ego = _inverse(poses.get(channel, ego2global))
+            lidar2cam = (ego2cam @ global2ego @ lidar2global).tolist()
+            file = row["filename"] if channel in found else None
+            intrinsic = calibration["camera_intrinsic"]
+            cameras.append(CameraRecord(channel, file, row["height"], row["width"], intrinsic, lidar2cam))
+        return cameras
 
     def _stand_in(self, channel: str, sample: dict) -> tuple[dict, dict]:
         """Calibration and size for a view without image: same scene first, then any calibration of the sensor."""
@@ -287,34 +299,40 @@ class _Tables:
         return calibration, size
 
     @staticmethod
-    def _pose(row: dict) -> np.ndarray:
-        """(4, 4) float64."""
-        matrix = np.eye(4)
-        matrix[:3, :3] = rotation_matrix(row["rotation"])
-        matrix[:3, 3] = row["translation"]
-        return matrix
+    def _poses(rows: Sequence[dict]) -> np.ndarray:
+        """(N, 4, 4) float64."""
+        if not rows:
+            return np.empty((0, 4, 4))
+        matrices = np.zeros((len(rows), 4, 4))
+        matrices[:, :3, :3] = rotation_matrix([row["rotation"] for row in rows])
+        matrices[:, :3, 3] = [row["translation"] for row in rows]
+        matrices[:, 3, 3] = 1
+        return matrices
 
-    def _ego2global(self, sample_data: dict) -> np.ndarray:
-        return self._pose(self.nusc.get("ego_pose", sample_data["ego_pose_token"]))
+    def _ego2global(self, recordings: Iterable[dict]) -> np.ndarray:
+        """(N, 4, 4)."""
+        return self._poses([self.nusc.get("ego_pose", row["ego_pose_token"]) for row in recordings])
 
     def _sensor2ego(self, token: str) -> np.ndarray:
         if token not in self._calibrations:
-            self._calibrations[token] = self._pose(self.nusc.get("calibrated_sensor", token))
+            (self._calibrations[token],) = self._poses([self.nusc.get("calibrated_sensor", token)])
         return self._calibrations[token]
 
-    def _box(self, row: dict, global2lidar: np.ndarray) -> list[float | None]:
-        """Box (9) in the LiDAR frame; *Source*: mmdet3d `nuscenes_converter` with gravity centres."""
-        width, length, height = row["size"]
-        pose = global2lidar @ self._pose(row)
-        velocity = self._velocity(row["token"])
-        if velocity is not None:
-            velocity = (global2lidar[:3, :3] @ (*velocity, 0.0))[:2].tolist()
-        box = [*pose[:3, 3].tolist(), length, width, height, original_yaw(pose[:3, :3]), *(velocity or (None, None))]
-        return [value if value is None else round(value, _BOX_DECIMALS) for value in box]
+    def _boxes(self, rows: Sequence[dict], global2lidar: np.ndarray) -> list[list[float | None]]:
+        """Boxes (9) in the LiDAR frame; *Source*: mmdet3d `nuscenes_converter` with gravity centres."""
+        if not rows:
+            return []
+        turn, shift = global2lidar[:3, :3], global2lidar[:3, 3]
+        centres = np.array([row["translation"] for row in rows]) @ turn.T + shift
+        sizes = np.array([row["size"] for row in rows])[:, [1, 0, 2]]  # nuScenes has the width first
+        yaws = original_yaw(turn @ rotation_matrix([row["rotation"] for row in rows]))
+        velocities = np.array([self._velocity(row["token"]) for row in rows]) @ turn[:2, :2].T
+        boxes = np.column_stack((centres, sizes, yaws, velocities)).round(_BOX_DECIMALS).tolist()
+        is_known = np.isfinite(velocities).all(axis=1)
+        return [box if known else [*box[:7], None, None] for box, known in zip(boxes, is_known, strict=True)]
 
-    def _velocity(self, token: str) -> tuple[float, float] | None:
-        """Global vx, vy in m/s, None where unknown."""
+    def _velocity(self, token: str) -> Sequence[float]:
+        """Global vx, vy in m/s, NaN where unknown."""
         if self.velocities is not None and token in self.velocities:
-            return self.velocities[token]
-        vx, vy, _ = self.nusc.box_velocity(token)
-        return (float(vx), float(vy)) if np.isfinite([vx, vy]).all() else None
+            return self.velocities[token] or (np.nan, np.nan)
+        return self.nusc.box_velocity(token)[:2]
