@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cmt_aqr.build import check_splits, count_parameters, open_split
+from cmt_aqr.build import check_splits, count_parameters, data_root, open_split
 from cmt_aqr.config import Config, load_config, naming_source
 from cmt_aqr.data.loader import explain_killed_worker
 from cmt_aqr.data.sample import Batch
@@ -113,6 +113,9 @@ def train(config: Config, rank_info: RankInfo, work_dir: Path, arguments: argpar
     """Set up, run the epochs that are left, finish; returns the exit status."""
     if arguments.overwrite or not (work_dir / LATEST).exists():
         check_init_from(config)
+    with main_first(rank_info):
+        if config.data.synthetic is None:
+            data_root(config.data)  # before the work dir appears
     make_work_dir(work_dir)
     with ExitStack() as resources:
         with main_first(rank_info):

@@ -249,12 +249,12 @@ def open_split(config: DataConfig, split: str, tables: Tables | None = None) -> 
     Raises:
         DataError: one sentence on what is wrong with the data set.
     """
-    root = _data_root(config)
+    root = data_root(config)
     return load_index(
         dataroot=root,
         version=config.version,
         split=split,
-        cache_dir=config.index_dir,
+        cache_dir=_cache_dir(config),
         cameras=CAMERAS,
         velocity_file=None if config.velocity_file is None else root / config.velocity_file,
         tables=tables,
@@ -271,11 +271,20 @@ def failure_dataset(config: Config, index: FrameIndex, failures: Sequence[Failur
     return FailureDataset(index, failures, seed=seed, **_sensors(config))
 
 
-def _data_root(config: DataConfig) -> Path:
+def data_root(config: DataConfig) -> Path:
+    """The folder of the data set; DataError where there is none."""
     root = Path(config.root)
     if not root.is_dir():
-        raise DataError(f"data.root {root} does not exist or is no folder")
+        raise DataError(
+            f"data.root {root} does not exist or is no folder; name the folder of the data set with --set "
+            f"data.root=FOLDER"
+        )
     return root
+
+
+def _cache_dir(config: DataConfig) -> Path:
+    # With the data they were made from: a folder elsewhere could be taken for the data set when data.root is forgotten.
+    return Path(config.root) / "cmt_aqr" if config.index_dir is None else Path(config.index_dir)
 
 
 def check_splits(config: DataConfig) -> None:
@@ -284,7 +293,7 @@ def check_splits(config: DataConfig) -> None:
     Raises:
         DataError: names the split and those that have frames.
     """
-    root = _data_root(config)
+    root = data_root(config)
     for key in ("train_split", "val_split"):
         try:
             check_split(root, config.version, getattr(config, key))
@@ -299,7 +308,7 @@ def training_dataset(config: Config, index: FrameIndex) -> FrameDataset:
     if data.gt_sampling is not None:
         database = open_gt_database(
             index,
-            cache_dir=data.index_dir,
+            cache_dir=_cache_dir(data),
             num_sweeps=data.num_sweeps,
             with_patches=config.model.camera is not None,
             min_points=data.gt_sampling.min_points,

@@ -96,7 +96,8 @@ class DataConfig:
     version: str  # folder of its tables, such as v1.0-trainval
     train_split: str  # name of the split to train on
     val_split: str  # name of the split to evaluate on
-    index_dir: str  # index files and the object database are kept here
+    # index files and the object database are kept here; null: in the folder cmt_aqr of root
+    index_dir: str | None
     velocity_file: str | None  # relative to root; replaces velocities found by differencing annotations
     num_sweeps: int = limits(low=0, high=10)  # previous LiDAR sweeps added to the key frame's
     train_boxes: BoxChoice  # which boxes are ground truth in training: those that hold a point of these sensors, or all

@@ -31,7 +31,9 @@ def exclusive_lock(path: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locks.exclusive_lock(path.with_name(path.name + ".lock"), on_wait=log_wait))
         except OSError as error:
-            raise DataError(f"cache folder {path.parent} cannot be written: {error.strerror}") from None
+            raise DataError(
+                f"cache folder {path.parent} cannot be written: {error.strerror}; name another with data.index_dir"
+            ) from None
         yield
 
 

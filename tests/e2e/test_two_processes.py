@@ -131,7 +131,11 @@ def test_process_zero_says_what_is_wrong_once(world, tmp_path):
     result = world.run("train.py", "--work-dir", tmp_path / "run", settings=settings, processes=2)
     assert result.status != 0
     said = [line for line in result.err.splitlines() if line.startswith("error")]
-    assert said == [f"error: data.root {tmp_path / 'nowhere'} does not exist or is no folder"]
+    assert said == [
+        f"error: data.root {tmp_path / 'nowhere'} does not exist or is no folder; name the folder of the data set with "
+        f"--set data.root=FOLDER"
+    ]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_batch_that_cannot_be_shared(world, tmp_path):

@@ -24,6 +24,7 @@ from cmt_aqr.models.heads import CLASS_BRANCH
 from cmt_aqr.run import build_optimizer, check_settings, initialise
 from cmt_aqr.training.distributed import RankInfo
 from cmt_aqr.training.optim import freeze, prefix_problems
+from tests.unit.data.world import write_world
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
@@ -172,9 +173,26 @@ def test_what_is_null_is_off(augmentation_of):
 
 
 def test_a_missing_data_set_is_named_by_its_key(tmp_path):
-    config = shipped("cmt_r50_800x320", f"data.root={tmp_path / 'nowhere'}", f"data.index_dir={tmp_path / 'index'}")
-    with pytest.raises(DataError, match=r"^data\.root .*nowhere does not exist or is no folder$"):
+    config = shipped("cmt_r50_800x320", f"data.root={tmp_path / 'nowhere'}")
+    sentence = (
+        r"^data\.root .*nowhere does not exist or is no folder; name the folder of the data set with --set "
+        r"data\.root=FOLDER$"
+    )
+    with pytest.raises(DataError, match=sentence):
         open_split(config.data, "val")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_index_lies_with_the_data_it_was_made_from(tmp_path, monkeypatch):
+    world = write_world(tmp_path / "world", scenes={"scene-a": 1})
+    monkeypatch.chdir(tmp_path)
+    place = (f"data.root={world.root}", "data.version=v1.0-tiny")
+    index = open_split(shipped("cmt_r50_800x320", *place).data, "all")
+    assert index.path.parent == world.root / "cmt_aqr"
+    # data.root is data/nuscenes when it is forgotten; no folder of that name may have been made.
+    assert [path.name for path in tmp_path.iterdir()] == ["world"]
+    index = open_split(shipped("cmt_r50_800x320", *place, "data.index_dir=elsewhere").data, "all")
+    assert index.path.resolve().parent == tmp_path / "elsewhere"
 
 
 AQR_CONFIGS = [name_of(path) for path in CONFIGS if load_config(path).model.aqr is not None]
