@@ -158,10 +158,10 @@ class BiasRouter(nn.Module):
 
     def token_length(self, layout: TokenLayout, device: torch.device) -> int:
         """Length of the token axis that suits the attention: flex is faster with zeros up to whole blocks."""
-        is_flex = self._evaluator(device) == "flex"
+        is_flex = self.evaluator(device) == "flex"
         return layout.padded_length if is_flex else layout.num_tokens
 
-    def _evaluator(self, device: torch.device) -> str:
+    def evaluator(self, device: torch.device) -> str:
         """What the backend means on this device."""
         return self.backend if self.backend == "lowrank" else choose_backend(self.backend, device)
 
@@ -171,7 +171,7 @@ class BiasRouter(nn.Module):
 
     def describe(self, device: torch.device) -> str:
         """One sentence for the log, with the evaluator that the backend means on this device."""
-        chosen = self._evaluator(device)
+        chosen = self.evaluator(device)
         picked = f"{chosen} (picked by auto)" if self.backend == "auto" else chosen
         return f"AQR bias in the cross-attention, computed by {picked}"
 

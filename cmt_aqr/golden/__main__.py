@@ -70,6 +70,9 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
         help="of B: whose limits count, and which file of a folder is read",
     )
     parser.add_argument(
+        "--reference", choices=PRECISIONS, help="which file of a folder A is read (default: the most exact one)"
+    )
+    parser.add_argument(
         "--transpose", nargs="+", action="extend", default=[], metavar="NAME=AXES",
         help="B's axes in the order that gives A's, such as lidar/bev_map=0,3,1,2; NAME may hold *",
     )  # fmt: skip
@@ -153,7 +156,7 @@ def make_room(folder: Path, *, overwrite: bool) -> None:
 
 def run_compare(options: argparse.Namespace) -> int:
     """Compare and print; returns 0 within the limits, 1 past one."""
-    a = Source(options.a)
+    a = Source(options.a, precision=options.reference)
     b = Source(options.b, precision=options.precision, transpose=options.transpose)
     comparison = compare(a, b, factor=options.factor)
     if options.markdown:

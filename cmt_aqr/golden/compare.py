@@ -4,10 +4,12 @@ Shape letters: see catalogue.py.
 """
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor
 
 from cmt_aqr.golden.bundle import BundleError, Source
@@ -164,7 +166,11 @@ def paired(name: str, a: Source, b: Source, pairing: Pairing | None) -> tuple[Te
 
 def largest(tensor: Tensor) -> float:
     """Largest finite absolute value; 0 for an empty tensor."""
-    return tensor.double().nan_to_num(0, 0, 0).abs().max().item() if tensor.numel() else 0.0
+    if not tensor.numel():
+        return 0.0
+    wide = tensor if tensor.is_floating_point() else tensor.double()
+    found = torch.linalg.vector_norm(wide.reshape(-1), torch.inf).item()
+    return found if math.isfinite(found) else wide.nan_to_num(0, 0, 0).abs().max().item()
 
 
 def shape_problem(name: str, a: Tensor, b: Tensor, limit: float) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmt_aqr.aqr.router import BiasRouter
 from cmt_aqr.build import build_criterion
 from cmt_aqr.config import Config, to_tree
 from cmt_aqr.errors import UserError
@@ -60,11 +61,13 @@ def export(config: Config, detector: Detector, frame: Frame, choice: Choice, fol
     Raises:
         ExportError: the model cannot be exported.
     """
-    check(config)
+    device = detector.reference_points.weight.device
+    check(config, device, is_training=choice.is_training)
     with atomic_path(folder) as partial:
         partial.mkdir()
         inputs = input_tensors(config, frame, choice)
         manifest: dict[str, Any] = {"format": FORMAT, "precisions": list(choice.precisions), "tensors": {}}
+        manifest["evaluators"] = {}
         about = {name: describe_tensor(name, x) for name, x in inputs.items()}
         write(partial / f"{INPUTS}.safetensors", inputs, about, INPUTS)
         weights = {name: x.detach() for name, x in detector.state_dict().items()}
@@ -76,22 +79,31 @@ def export(config: Config, detector: Detector, frame: Frame, choice: Choice, fol
             for name, x in made.items():
                 about.setdefault(name, describe_tensor(name, x))
             write(partial / f"{precision}.safetensors", made, about, precision)
+            manifest["evaluators"][precision] = details.pop("evaluators")
             manifest |= details
         manifest["tensors"] = {name: about[name] for name in ordered(about)}
         manifest |= {
             "config": to_tree(config),
             "constants": constants(config, detector, frame),
-            **circumstances(choice.origin, is_training=choice.is_training),
+            **circumstances(choice.origin, device, is_training=choice.is_training),
         }
         write_manifest(partial, manifest)
         add_tolerances(partial, manifest)
         write_manifest(partial, manifest)
 
 
-def check(config: Config) -> None:
-    """Raise ExportError for a model whose attention is not exact."""
-    if config.model.aqr is not None and config.model.attention.backend == "lowrank":
+def check(config: Config, device: torch.device, *, is_training: bool) -> None:
+    """Raise ExportError for an attention that is not exact, or that cannot compute what is asked for."""
+    backend = config.model.attention.backend
+    if config.model.aqr is None or config.model.aqr.design != "bias":
+        return
+    if backend == "lowrank":
         raise ExportError("model.attention.backend is 'lowrank', which approximates; export with 'dense'")
+    if backend == "score_mod" and is_training and device.type == "cpu":
+        raise ExportError(
+            "model.attention.backend is 'score_mod', which has no backward pass on a CPU; with --train use "
+            "--set model.attention.backend=dense, or --device cuda"
+        )
 
 
 def input_tensors(config: Config, frame: Frame, choice: Choice) -> Tensors:
@@ -117,7 +129,7 @@ def run(
 
     bf16 is autocast, as in evaluation with that precision: what the detector keeps in float32 stays so.
     """
-    model = copy.deepcopy(detector).double() if precision == "float64" else detector
+    model = in_precision(detector, precision)
     device = model.reference_points.weight.device
     made: Tensors = {}
     with (
@@ -132,13 +144,35 @@ def run(
         predictions = run_head(model, maps, frame, denoising, made)
         run_boxes(predictions, decoding_of(config), made)
         if not choice.is_training:
-            return made, {}
+            return made, {"evaluators": evaluators(model)}
         criterion = build_criterion(config, reduce_mean=None, num_processes=1)
         model.zero_grad()
         run_losses(criterion, predictions, frame.targets, denoising, made).backward()
         names = keep_gradients(model, choice.gradients, made)
         model.zero_grad()
-    return {name: x.detach() for name, x in made.items()}, {"gradient_names": names}
+    return {name: x.detach() for name, x in made.items()}, {"evaluators": evaluators(model), "gradient_names": names}
+
+
+def in_precision(detector: Detector, precision: str) -> Detector:
+    """The detector; for float64 a copy, with the evaluators that compute in float64 whatever the others are."""
+    if precision != "float64":
+        return detector
+    exact = copy.deepcopy(detector).double()
+    if isinstance(exact.aqr, BiasRouter):
+        exact.aqr.backend = "dense"
+    if exact.lidar_branch is not None and exact.reference_points.weight.device.type == "cuda":
+        exact.lidar_branch.encoder.backend = "torch"
+    return exact
+
+
+def evaluators(detector: Detector) -> dict[str, str]:
+    """What computes the cross-attention and the sparse encoder."""
+    device = detector.reference_points.weight.device
+    has_bias = isinstance(detector.aqr, BiasRouter)
+    found = {"attention": detector.aqr.evaluator(device) if has_bias else "dense"}
+    if detector.lidar_branch is not None:
+        found["sparse encoder"] = detector.lidar_branch.encoder.choose_backend(device, is_training=False)
+    return found
 
 
 def draw_denoising(config: Config, frame: Frame, noise: Tensor) -> DenoisingQueries:

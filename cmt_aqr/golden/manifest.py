@@ -134,13 +134,16 @@ def grids(config: Config, detector: Detector, frame: Frame) -> list[dict[str, An
     return found
 
 
-def circumstances(origin: str, *, is_training: bool) -> dict[str, Any]:
+def circumstances(origin: str, device: torch.device, *, is_training: bool) -> dict[str, Any]:
     """Where the numbers come from, and what may be otherwise elsewhere."""
     return {
         "origin": origin,
         "mode": "training: denoising queries, losses and gradients; dropout and GridMask off, batch norm with its "
         "running statistics" if is_training else "evaluation",
         "versions": {"cmt_aqr": cmt_aqr.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": {"processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+        },
         "may_differ": list(MAY_DIFFER),
     }  # fmt: skip

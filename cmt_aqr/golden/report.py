@@ -40,9 +40,13 @@ def format_report(comparison: Comparison, a: Source, b: Source, causes: dict[str
 
 
 def describe_source(source: Source) -> str:
-    """Path, model and precision."""
-    name = source.manifest.get("config", {}).get("name")
-    return f"{source.path} ({', '.join(filter(None, (name, source.precision)))})"
+    """Path, model and precision, and what computed it."""
+    about = source.manifest
+    parts = [about.get("config", {}).get("name"), source.precision]
+    if "versions" in about:
+        parts += [f"torch {about['versions']['torch']}", about["machine"].get("device")]
+    parts += [f"{part} by {name}" for part, name in about.get("evaluators", {}).get(source.precision, {}).items()]
+    return f"{source.path} ({', '.join(filter(None, parts))})"
 
 
 def describe_limits(a: Source, b: Source) -> str:

@@ -110,13 +110,16 @@ def run_head(
     """Camera maps and BEV map -> predictions, as ``forward_features`` does."""
     pv_maps, bev_map = maps
     cameras = detector.make_cameras(pv_maps, frame.lidar2img, frame.image_size)
-    keep_positions(detector, bev_map, pv_maps, cameras, made)
+    device = detector.reference_points.weight.device.type
+    with torch.autocast(device, enabled=False):
+        keep_positions(detector, bev_map, pv_maps, cameras, made)
     tokens = detector.make_tokens(bev_map, pv_maps, cameras)
     num_tokens = tokens.layout.num_tokens
     made["tokens/values"], made["tokens/positions"] = tokens.values[:, :num_tokens], tokens.positions[:, :num_tokens]
     keep_denoising(denoising, made)
     queries = detector.make_queries(tokens.values.shape[0], cameras, denoising)
-    keep_queries(detector, queries, cameras, made)
+    with torch.autocast(device, enabled=False):
+        keep_queries(detector, queries, cameras, made)
     routed = detector.route(queries, tokens, cameras)
     keep_routed(routed, made)
     hidden = run_decoder(detector.decoder, queries, routed, lse_attention(detector, routed), made)
@@ -129,7 +132,7 @@ def run_head(
 def keep_positions(
     detector: Detector, bev_map: Tensor | None, pv_maps: Tensor | None, cameras: Cameras | None, made: Tensors
 ) -> None:
-    """What the position embeddings of the tokens are made from."""
+    """What the position embeddings of the tokens are made from; never under autocast, as in the embeddings."""
     like = detector.reference_points.weight
     if bev_map is not None:
         rows, cols = bev_map.shape[-2:]
@@ -152,7 +155,7 @@ def keep_denoising(denoising: DenoisingQueries | None, made: Tensors) -> None:
 
 
 def keep_queries(detector: Detector, queries: Queries, cameras: Cameras | None, made: Tensors) -> None:
-    """The queries, and what their position embeddings are made from."""
+    """The queries, and what their position embeddings are made from; never under autocast, as in the embeddings."""
     made["queries/reference_points"] = queries.reference_points
     points = made["queries/clamped_points"] = embedded_points(queries.reference_points)
     made["queries/sine"] = sine_embedding(points[..., :2], detector.bev_embedding.dim)

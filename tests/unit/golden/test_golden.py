@@ -14,7 +14,7 @@ from cmt_aqr.golden.__main__ import main
 from cmt_aqr.golden.bundle import Source
 from cmt_aqr.golden.case import draw_detector, random_frame
 from cmt_aqr.golden.measure import measure
-from tests.unit.golden.make_tiny import FOLDER, SETTINGS, export_tiny
+from tests.unit.golden.make_tiny import CONFIG, FOLDER, SETTINGS, export_tiny
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +252,52 @@ def test_a_table_for_a_page_has_one_line_a_stage(port):
     assert status == 1 and list(rows)[2:] == [*dict.fromkeys(name.split("/")[0] for name in Source(FOLDER).names)][2:]
     assert rows["decoder"][3:5] == [" 5.0e-01 ", " hidden "] and float(rows["decoder"][5]) == 1
     assert rows["windows"][6] == " 84 of 168 " and rows["tokens"][3] == " 0.0e+00 "
+
+
+def test_float64_is_exact_whatever_the_attention(tmp_path, capsys):
+    """score_mod has no float64, and needs wider heads than those of the tiny model."""
+    wide = ("--set", *SETTINGS, "model.num_heads=1", "model.attention.backend=score_mod")
+    for name, more in (("plain", ()), ("dense", ("model.attention.backend=dense",))):
+        command = ["export", str(CONFIG), str(tmp_path / name), "--points", "300", "--dtype", "float64"]
+        assert main([*command, *wide, *more]) == 0
+    manifest = json.loads((tmp_path / "plain" / "manifest.json").read_text())
+    assert manifest["evaluators"] == {"float64": {"attention": "dense", "sparse encoder": "torch"}}
+    assert manifest["machine"]["device"] == "CPU"
+    plain, dense = (load_file(tmp_path / name / "float64.safetensors") for name in ("plain", "dense"))
+    assert plain.keys() == dense.keys() and "decoder/layer0.lse" in plain
+    assert all(torch.equal(plain[name], dense[name]) for name in plain)
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "plain"), str(tmp_path / "dense")]) == 0
+    expected = f"float64, torch {torch.__version__}, CPU, attention by dense, sparse encoder by torch)"
+    assert expected in capsys.readouterr().out.splitlines()[1]
+
+
+def test_gradients_of_an_attention_that_has_none_are_refused(tmp_path, capsys):
+    command = ["export", str(CONFIG), str(tmp_path / "bundle"), "--train"]
+    assert main([*command, "--set", *SETTINGS, "model.num_heads=1", "model.attention.backend=score_mod"]) == 2
+    assert capsys.readouterr().err == (
+        "error: model.attention.backend is 'score_mod', which has no backward pass on a CPU; with --train use "
+        "--set model.attention.backend=dense, or --device cuda\n"
+    )
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_reference_may_be_less_exact(capsys):
+    """Two bundles in float32: both sides are read from that file."""
+    assert main(["compare", str(FOLDER), str(FOLDER), "--reference", "float32", "--precision", "float32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "float32" in lines[0] and "float64" not in lines[0]
+    hidden = next(line.split() for line in lines if line.startswith("decoder/hidden"))
+    assert hidden[2] == "0.0e+00"
+    assert main(["compare", str(FOLDER), str(FOLDER), "--reference", "bf16"]) == 2
+    assert "holds float64, float32, not bf16; export it with --dtype bf16" in capsys.readouterr().err
+
+
+def test_what_the_detector_keeps_in_float32_is_so_in_a_bundle_of_bf16(tmp_path):
+    assert export_tiny(tmp_path / "both", "--dtype", "float32", "bf16") == 0
+    exact, rounded = (load_file(tmp_path / "both" / f"{name}.safetensors") for name in ("float32", "bf16"))
+    kept = [name for name in exact if name.startswith(("voxels/", "cameras/", "positions/", "windows/"))]
+    kept += [name for name in exact if name.startswith("queries/") and name != "queries/positions"]
+    assert {"positions/rays", "positions/bev_sine", "queries/pixels", "queries/is_seen"} <= set(kept)
+    assert [name for name in kept if not torch.equal(exact[name], rounded[name])] == []
+    assert not torch.equal(exact["tokens/values"].bfloat16(), rounded["tokens/values"].bfloat16())
