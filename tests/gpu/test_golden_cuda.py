@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from cmt_aqr.golden.__main__ import main
 from tests.unit.golden.make_tiny import CONFIG, FOLDER, SETTINGS, export_tiny
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 # Heads of 16 channels, the least that FlexAttention takes.
 FRAME = ("--points", "300", "--boxes", "3", "--train")
 WIDE = ("--set", *SETTINGS, "model.num_heads=1")
