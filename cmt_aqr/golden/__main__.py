@@ -91,10 +91,9 @@ def positive(text: str) -> float:
 if __name__ == "__main__":
     _parser().parse_args()  # answers --help and mistakes before the imports below, which take seconds
 
-import torch
-
 from cmt_aqr.build import check_device
 from cmt_aqr.config import load_config, naming_source
+from cmt_aqr.devices import choose_device
 from cmt_aqr.errors import report_errors
 from cmt_aqr.golden.bundle import Source, read_manifest
 from cmt_aqr.golden.case import draw_detector, load_detector, random_frame, read_frame
@@ -113,8 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_export(options: argparse.Namespace) -> int:
     """Export and say where; returns 0."""
     config = load_config(options.config, options.set)
+    device = choose_device(options.device)
     with naming_source(options.config, options.set):
-        check_device(config.model, torch.device(options.device))
+        check_device(config.model, device)
     make_room(options.out, overwrite=options.overwrite)
     if options.token is not None and options.data is None:
         raise ExportError("--token names a sample of a data set: add --data ROOT")
@@ -132,7 +132,6 @@ def run_export(options: argparse.Namespace) -> int:
         detector = load_detector(config, options.checkpoint)
         origin = f"weights of {Path(options.checkpoint).name}, {origin}"
     choice = Choice(options.dtype, options.stages, options.train, options.gradients, origin)
-    device = torch.device(options.device)
     export(config, detector.to(device), frame.to(device), choice, options.out)
     files = sorted(options.out.iterdir())
     size = sum(file.stat().st_size for file in files)

@@ -51,6 +51,7 @@ from cmt_aqr.classes import CLASSES
 from cmt_aqr.config import ConfigError, load_config, naming_source
 from cmt_aqr.data.failures import Failure
 from cmt_aqr.data.sample import collate
+from cmt_aqr.devices import choose_device
 from cmt_aqr.errors import report_errors
 from cmt_aqr.files import atomic_path
 from cmt_aqr.inspection import Inspection, inspect
@@ -164,7 +165,7 @@ def run(options: argparse.Namespace) -> int:
     if options.frames < 1:
         raise ConfigError([f"--frames: must be at least 1, got {options.frames}"])
     config = load_config(options.config, options.set)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(options.device)
     with naming_source(options.config, options.set):
         if config.model.aqr is None:
             raise ConfigError(["model.aqr: is null: a model without AQR has no weights to analyze"])

@@ -110,6 +110,7 @@ from cmt_aqr.data.dataset import FrameDataset
 from cmt_aqr.data.index import Frame, FrameIndex
 from cmt_aqr.data.nuscenes import load_index
 from cmt_aqr.data.readers import load_points
+from cmt_aqr.devices import choose_device
 from cmt_aqr.errors import report_errors
 from cmt_aqr.jobs import prepare_data
 from cmt_aqr.models.voxels import voxelize
@@ -166,7 +167,7 @@ def configured_tables(options: argparse.Namespace) -> Iterator[str]:
     if options.command == "scaling":
         yield from scaling_tables(config, tuple(options.axes))
         return
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(options.device)
     sizes = tuple(options.batch_sizes)
     if options.command == "train":
         yield from training_tables(config, device, cloud=options.cloud, batch_sizes=sizes, repeats=options.repeats)

@@ -54,6 +54,7 @@ from cmt_aqr.build import build_detector, check_device
 from cmt_aqr.classes import CAMERAS, CLASSES
 from cmt_aqr.config import Config, load_config, naming_source
 from cmt_aqr.deployment import INPUTS, OUTPUTS, DetectionProgram, choose_sizes, example_inputs, trace
+from cmt_aqr.devices import choose_device
 from cmt_aqr.errors import UserError, report_errors
 from cmt_aqr.files import atomic_path
 from cmt_aqr.golden.case import random_frame, read_frame
@@ -79,16 +80,17 @@ def run(options: argparse.Namespace) -> int:
     """Write the file and say what it holds; returns 0."""
     config = load_config(options.config, options.set)
     check(config, options)
+    device = choose_device(options.device)
     with naming_source(options.config, options.set):
-        check_device(config.model, torch.device(options.device))
+        check_device(config.model, device)
     output = options.output or Path(default_name(config, options))
     detector = build_detector(config.model)
     load_model(detector, config, options.checkpoint)
-    detector.to(options.device).eval()
+    detector.to(device).eval()
     if options.to == "onnx" and detector.aqr is not None:
         detector.aqr.backend = "dense"
     frame = choose_frame(config, options)
-    inputs = example_inputs(detector, frame.to(torch.device(options.device)), has_encoder=options.to == "pt2")
+    inputs = example_inputs(detector, frame.to(device), has_encoder=options.to == "pt2")
     sizes = choose_sizes(detector.lidar_branch, inputs["points"]) if "points" in inputs else None
     program = DetectionProgram(
         detector,

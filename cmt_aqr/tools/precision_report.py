@@ -38,6 +38,7 @@ from torch.nn import functional as F
 
 from cmt_aqr.build import build_detector
 from cmt_aqr.config import Config, load_config
+from cmt_aqr.devices import choose_device
 from cmt_aqr.errors import report_errors
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.precision import PRECISIONS
@@ -79,8 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def run() -> int:
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        config, device = load_config(options.config, options.set), torch.device(options.device or default)
+        config, device = load_config(options.config, options.set), choose_device(options.device)
         precisions = options.precisions or CHOICES[device.type == "cpu" :]
         where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         print(f"{config.name}, {where}, torch {torch.__version__}, {date.today()}\n")

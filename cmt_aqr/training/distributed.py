@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cmt_aqr.config import ConfigError
+from cmt_aqr.devices import choose_device
 from cmt_aqr.errors import UserError
 
 # How long a process waits for another: the first one may be writing indices and object databases meanwhile.
@@ -141,11 +142,9 @@ def leave_after_main() -> NoReturn:
 
 
 def _choose_device(device: str | None, local_rank: int) -> torch.device:
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(["--device cuda: this PyTorch sees no CUDA GPU; use --device cpu"])
+    chosen = choose_device(device)
+    if chosen.type == "cpu":
+        return chosen
     if local_rank >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ConfigError(
