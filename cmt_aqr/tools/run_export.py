@@ -5,6 +5,9 @@
     python -m cmt_aqr.tools.run_export cmt_aqr_r50_800x320.onnx bundle onnx.npz
     python -m cmt_aqr.golden compare bundle onnx.npz
 
+--time N also calls a program or package N times, and beside it the compiled pipeline of evaluation with the weights of
+the bundle, and prints both latencies.
+
 ONNX runs in onnxruntime on the CPU; programs and packages run in torch, on the device they were written for.
 """
 
@@ -25,7 +28,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, metavar="MODEL", help=".pt2 or .onnx file of tools.export")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of python -m cmt_aqr.golden export")
     parser.add_argument("out", type=Path, metavar="OUT", help=".npz file to write")
+    parser.add_argument(
+        "--time", type=count, metavar="N", help="also measure N calls, beside the compiled pipeline of evaluation"
+    )
     return parser
+
+
+def count(text: str) -> int:
+    """A whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
+    return value
 
 
 if __name__ == "__main__":
@@ -40,6 +54,7 @@ from cmt_aqr.errors import UserError, report_errors
 from cmt_aqr.files import atomic_path
 from cmt_aqr.golden.bundle import Source
 from cmt_aqr.models.voxels import pad_points
+from cmt_aqr.tools.time_export import latency_table
 
 # Input of a program -> tensor of a bundle.
 NAMES = {
@@ -59,22 +74,28 @@ class RunError(UserError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    return report_errors(lambda: run(options.model, options.bundle, options.out))
+    return report_errors(lambda: run(options.model, options.bundle, options.out, options.time))
 
 
-def run(path: Path, folder: Path, out: Path) -> int:
-    """Run, write and say how many boxes there are; returns 0."""
+def run(path: Path, folder: Path, out: Path, repeats: int | None) -> int:
+    """Run, write and say how many boxes there are; with ``repeats`` measure; returns 0."""
     if out.suffix != ".npz":
         raise RunError(f"{out}: the name must end with .npz, which golden compare reads")
     if not path.is_file():
         raise RunError(f"{path}: no such file")
     model, about = load(path)
+    if repeats is not None and "points" not in about["inputs"] and "encoder_map" in about["inputs"]:
+        raise RunError(f"--time: {path} begins after the sparse encoder, the pipeline with the points; use a .pt2 file")
     bundle = Source(folder, precision="float32")
-    found = {name: x.cpu() for name, x in model(read_inputs(bundle, about, path)).items()}
+    inputs = read_inputs(bundle, about, path)
+    found = {name: x.cpu() for name, x in model(inputs).items()}
     named = name_outputs(found)
     with atomic_path(out) as partial, open(partial, "wb") as file:
         np.savez(file, **named)
     print(f"{out}: {len(named)} tensors, {int(found['is_kept'].sum())} boxes, by the {about['form']}")
+    if repeats is not None:
+        for line in latency_table(model, about, inputs, bundle, repeats=repeats):
+            print(line, flush=True)
     return 0
 
 
