@@ -5,7 +5,6 @@ python -m cmt_aqr.golden compare out port.npz
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,66 +90,25 @@ def positive(text: str) -> float:
 if __name__ == "__main__":
     _parser().parse_args()  # answers --help and mistakes before the imports below, which take seconds
 
-from cmt_aqr.build import check_device
-from cmt_aqr.config import load_config, naming_source
-from cmt_aqr.devices import choose_device
 from cmt_aqr.errors import report_errors
-from cmt_aqr.golden.bundle import Source, read_manifest
-from cmt_aqr.golden.case import draw_detector, load_detector, random_frame, read_frame
-from cmt_aqr.golden.compare import compare
-from cmt_aqr.golden.export import Choice, ExportError, export
-from cmt_aqr.golden.patterns import likely_causes
+from cmt_aqr.golden.bundle import Source
+from cmt_aqr.golden.compare import Comparison, compare
 from cmt_aqr.golden.report import format_report, markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    return report_errors(lambda: {"export": run_export, "compare": run_compare}[options.command](options))
+    return report_errors(lambda: run(options))
 
 
-def run_export(options: argparse.Namespace) -> int:
-    """Export and say where; returns 0."""
-    config = load_config(options.config, options.set)
-    device = choose_device(options.device)
-    with naming_source(options.config, options.set):
-        check_device(config.model, device)
-    make_room(options.out, overwrite=options.overwrite)
-    if options.token is not None and options.data is None:
-        raise ExportError("--token names a sample of a data set: add --data ROOT")
-    if options.data is None:
-        frame = random_frame(config, num_points=options.points, num_boxes=options.boxes)
-        origin = "made-up frame"
-    else:
-        frame, token = read_frame(config, options.data, options.token)
-        origin = f"frame {token}"
-    if options.checkpoint is None:
-        seed = config.seed if options.seed is None else options.seed
-        detector = draw_detector(config, seed, frame)
-        origin = f"random weights of seed {seed}, {origin}"
-    else:
-        detector = load_detector(config, options.checkpoint)
-        origin = f"weights of {Path(options.checkpoint).name}, {origin}"
-    choice = Choice(options.dtype, options.stages, options.train, options.gradients, origin)
-    export(config, detector.to(device), frame.to(device), choice, options.out)
-    files = sorted(options.out.iterdir())
-    size = sum(file.stat().st_size for file in files)
-    print(f"{options.out}: {', '.join(file.name for file in files)}, {size / 1e6:,.1f} MB")
-    return 0
+def run(options: argparse.Namespace) -> int:
+    """Run a command; each imports what it needs itself, since the packages of ``export`` alone take seconds."""
+    if options.command == "compare":
+        return run_compare(options)
+    from cmt_aqr.golden.run_export import run_export
 
-
-def make_room(folder: Path, *, overwrite: bool) -> None:
-    """Refuse to write over something; remove a bundle where that is asked for.
-
-    Raises:
-        ExportError: OUT exists.
-    """
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise ExportError(f"{folder} exists; choose another folder, or add --overwrite")
-    read_manifest(folder)
-    shutil.rmtree(folder)
+    return run_export(options)
 
 
 def run_compare(options: argparse.Namespace) -> int:
@@ -161,8 +119,17 @@ def run_compare(options: argparse.Namespace) -> int:
     if options.markdown:
         print(markdown(comparison, a, b))
     else:
-        print(format_report(comparison, a, b, likely_causes(comparison, a, b)))
+        print(format_report(comparison, a, b, find_causes(comparison, a, b)))
     return 0 if comparison.first_stage is None else 1
+
+
+def find_causes(comparison: Comparison, a: Source, b: Source) -> dict[str, list[str]]:
+    """Words for the tensors past their limits; trying the mistakes needs the model's code, which takes seconds."""
+    if comparison.first_stage is None:
+        return {}
+    from cmt_aqr.golden.patterns import likely_causes
+
+    return likely_causes(comparison, a, b)
 
 
 if __name__ == "__main__":

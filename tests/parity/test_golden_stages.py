@@ -44,6 +44,10 @@ def test_positions_decoder_and_heads_of_a_bundle_equal_the_original(name, prefix
     if case.pv_maps is not None:
         expected = case.reference("rv_pos_embeds").reshape(made["tokens/positions"][:, num_bev:].shape)
         case.golden.check("golden export, camera positions", made["tokens/positions"][:, num_bev:], expected, 1e-12)
+    expected = case.reference("bev_query_embeds")  # of the ground, with or without LiDAR
+    if case.pv_maps is not None:
+        expected = expected + case.reference("rv_query_embeds")
+    case.golden.check("golden export, query positions", made["queries/positions"], expected, 1e-12)
     logits = [case.reference(f"task{task}/{CLASS_BRANCH}")[-1, 0] for task in range(len(predictions.tasks))]
     order = torch.tensor([label for members in predictions.classes for label in members]).argsort()
     scores = torch.cat(logits, dim=-1).sigmoid()[:, order]

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from cmt_aqr.config import load_config
 from cmt_aqr.golden.__main__ import main
 from cmt_aqr.golden.bundle import Source
 from cmt_aqr.golden.case import draw_detector, random_frame
+from cmt_aqr.golden.manifest import TYPICAL
 from cmt_aqr.golden.measure import measure
+from tests.parity.golden import REPOSITORY
 from tests.unit.golden.make_tiny import CONFIG, FOLDER, SETTINGS, export_tiny
 
 
@@ -301,3 +305,25 @@ def test_what_the_detector_keeps_in_float32_is_so_in_a_bundle_of_bf16(tmp_path):
     assert {"positions/rays", "positions/bev_sine", "queries/pixels", "queries/is_seen"} <= set(kept)
     assert [name for name in kept if not torch.equal(exact[name], rounded[name])] == []
     assert not torch.equal(exact["tokens/values"].bfloat16(), rounded["tokens/values"].bfloat16())
+
+
+def test_typical_limits_follow_the_measured_errors_of_the_page():
+    """Ten times a typical error must be above the error itself, and not far above."""
+    text = (REPOSITORY / "docs" / "numerics.md").read_text(encoding="utf-8")
+    lines = text.partition("## float64 against")[2].partition("\n- ")[0].splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
+    measured = {stage: float(error) for stage, error, *_ in rows}
+    assert {"lidar", "images", "decoder", "heads", "boxes"} <= measured.keys()
+    for stage, error in measured.items():
+        assert error <= TYPICAL[stage] <= max(3 * error, 1e-6), stage
+
+
+def test_compare_does_not_load_what_only_export_needs():
+    program = (
+        "import sys; from cmt_aqr.golden.__main__ import main; "
+        f"status = main(['compare', {str(FOLDER)!r}, {str(FOLDER)!r}]); "
+        "assert status == 0 and 'cmt_aqr.golden.measure' in sys.modules; "
+        "print([name for name in ('nuscenes', 'torchvision', 'cmt_aqr.build') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout.splitlines()[-1] == "[]"
