@@ -1,7 +1,7 @@
 """Likely causes of a difference, in words. Each is tried: only a mistake that explains the difference is named."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from cmt_aqr.golden import layer_mistakes, mistakes
 from cmt_aqr.golden.bundle import Source
 from cmt_aqr.golden.catalogue import stage_of
 from cmt_aqr.golden.compare import Comparison, Row, aligned, largest, paired, share_within
-from cmt_aqr.golden.measure import is_exact
+from cmt_aqr.golden.measure import is_exact, measure
 
 # Share of the elements past their limit that a mistake has to explain.
 EXPLAINED = 0.9
@@ -18,6 +18,8 @@ EXPLAINED = 0.9
 LOOSE = 2e-5
 # Of the largest difference: what is left of it must be small against it.
 LEFT = 0.05
+# Of the mistakes of one kind that explain a difference, those count that leave at most this times the least.
+CLOSE = 10
 
 # Where each mistake can show: patterns of names.
 PATTERNS: tuple[tuple[tuple[str, ...], Callable[[mistakes.Case], mistakes.Attempts]], ...] = (
@@ -74,8 +76,15 @@ def causes_of(row: Row, a: Source, b: Source, *, is_first: bool) -> list[str]:
     causes: list[str] = []
     for names, attempts in PATTERNS:
         if any(fnmatchcase(row.name, name) for name in names) and not (causes and attempts is mistakes.anything):
-            causes += [words for words, x, y in attempts(case) if explains(x, y, past, row.limit, apart)]
+            fitting = [attempt for attempt in attempts(case) if explains(*attempt[1:], past, row.limit, apart)]
+            causes += closest(fitting, row.limit)
     return list(dict.fromkeys(causes))
+
+
+def closest(fitting: Sequence[tuple[str, Tensor, Tensor]], limit: float) -> list[str]:
+    """Words of those mistakes of one kind that leave the least: of two values of eps both may explain a difference."""
+    left = [measure(x, y, limit).max_abs for _, x, y in fitting]
+    return [words for (words, *_), rest in zip(fitting, left, strict=True) if rest <= max(limit, CLOSE * min(left))]
 
 
 def explains(x: Tensor, y: Tensor, past: float, limit: float, apart: float) -> bool:
