@@ -74,6 +74,26 @@ def project_for_all(attentions: Sequence[Attention], part: int, x: Tensor) -> li
     return [split_heads(part, attentions[0].num_heads) for part in parts]
 
 
+def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, *, attention_mask: Tensor | None, dropout: float) -> Tensor:
+    """``F.scaled_dot_product_attention`` in single operations: q (B, M, Q, D), k and v (B, M, K, D) -> (B, M, Q, D).
+
+    For compiled layers that the backward pass recomputes: torch 2.11's fused kernel on CUDA draws another dropout there
+    than in the forward pass, so its gradients are wrong. It holds the probabilities (B, M, Q, K).
+
+    Args:
+        attention_mask: bool, broadcastable to (B, M, Q, K), True = may attend; None: all may.
+        dropout: probability that a probability becomes 0; the others grow by 1 / (1 - dropout).
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+    probabilities = scores.softmax(-1)
+    # Not F.dropout, which the compiler would recognise and put the fused kernel back.
+    is_kept = torch.rand_like(probabilities) >= dropout
+    growth = 1 / (1 - dropout) if dropout < 1 else 0.0
+    return torch.where(is_kept, probabilities * growth, 0.0).to(v.dtype) @ v
+
+
 def feed_forward(dim: int, hidden_dim: int) -> nn.Sequential:
     """The FFN: (..., C) -> (..., C), two linear layers with a ReLU between them, no dropout."""
     ffn = nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, dim))

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cmt_aqr.transformer_layers import KEY, VALUE, Attend, Attention, feed_forward, project_for_all
+from cmt_aqr.transformer_layers import (
+    KEY,
+    VALUE,
+    Attend,
+    Attention,
+    attention_with_dropout,
+    feed_forward,
+    project_for_all,
+)
 
 
 class DecoderLayer(nn.Module):
@@ -21,11 +29,13 @@ class DecoderLayer(nn.Module):
         num_heads: M.
         ffn_dim: hidden width of the FFN, which has no dropout.
         dropout: probability of both kinds of dropout.
+        is_recomputed: whether the backward pass runs the layer again, see :func:`attention_with_dropout`.
     """
 
-    def __init__(self, *, dim: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
+    def __init__(self, *, dim: int, num_heads: int, ffn_dim: int, dropout: float, is_recomputed: bool = False) -> None:
         super().__init__()
         self.attention_dropout = dropout
+        self.is_recomputed = is_recomputed
         self.self_attention = Attention(dim=dim, num_heads=num_heads)
         self.cross_attention = Attention(dim=dim, num_heads=num_heads)
         self.ffn = feed_forward(dim, ffn_dim)
@@ -56,6 +66,8 @@ class DecoderLayer(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if dropout and self.is_recomputed and torch.compiler.is_compiling():
+                return attention_with_dropout(q, k, v, attention_mask=attention_mask, dropout=dropout)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=dropout)
 
         placed = x + query_positions
@@ -95,7 +107,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.checkpoint_layers = checkpoint_layers
         self.layers = nn.ModuleList(
-            DecoderLayer(dim=dim, num_heads=num_heads, ffn_dim=ffn_dim, dropout=dropout) for _ in range(num_layers)
+            DecoderLayer(
+                dim=dim, num_heads=num_heads, ffn_dim=ffn_dim, dropout=dropout, is_recomputed=checkpoint_layers
+            )
+            for _ in range(num_layers)
         )
         self.post_norm = nn.LayerNorm(dim)
 

@@ -22,10 +22,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, tor
 TRAINING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-1, torch.bfloat16: 5e-1}
 
 
-def make_encoder(precision=torch.float32):
+def make_encoder(precision=torch.float32, *, gain=1.0):
     """Biases of 8 keep every ReLU open: one within rounding of 0 would switch on one side and change a gradient.
 
-    In evaluation nothing is normalised, so the weights are small: the sums stay below the biases.
+    In evaluation nothing is normalised: only a gain of 0.1, a factor of the weights, keeps all sums below the biases.
     """
     torch.manual_seed(0)
     encoder = SparseEncoder(in_channels=5, sparse_shape=SHAPE, backend="torch", precision=precision)
@@ -34,7 +34,7 @@ def make_encoder(precision=torch.float32):
             torch.nn.init.constant_(module.bias, 8.0)
         elif isinstance(module, SparseConvolution):
             with torch.no_grad():
-                module.weight.mul_(0.1)
+                module.weight.mul_(gain)
     return encoder
 
 
@@ -59,10 +59,12 @@ def distance(actual, expected):
 @pytest.mark.parametrize("is_training", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_output_and_gradients_equal_the_cpu_in_float64(dtype, is_training):
-    reference = make_encoder().double().train(is_training)
+    # Gradients that 21 layers with small weights leave are too small for float16, and its limit allows a few switches.
+    gain = 1.0 if is_training or dtype in (torch.float16, torch.bfloat16) else 0.1
+    reference = make_encoder(gain=gain).double().train(is_training)
     voxels = random_voxels()
     expected = results(reference, voxels._replace(features=voxels.features.double()))
-    encoder = make_encoder(torch.float32 if dtype == torch.float64 else dtype).cuda().train(is_training)
+    encoder = make_encoder(torch.float32 if dtype == torch.float64 else dtype, gain=gain).cuda().train(is_training)
     if dtype == torch.float64:
         encoder, voxels = encoder.double(), voxels._replace(features=voxels.features.double())
     found = results(encoder, to_cuda(voxels))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cmt_aqr.transformer_layers import Attention, feed_forward, merge_heads, split_heads
+from cmt_aqr.transformer_layers import Attention, attention_with_dropout, feed_forward, merge_heads, split_heads
 
 DIM, HEADS = 16, 4
 
@@ -27,6 +27,27 @@ def test_attention_equals_torchs_module():
     expected, _ = theirs(query, key, value, need_weights=False)
     actual = ours(query, key, value, F.scaled_dot_product_attention)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_in_single_operations_equals_the_fused_one():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, length, 4, dtype=torch.float64) for length in (5, 7, 7))
+    mask = torch.rand(5, 7) < 0.6
+    for attention_mask in (None, mask):
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        actual = attention_with_dropout(q, k, v, attention_mask=attention_mask, dropout=0.0)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_removes_probabilities_and_keeps_their_mean():
+    torch.manual_seed(0)
+    q, k, identity = torch.randn(1, 1, 2000, 4), torch.randn(1, 1, 10, 4), torch.eye(10)[None, None]
+    exact = attention_with_dropout(q, k, identity, attention_mask=None, dropout=0.0)
+    dropped = attention_with_dropout(q, k, identity, attention_mask=None, dropout=0.3)
+    is_gone = dropped == 0
+    assert is_gone.double().mean().item() == pytest.approx(0.3, abs=0.01)
+    torch.testing.assert_close(dropped[~is_gone], exact[~is_gone] / 0.7)
+    assert not attention_with_dropout(q, k, identity, attention_mask=None, dropout=1.0).any()
 
 
 def test_feed_forward_by_hand():

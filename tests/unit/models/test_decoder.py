@@ -94,6 +94,21 @@ def test_attention_dropout_acts_in_self_attention_only_and_only_in_training(monk
     assert probabilities == [0.3, 0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(("is_recomputed", "compiling", "fused"), [(True, True, 0), (True, False, 1), (False, True, 1)])
+def test_compiled_layers_that_are_recomputed_use_no_fused_dropout(monkeypatch, is_recomputed, compiling, fused):
+    calls = []
+
+    def spy(q, k, v, attn_mask=None, dropout_p=0.0, exact=F.scaled_dot_product_attention):
+        calls.append(dropout_p)
+        return exact(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    decoder = make_decoder(dropout=0.3, num_layers=1, checkpoint_layers=is_recomputed).train()
+    decoder.layers[0].attend_to_queries(*make_inputs()[:1] * 2, None)
+    assert calls == [0.3] * fused
+
+
 def test_residual_dropout_acts_on_both_attentions():
     layer = DecoderLayer(dim=DIM, num_heads=HEADS, ffn_dim=24, dropout=1.0).double().train()
     query_positions, tokens, token_positions = make_inputs()
