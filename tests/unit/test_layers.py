@@ -12,9 +12,9 @@ PACKAGE = Path(cmt_aqr.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
-    "backbones", "box_format", "boxes", "cameras", "classes", "config", "config_checks", "config_data_checks", "errors",
-    "files", "geometry", "locks", "nuscenes_tables", "precision", "predictions", "progress", "rotations", "strict_yaml",
-    "table_schema", "tokens", "transformer_layers", "yaml_reader",
+    "backbones", "box_format", "boxes", "cameras", "classes", "config", "config_checks", "config_data_checks",
+    "devices", "errors", "files", "geometry", "locks", "nuscenes_tables", "precision", "predictions", "progress",
+    "rotations", "strict_yaml", "table_schema", "tokens", "transformer_layers", "yaml_reader",
 }  # fmt: skip
 # What the files of a package may import besides the base layer and their own package.
 ALLOWED = {
