@@ -147,10 +147,12 @@ def test_a_killed_data_worker_is_one_sentence(world, tmp_path):
         os.kill(workers[0], signal.SIGKILL)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 2, err
-    assert err == (
+    # spconv prints its settings when the news reaches the main process inside one of its functions.
+    ours = [line for line in err.splitlines() if not line.startswith("[Exception|")]
+    assert ours == [
         f"error: a data worker (pid {workers[0]}) was killed, most likely by lack of memory; lower data.workers or "
-        f"training.batch_size; resume with --resume --work-dir {run}\n"
-    )
+        f"training.batch_size; resume with --resume --work-dir {run}"
+    ]
 
 
 def children_of(parent: int) -> list[int]:
