@@ -25,6 +25,9 @@ through the validation split, and with ``--checkpoint`` the differences of the b
 ``train`` times training steps beside the original's manner on one made-up batch; ``loader`` the loading of batches.
 
 ``scaling`` times, on a GPU, the attention while one size grows, and the LiDAR branch against the number of points.
+
+Every line of a table is printed once it is known; stderr shows what is being compiled or measured. In a limited time
+``--ways`` chooses the lines of ``end2end`` and ``train``, ``--no-stages`` and ``--no-profile`` shorten them.
 """
 
 import argparse
@@ -34,7 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from cmt_aqr.tools.bench_shapes import ATTENTION_SHAPES, SCALING
+from cmt_aqr.tools.bench_shapes import ATTENTION_SHAPES, INFERENCE_WAYS, SCALING, TRAINING_WAYS
 
 AXES = (*SCALING, "points")
 
@@ -48,13 +51,18 @@ def _add_configured(commands: argparse._SubParsersAction) -> None:
     for command in (end2end, train, loader, scaling):
         command.add_argument("config", help="YAML file, or the name of one in configs/")
         command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
-    for command, repeats in ((end2end, 200), (train, 20)):
+    for command, repeats, ways in ((end2end, 200, INFERENCE_WAYS), (train, 20, TRAINING_WAYS)):
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
         command.add_argument("--cloud", help="a LiDAR file of nuScenes, .bin (default: a made-up scanner)")
         command.add_argument(
             "--batch-sizes", nargs="+", type=int, default=[1], metavar="N", help="frames (default: %(default)s)"
         )
         command.add_argument("--repeats", type=int, default=repeats, help="timed calls (default: %(default)s)")
+        command.add_argument("--ways", nargs="+", choices=ways, help="lines of the table (default: all that fit)")
+        command.add_argument("--no-stages", dest="stages", action="store_false", help="the whole only, not its parts")
+        command.add_argument(
+            "--no-profile", dest="profiled", action="store_false", help="leave out how long the GPU is busy"
+        )
     end2end.add_argument("--checkpoint", help="weights (default: random ones)")
     end2end.add_argument(
         "--frames",
@@ -114,13 +122,12 @@ from cmt_aqr.devices import choose_device
 from cmt_aqr.errors import report_errors
 from cmt_aqr.jobs import prepare_data
 from cmt_aqr.models.voxels import voxelize
-from cmt_aqr.tools.bench_attention import attention_tables
-from cmt_aqr.tools.bench_inference import Options, inference_tables
-from cmt_aqr.tools.bench_scaling import scaling_tables
-from cmt_aqr.tools.bench_sparse import sparse_tables
-from cmt_aqr.tools.bench_training import loader_table, training_tables
+from cmt_aqr.tools.bench_attention import attention_lines
+from cmt_aqr.tools.bench_inference import Options, inference_lines
+from cmt_aqr.tools.bench_scaling import scaling_lines
+from cmt_aqr.tools.bench_sparse import sparse_lines
+from cmt_aqr.tools.bench_training import TrainingOptions, loader_lines, training_lines
 
-CONFIGURED = ("end2end", "train", "loader", "scaling")
 IMAGE_SIZES = {"r50_800x320": (320, 800), "vov_1600x640": (640, 1600)}
 NUM_SWEEPS = 9  # with the key frame ten
 VOXELS = {"voxel_size": (0.1, 0.1, 0.2), "point_range": (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0), "max_voxels": 120_000}
@@ -133,59 +140,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def run() -> int:
-        if options.command == "attention":
-            for table in attention_tables(tuple(options.shapes)):
-                print(table, flush=True)
-            return 0
-        if options.command == "sparse":
-            for table in sparse_tables(
-                options.cloud, batch_size=options.batch_size, repeats=options.repeats, threads=options.threads
-            ):
-                print(table, flush=True)
-            return 0
-        if options.command in CONFIGURED:
-            for table in configured_tables(options):
-                print(table, flush=True)
-            return 0
-        with tempfile.TemporaryDirectory() as temporary:
-            index = load_index(
-                dataroot=options.dataroot, version=options.version, split=options.split, cache_dir=temporary
-            )
-            print(data_table(index, repeats=options.repeats))
+        for line in table_lines(options):
+            print(line, flush=True)
         return 0
 
     return report_errors(run)
 
 
-def configured_tables(options: argparse.Namespace) -> Iterator[str]:
-    """The tables of the commands that take a configuration."""
+def table_lines(options: argparse.Namespace) -> Iterator[str]:
+    """The lines of the tables of a command."""
+    if options.command == "data":
+        where = {"dataroot": options.dataroot, "version": options.version, "split": options.split}
+        with tempfile.TemporaryDirectory() as temporary:
+            yield data_table(load_index(**where, cache_dir=temporary), repeats=options.repeats)
+    elif options.command == "attention":
+        yield from attention_lines(tuple(options.shapes))
+    elif options.command == "sparse":
+        sizes = {"batch_size": options.batch_size, "repeats": options.repeats, "threads": options.threads}
+        yield from sparse_lines(options.cloud, **sizes)
+    else:
+        yield from configured_lines(options)
+
+
+def configured_lines(options: argparse.Namespace) -> Iterator[str]:
+    """The lines of the commands that take a configuration."""
     config = load_config(options.config, options.set)
     if options.command == "loader":
         prepare_data(config, talk=True)
-        yield loader_table(config, workers=tuple(options.workers), num_batches=options.batches)
-        return
-    if options.command == "scaling":
-        yield from scaling_tables(config, tuple(options.axes))
-        return
-    device = choose_device(options.device)
-    sizes = tuple(options.batch_sizes)
-    if options.command == "train":
-        yield from training_tables(config, device, cloud=options.cloud, batch_sizes=sizes, repeats=options.repeats)
-        return
-    if options.frames:
-        prepare_data(config, talk=True)
-    yield from inference_tables(
-        config,
-        device,
-        Options(
-            options.checkpoint,
-            options.cloud,
-            options.frames,
-            sizes,
-            options.precision,
-            options.repeats,
-            options.compile,
-        ),
+        yield from loader_lines(config, workers=tuple(options.workers), num_batches=options.batches)
+    elif options.command == "scaling":
+        yield from scaling_lines(config, tuple(options.axes))
+    elif options.command == "train":
+        yield from training_lines(config, choose_device(options.device), training_options(options))
+    else:
+        device = choose_device(options.device)
+        if options.frames:
+            prepare_data(config, talk=True)
+        yield from inference_lines(config, device, inference_options(options))
+
+
+def training_options(options: argparse.Namespace) -> TrainingOptions:
+    """What the command line asks of ``train``."""
+    return TrainingOptions(
+        cloud=options.cloud,
+        batch_sizes=tuple(options.batch_sizes),
+        repeats=options.repeats,
+        ways=None if options.ways is None else tuple(options.ways),
+        stages=options.stages,
+        profiled=options.profiled,
+    )
+
+
+def inference_options(options: argparse.Namespace) -> Options:
+    """What the command line asks of ``end2end``."""
+    return Options(
+        checkpoint=options.checkpoint,
+        cloud=options.cloud,
+        frames=options.frames,
+        batch_sizes=tuple(options.batch_sizes),
+        precision=options.precision,
+        repeats=options.repeats,
+        compiled=options.compile,
+        ways=tuple(options.ways or INFERENCE_WAYS),
+        stages=options.stages,
+        profiled=options.profiled,
     )
 
 

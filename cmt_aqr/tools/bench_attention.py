@@ -15,6 +15,7 @@ from cmt_aqr.attention.dense import dense_attention, dense_bias
 from cmt_aqr.attention.flex.kernel import flex_attention_with_bias, plan
 from cmt_aqr.attention.score_mod import attention_with_score_mod
 from cmt_aqr.errors import UserError
+from cmt_aqr.progress import phase
 from cmt_aqr.tools.attention_cases import fusion_layout, make_windows
 from cmt_aqr.tools.bench_shapes import ATTENTION_SHAPES, AttentionShape
 from cmt_aqr.tools.bench_timing import event_time, extra_memory, gpu_time
@@ -64,38 +65,43 @@ class Row:
     note: str = ""
 
 
-def attention_tables(shapes: tuple[int, ...]) -> Iterator[str]:
-    """What was measured on, then the table of every chosen shape, as Markdown."""
+def attention_lines(shapes: tuple[int, ...]) -> Iterator[str]:
+    """What was measured on, then the table of every chosen shape, as Markdown; every line once it is known."""
     if not torch.cuda.is_available():
         raise DeviceError("bench attention needs a CUDA GPU, and there is none")
     yield f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}, {HEADS} heads of {HEAD_DIM}\n"
     for index in shapes:
-        yield shape_table(ATTENTION_SHAPES[index]) + "\n"
+        yield from shape_lines(ATTENTION_SHAPES[index])
 
 
-def shape_table(shape: AttentionShape) -> str:
+def shape_lines(shape: AttentionShape) -> Iterator[str]:
     """Measure every way on one shape."""
     torch._dynamo.reset()  # or the shapes before would count against the limit of recompilations
-    problem = make_problem(shape)
-    reference = float64_output(problem)
-    rows = [measure_row(*way, problem, reference) for way in ways(problem)]
-    rows += lowrank_rows(problem, reference)
-    shared = gpu_time(lambda: plan(problem.windows))
-    rows.append(Row("flex: sorting and block ranges, once for all layers", forward=shared))
-    base = rows[0]
-    lines = [
-        str(shape),
-        "",
-        "| | forward, us | ratio | forward + backward, us | ratio | memory, MiB: forward | both | error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
+    yield f"{shape}\n"
+    yield "| | forward, us | ratio | forward + backward, us | ratio | memory, MiB: forward | both | error |"
+    yield "|---|---|---|---|---|---|---|---|"
+    base = None
+    for row in shape_rows(make_problem(shape)):
+        base = base or row
         cells = [f"{row.name}{row.note}"]
         cells += [_number(row.forward), _ratio(row.forward, base.forward)]
         cells += [_number(row.both), _ratio(row.both, base.both), _number(row.memory), _number(row.memory_both)]
         cells.append("-" if row.error is None else f"{row.error:.1e}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+def shape_rows(problem: Problem) -> Iterator[Row]:
+    """All ways, the base first."""
+    with phase("reference in float64"):
+        reference = float64_output(problem)
+    for way in ways(problem):
+        with phase(way[0]):
+            row = measure_row(*way, problem, reference)
+        yield row
+    yield from lowrank_rows(problem, reference)
+    shared = gpu_time(lambda: plan(problem.windows))
+    yield Row("flex: sorting and block ranges, once for all layers", forward=shared)
 
 
 def make_problem(shape: AttentionShape) -> Problem:
@@ -227,9 +233,8 @@ def measure_row(
     return row
 
 
-def lowrank_rows(problem: Problem, reference: Tensor) -> list[Row]:
+def lowrank_rows(problem: Problem, reference: Tensor) -> Iterator[Row]:
     """Low-rank factors at both energies: their SVD, and the attention with them (forward only)."""
-    rows = []
     bias = AttentionBias(problem.windows, problem.bias().values.detach())
     factorise(bias, ENERGIES[0])  # the first SVD sets up its library
     for energy in ENERGIES:
@@ -246,8 +251,7 @@ def lowrank_rows(problem: Problem, reference: Tensor) -> list[Row]:
             gpu_time(forward),
             extra_memory(forward),
         )
-        rows.append(row)
-    return rows
+        yield row
 
 
 def float64_output(problem: Problem) -> Tensor:

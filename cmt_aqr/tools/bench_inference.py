@@ -3,7 +3,7 @@
 import copy
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,13 +19,14 @@ from cmt_aqr.inference import InferencePipeline
 from cmt_aqr.jobs import decoding_of, load_model
 from cmt_aqr.models.detector import Detector
 from cmt_aqr.precision import PRECISIONS
+from cmt_aqr.progress import phase
 from cmt_aqr.tools.bench_frames import Inputs, inputs_of, made_up_batch, validation_batches
 from cmt_aqr.tools.bench_measure import Measured, describe_machine, measure, number
 from cmt_aqr.tools.bench_original import in_original_manner
+from cmt_aqr.tools.bench_shapes import INFERENCE_WAYS
 
 # Boxes that count in a comparison, and how far away the like of one is looked for.
 SURE_SCORE, NEAR_M = 0.1, 1.0
-OURS, REFERENCE = "ours, AQR", "ours, eager, AQR"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Options:
         frames: frames of the validation split to go through; 0: one made-up batch again and again.
         precision: of autocast in all ways: `fp32`, `bf16` or `fp16`.
         compiled: whether our pipelines are; False is for a first look on a CPU.
+        ways: of `INFERENCE_WAYS`; those that differ in AQR alone are left out for a model without it.
+        stages: whether the stages are timed one by one, too.
+        profiled: whether some calls are profiled for the busy time of the GPU.
     """
 
     checkpoint: str | None
@@ -47,6 +51,9 @@ class Options:
     precision: str
     repeats: int
     compiled: bool
+    ways: tuple[str, ...]
+    stages: bool
+    profiled: bool
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,11 @@ class Difference:
     total: int
 
 
-def inference_tables(config: Config, device: torch.device, options: Options) -> Iterator[str]:
-    """What was measured on, a table for each batch size, then the stages of batch size 1, as Markdown."""
+def inference_lines(config: Config, device: torch.device, options: Options) -> Iterator[str]:
+    """What was measured on, a table for each batch size, then the stages of batch size 1, as Markdown.
+
+    Every line is yielded once it is known.
+    """
     detector = build_detector(config.model)
     if options.checkpoint is not None:
         load_model(detector, config, options.checkpoint)
@@ -69,8 +79,9 @@ def inference_tables(config: Config, device: torch.device, options: Options) -> 
     yield f"{config.name}, {describe_machine(device)}, {options.precision}, {weights}\n"
     for batch_size in options.batch_sizes:
         inputs = make_inputs(config, device, batch_size, options)
-        yield batch_table(detector, config, device, inputs, batch_size, options) + "\n"
-    yield stage_table(detector, config, device, make_inputs(config, device, 1, options), options) + "\n"
+        yield from batch_lines(detector, config, device, inputs, options)
+    if options.stages:
+        yield from stage_lines(detector, config, device, make_inputs(config, device, 1, options), options)
 
 
 def make_inputs(config: Config, device: torch.device, batch_size: int, options: Options) -> list[Inputs]:
@@ -82,29 +93,28 @@ def make_inputs(config: Config, device: torch.device, batch_size: int, options: 
     return [inputs_of(batch.pin_memory() if device.type == "cuda" else batch) for batch in batches]
 
 
-def batch_table(
-    detector: Detector,
-    config: Config,
-    device: torch.device,
-    inputs: Sequence[Inputs],
-    batch_size: int,
-    options: Options,
-) -> str:
+def batch_lines(
+    detector: Detector, config: Config, device: torch.device, inputs: Sequence[Inputs], options: Options
+) -> Iterator[str]:
     """One line for each way."""
-    expected = reference_detections(detector, config, device, inputs)
-    lines = [
-        f"batch {batch_size}",
-        "",
-        "| | median, ms | p99, ms | frames/s | GPU busy, ms | peak, MiB | centre, cm | score | without its like |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, with_aqr in ways(config):
-        detect = make_way(name, detector, config, device, batch_size, options)
-        found = [each for batch in inputs for each in detect(*batch)]
-        difference = compare(found, expected) if with_aqr else None
-        measured = measure(Cycle(detect, inputs), device, repeats=options.repeats)
-        lines.append(f"| {name} | {cells(measured, difference, batch_size)} |")
-    return "\n".join(lines)
+    batch_size = len(inputs[0][2])
+    with phase(f"reference in float32, batch {batch_size}"):
+        expected = reference_detections(detector, config, device, inputs)
+    yield f"batch {batch_size}\n"
+    yield "| | median, ms | p99, ms | frames/s | GPU busy, ms | peak, MiB | centre, cm | score | without its like |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for way in ways(config, options.ways):
+        name = INFERENCE_WAYS[way]
+        compiling = "compiling, " if options.compiled and way.startswith("ours") else ""
+        with phase(f"{name}, batch {batch_size}: {compiling}first calls"):
+            detect = make_way(way, detector, config, device, batch_size, options)
+            found = [each for batch in inputs for each in detect(*batch)]
+        difference = None if way.endswith("off") else compare(found, expected)
+        with phase(f"{name}, batch {batch_size}: {options.repeats} calls"):
+            call = Cycle(detect, inputs)
+            measured = measure(call, device, repeats=options.repeats, profiled=options.profiled)
+        yield f"| {name} | {cells(measured, difference, batch_size)} |"
+    yield ""
 
 
 class Cycle:
@@ -120,22 +130,20 @@ class Cycle:
         return self._detect(*batch)
 
 
-def ways(config: Config) -> list[tuple[str, bool]]:
-    """Name of each way, and whether it computes the model of the reference."""
+def ways(config: Config, chosen: Sequence[str]) -> list[str]:
+    """The chosen ways that the model has: one without AQR is measured as ``-off`` only."""
     has_aqr = config.model.aqr is not None
-    rows = [(OURS, True), ("ours, AQR off", False), (REFERENCE, True)]
-    rows += [("original's manner, AQR", True), ("original's manner, AQR off", False)]
-    return [row for row in rows if has_aqr or row[0].endswith("off")]
+    return [way for way in INFERENCE_WAYS if way in chosen and (has_aqr or way.endswith("off"))]
 
 
 def make_way(
-    name: str, detector: Detector, config: Config, device: torch.device, batch_size: int, options: Options
+    way: str, detector: Detector, config: Config, device: torch.device, batch_size: int, options: Options
 ) -> Detect:
     """A detector as a function of a batch."""
-    with_aqr = not name.endswith("off")
-    if name.startswith("original"):
+    with_aqr = not way.endswith("off")
+    if way.startswith("original"):
         return eager(in_original_manner(detector, with_aqr=with_aqr), config, device, options.precision)
-    if name == REFERENCE:
+    if way == "eager":
         return eager(detector, config, device, options.precision)
     return make_pipeline(detector if with_aqr else without_aqr(detector), config, batch_size, options)
 
@@ -207,21 +215,24 @@ def cells(measured: Measured, difference: Difference | None, batch_size: int) ->
     return " | ".join([*values, number(difference.centre, 2), f"{difference.score:.1e}", counts])
 
 
-def stage_table(
+def stage_lines(
     detector: Detector, config: Config, device: torch.device, inputs: Sequence[Inputs], options: Options
-) -> str:
+) -> Iterator[str]:
     """Time of each stage alone, in eager mode and, on a GPU, as a replay of its graph."""
-    pipeline = make_pipeline(detector, config, 1, options)
-    pipeline(*inputs[0])
-    eager_times = eager_stages(detector, config, device, inputs[0], options)
-    lines = ["stages, batch 1", "", "| | eager, ms | GPU busy, ms | one graph, ms |", "|---|---|---|---|"]
-    for name, measured in eager_times.items():
+    with phase("stages: compiling" if options.compiled else "stages: first call"):
+        pipeline = make_pipeline(detector, config, 1, options)
+        pipeline(*inputs[0])
+    calls = stage_calls(detector, config, device, inputs[0], options)
+    yield from ("stages, batch 1\n", "| | eager, ms | GPU busy, ms | one graph, ms |", "|---|---|---|---|")
+    for name, call in calls.items():
+        with phase(f"stage {name}: {options.repeats} calls"):
+            measured = measure(call, device, repeats=options.repeats, profiled=options.profiled)
         stage = pipeline.stages.get(name)
         replay = None
         if stage is not None and stage.is_captured:
             replay = statistics.median(replay_times(stage.run, repeats=options.repeats))
-        lines.append(f"| {name} | {number(measured.median, 2)} | {number(measured.busy, 2)} | {number(replay, 2)} |")
-    return "\n".join(lines)
+        yield f"| {name} | {number(measured.median, 2)} | {number(measured.busy, 2)} | {number(replay, 2)} |"
+    yield ""
 
 
 def replay_times(run, *, repeats: int) -> list[float]:
@@ -237,41 +248,47 @@ def replay_times(run, *, repeats: int) -> list[float]:
     return times
 
 
-@torch.inference_mode()
-def eager_stages(
+def stage_calls(
     detector: Detector, config: Config, device: torch.device, inputs: Inputs, options: Options
-) -> dict[str, Measured]:
-    """The stages of the pipeline, called one by one in eager mode."""
+) -> dict[str, Callable[[], object]]:
+    """The stages of the pipeline that the model has, to be called one by one in eager mode."""
     images, points, lidar2img = inputs
     images = None if detector.image_branch is None else images.to(device)
     points = None if detector.lidar_branch is None else [cloud.to(device) for cloud in points]
     lidar2img, decoding = lidar2img.to(device), decoding_of(config)
     precision = PRECISIONS[options.precision]
-    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-        pv_maps, bev_map = detector.encode_images(images), detector.encode_points(points)
-        size = None if images is None else tuple(images.shape[2:4])
-        cameras = detector.make_cameras(pv_maps, lidar2img, size)
-        layout = detector.make_layout(bev_map, pv_maps)
-        places = detector.locate(layout, len(lidar2img), cameras)
 
-        def boxes() -> list[Detections]:
-            predictions = detector.forward_located(bev_map, pv_maps, places)
-            return postprocess(
-                predictions,
-                max_detections=decoding.max_detections,
-                post_range=decoding.post_range,
-                score_threshold=decoding.score_threshold,
-            )
+    def ready(call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            with (
+                torch.inference_mode(),
+                torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32),
+            ):
+                return call()
 
-        calls = {
-            "images": lambda: detector.encode_images(images),
-            "points": lambda: detector.encode_points(points),
-            "places": lambda: detector.locate(layout, len(lidar2img), cameras),
-            "boxes": boxes,
-        }
-        present = {"images": images is not None, "points": points is not None}
-        return {
-            name: measure(call, device, repeats=options.repeats)
-            for name, call in calls.items()
-            if present.get(name, True)
-        }
+        return run
+
+    pv_maps = ready(lambda: detector.encode_images(images))()
+    bev_map = ready(lambda: detector.encode_points(points))()
+    size = None if images is None else tuple(images.shape[2:4])
+    cameras = ready(lambda: detector.make_cameras(pv_maps, lidar2img, size))()
+    layout = detector.make_layout(bev_map, pv_maps)
+    places = ready(lambda: detector.locate(layout, len(lidar2img), cameras))()
+
+    def boxes() -> list[Detections]:
+        predictions = detector.forward_located(bev_map, pv_maps, places)
+        return postprocess(
+            predictions,
+            max_detections=decoding.max_detections,
+            post_range=decoding.post_range,
+            score_threshold=decoding.score_threshold,
+        )
+
+    calls = {
+        "images": lambda: detector.encode_images(images),
+        "points": lambda: detector.encode_points(points),
+        "places": lambda: detector.locate(layout, len(lidar2img), cameras),
+        "boxes": boxes,
+    }
+    present = {"images": images is not None, "points": points is not None}
+    return {name: ready(call) for name, call in calls.items() if present.get(name, True)}

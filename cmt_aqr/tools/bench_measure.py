@@ -17,7 +17,7 @@ PROFILED_CALLS = 5
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds of a call; ``busy``, in ms of a call, and ``peak``, in MiB of all that is allocated, on a GPU."""
+    """Milliseconds of a call; on a GPU also ``busy``, ms of a call, if profiled, and ``peak``, MiB of all allocated."""
 
     median: float
     p99: float
@@ -25,8 +25,14 @@ class Measured:
     peak: float | None
 
 
-def measure(call: Callable[[], object], device: torch.device, *, repeats: int, warm_up: int = 3) -> Measured:
-    """Wall time of calls that end when their results are there; on a GPU also what it did meanwhile."""
+def measure(
+    call: Callable[[], object], device: torch.device, *, repeats: int, profiled: bool, warm_up: int = 3
+) -> Measured:
+    """Wall time of calls that end when their results are there; on a GPU also what it did meanwhile.
+
+    Args:
+        profiled: whether a few more calls are profiled for the busy time.
+    """
     for _ in range(warm_up):
         call()
     _wait(device)
@@ -41,13 +47,12 @@ def measure(call: Callable[[], object], device: torch.device, *, repeats: int, w
     peak = torch.cuda.max_memory_allocated(device) / MEBIBYTE if device.type == "cuda" else None
     times.sort()
     p99 = times[min(len(times) - 1, int(0.99 * len(times)))]
-    return Measured(statistics.median(times), p99, busy_time(call, device), peak)
+    busy = busy_time(call, device) if profiled and device.type == "cuda" else None
+    return Measured(statistics.median(times), p99, busy, peak)
 
 
-def busy_time(call: Callable[[], object], device: torch.device) -> float | None:
-    """Milliseconds of a call in which the GPU runs or copies anything, however many streams do; None on a CPU."""
-    if device.type != "cuda":
-        return None
+def busy_time(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a call in which the GPU runs or copies anything, however many streams do."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED_CALLS):
             call()

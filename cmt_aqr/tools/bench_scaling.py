@@ -1,7 +1,7 @@
 """How the cost of the attention with the bias grows with each size, and that of the LiDAR branch with the points."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from cmt_aqr.build import build_lidar_branch
 from cmt_aqr.config import Config
 from cmt_aqr.models.fixed_lidar import encode_points_fixed, measure_sizes
 from cmt_aqr.models.voxels import pad_points
+from cmt_aqr.progress import phase
 from cmt_aqr.tools.bench_attention import BASE, DeviceError, make_problem, ways
 from cmt_aqr.tools.bench_frames import random_points
 from cmt_aqr.tools.bench_measure import number
@@ -31,8 +32,8 @@ class Cost:
     plain: tuple[float, float] | None = None
 
 
-def scaling_tables(config: Config, axes: tuple[str, ...]) -> Iterator[str]:
-    """What was measured on, then one table an axis, as Markdown.
+def scaling_lines(config: Config, axes: tuple[str, ...]) -> Iterator[str]:
+    """What was measured on, then one table an axis, as Markdown; every line once it is known.
 
     Args:
         config: of the LiDAR branch.
@@ -42,8 +43,16 @@ def scaling_tables(config: Config, axes: tuple[str, ...]) -> Iterator[str]:
         raise DeviceError("bench scaling needs a CUDA GPU, and there is none")
     yield f"{torch.cuda.get_device_name()}, torch {torch.__version__}: the r50 preset, of which one size grows\n"
     for axis in axes:
-        costs = point_costs(config) if axis == "points" else [attention_cost(*item) for item in SCALING[axis].items()]
-        yield table(axis, costs) + "\n"
+        yield from table(axis, point_costs(config) if axis == "points" else attention_costs(axis))
+        yield ""
+
+
+def attention_costs(axis: str) -> Iterator[Cost]:
+    """Our attention and the plain one at every size of an axis."""
+    for size, shape in SCALING[axis].items():
+        with phase(f"{axis}, {size}: compiling and measuring"):
+            cost = attention_cost(size, shape)
+        yield cost
 
 
 def attention_cost(size: int, shape: AttentionShape) -> Cost:
@@ -68,12 +77,11 @@ def attention_cost(size: int, shape: AttentionShape) -> Cost:
     return Cost(size, forward, both, memory, times(BASE)[:2])
 
 
-def point_costs(config: Config) -> list[Cost]:
+def point_costs(config: Config) -> Iterator[Cost]:
     """Points to the BEV map at fixed sizes, float16, as a CUDA graph."""
     torch.manual_seed(0)
     branch = build_lidar_branch(config.model.lidar, config.model.point_range).cuda().eval()
     branch.encoder.precision = torch.float16
-    costs = []
     for count in NUM_POINTS:
         cloud = random_points(count, config.model.point_range).cuda()
         points = torch.empty(1, count, cloud.shape[1], device="cuda")
@@ -84,16 +92,15 @@ def point_costs(config: Config) -> list[Cost]:
             def run(points=points, sizes=sizes) -> torch.Tensor:
                 return encode_points_fixed(branch, points, sizes)[0]
 
-            costs.append(Cost(count, gpu_time(run, inner=1), math.nan, extra_memory(run)))
-    return costs
+            with phase(f"{count} points"):
+                cost = Cost(count, gpu_time(run, inner=1), math.nan, extra_memory(run))
+        yield cost
 
 
-def table(axis: str, costs: list[Cost]) -> str:
+def table(axis: str, costs: Iterable[Cost]) -> Iterator[str]:
     """A line a size; the exponent is that of a power law through this line and the one before: 1 is linear."""
-    lines = [
-        f"| {axis} | forward, us | exponent | to plain | forward + backward, us | exponent | to plain | memory, MiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    yield f"| {axis} | forward, us | exponent | to plain | forward + backward, us | exponent | to plain | memory, MiB |"
+    yield "|---|---|---|---|---|---|---|---|"
     before = None
     for cost in costs:
         cells = [f"{cost.size:,}".replace(",", " ")]
@@ -102,9 +109,8 @@ def table(axis: str, costs: list[Cost]) -> str:
             exponent = None if before is None else growth(before.size, cost.size, getattr(before, name), value)
             ratio = None if cost.plain is None else value / cost.plain[index]
             cells += [_cell(value, 0), _cell(exponent, 2), _cell(ratio, 2)]
-        lines.append(f"| {' | '.join(cells)} | {number(cost.memory, 0)} |")
+        yield f"| {' | '.join(cells)} | {number(cost.memory, 0)} |"
         before = cost
-    return "\n".join(lines)
 
 
 def growth(size: float, larger: float, time: float, longer: float) -> float:

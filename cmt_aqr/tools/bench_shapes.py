@@ -1,4 +1,4 @@
-"""Sizes at which attention is measured; plain numbers, so that help can show them without PyTorch."""
+"""Sizes and ways that are measured; plain numbers and words, so that help can show them without PyTorch."""
 
 from dataclasses import dataclass, replace
 
@@ -64,3 +64,13 @@ SCALING: dict[str, dict[int, AttentionShape]] = {
     "cameras": {views: replace(R50, cameras=(views, 20, 50)) for views in (1, 2, 4, 6, 12)},
     "window": {size: replace(R50, windows=(size, size)) for size in (3, 5, 9, 15, 31)},
 }
+
+# Choices of --ways, and the names of their lines.
+INFERENCE_WAYS = {
+    "ours": "ours, AQR",
+    "ours-off": "ours, AQR off",
+    "eager": "ours, eager, AQR",
+    "original": "original's manner, AQR",
+    "original-off": "original's manner, AQR off",
+}
+TRAINING_WAYS = {"compiled": "ours, compiled", "eager": "ours, eager", "original": "original's manner"}

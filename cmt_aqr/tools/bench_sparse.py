@@ -16,6 +16,7 @@ from cmt_aqr.models import spconv_backend
 from cmt_aqr.models.lidar import SparseEncoder
 from cmt_aqr.models.sparse import Capacities
 from cmt_aqr.models.voxels import VoxelBatch, pad_voxels, voxelize_batch
+from cmt_aqr.progress import phase
 from cmt_aqr.tools.bench_timing import capture, extra_memory
 
 SHAPE = (41, 1024, 1024)
@@ -36,8 +37,8 @@ class Row:
     error: float | None = None
 
 
-def sparse_tables(path: str | None, *, batch_size: int, repeats: int, threads: int) -> Iterator[str]:
-    """What was measured on, then the tables of evaluation and training mode, as Markdown.
+def sparse_lines(path: str | None, *, batch_size: int, repeats: int, threads: int) -> Iterator[str]:
+    """What was measured on, then the tables of evaluation and training mode, as Markdown; every line once it is known.
 
     Args:
         path: a LiDAR file of nuScenes (.bin), taken ten times with the step of a moving car; None: a random cloud.
@@ -48,7 +49,14 @@ def sparse_tables(path: str | None, *, batch_size: int, repeats: int, threads: i
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.uname().machine}, {threads} thread(s)"
     yield f"{name}, torch {torch.__version__}, batch {batch_size}, {len(voxels.coords_bzyx)} voxels, grid {SHAPE}\n"
     for is_training in (False, True):
-        yield table(device, voxels, is_training=is_training, repeats=repeats) + "\n"
+        yield "training mode\n" if is_training else "evaluation mode\n"
+        yield "| | forward, ms | forward + backward, ms | memory, MiB: forward | both | error |"
+        yield "|---|---|---|---|---|---|"
+        for row in rows(device, voxels, is_training=is_training, repeats=repeats):
+            times = " | ".join(_number(value, ".1f") for value in (row.forward, row.both))
+            sizes = " | ".join(_number(value, ".0f") for value in (row.memory, row.memory_both))
+            yield f"| {row.name} | {times} | {sizes} | {_number(row.error, '.1e')} |"
+        yield ""
 
 
 def voxels_of_file(path: str, batch_size: int) -> VoxelBatch:
@@ -84,14 +92,13 @@ def random_cloud(generator: torch.Generator) -> Tensor:
     return torch.stack([x, y, z, *rest], dim=-1).flatten(0, 1)
 
 
-def table(device: torch.device, voxels: VoxelBatch, *, is_training: bool, repeats: int) -> str:
+def rows(device: torch.device, voxels: VoxelBatch, *, is_training: bool, repeats: int) -> Iterator[Row]:
     """Measure both backends in one mode."""
     torch.manual_seed(0)
     reference = SparseEncoder(in_channels=5, sparse_shape=SHAPE, backend="torch").train(is_training)
-    with torch.no_grad():
+    with torch.no_grad(), phase("reference in float64"):
         expected = None if device.type == "cpu" else copy.deepcopy(reference).double()(voxels)
     on_device = voxels._replace(features=voxels.features.to(device), coords_bzyx=voxels.coords_bzyx.to(device))
-    rows = []
     precisions = (torch.float32, torch.float16, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
     for precision in precisions:
         for backend in ("spconv", "torch"):
@@ -100,38 +107,28 @@ def table(device: torch.device, voxels: VoxelBatch, *, is_training: bool, repeat
             encoder = copy.deepcopy(reference).to(device)
             encoder.backend, encoder.precision = backend, precision
             name = f"{backend}, {str(precision).removeprefix('torch.')}"
-            rows.append(measure(name, lambda encoder=encoder: encoder(on_device), encoder, expected, repeats))
+            with phase(name):
+                row = measure(name, lambda encoder=encoder: encoder(on_device), encoder, expected, repeats)
+            yield row
             if backend == "torch":
-                rows += fixed_rows(name, encoder, on_device, expected, repeats)
-    lines = [
-        "training mode" if is_training else "evaluation mode",
-        "",
-        "| | forward, ms | forward + backward, ms | memory, MiB: forward | both | error |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        times = " | ".join(_number(value, ".1f") for value in (row.forward, row.both))
-        sizes = " | ".join(_number(value, ".0f") for value in (row.memory, row.memory_both))
-        lines.append(f"| {row.name} | {times} | {sizes} | {_number(row.error, '.1e')} |")
-    return "\n".join(lines)
+                yield from fixed_rows(name, encoder, on_device, expected, repeats)
 
 
 def fixed_rows(
     name: str, encoder: SparseEncoder, voxels: VoxelBatch, expected: Tensor | None, repeats: int
-) -> list[Row]:
+) -> Iterator[Row]:
     """Fixed sizes with a quarter of head room: launched one by one, and on a GPU as a CUDA graph."""
     padded = pad_voxels(voxels, VOXELS["max_voxels"] * voxels.batch_size)
-    rows = Capacities(encoder.measure_rows(voxels)).rows
+    capacities = Capacities(encoder.measure_rows(voxels)).rows
 
     def run() -> Tensor:
-        return encoder.encode_fixed(padded, rows)[0]
+        return encoder.encode_fixed(padded, capacities)[0]
 
-    found = [measure(f"{name}, fixed sizes", run, encoder, expected, repeats)]
+    yield measure(f"{name}, fixed sizes", run, encoder, expected, repeats)
     if padded.features.is_cuda:
         with torch.no_grad():
             graph = capture(run)
-        found.append(Row(f"{name}, fixed sizes, CUDA graph", median_time(graph.replay, repeats, on_gpu=True)))
-    return found
+        yield Row(f"{name}, fixed sizes, CUDA graph", median_time(graph.replay, repeats, on_gpu=True))
 
 
 def measure(name: str, run: Callable[[], Tensor], encoder: SparseEncoder, expected: Tensor | None, repeats: int) -> Row:

@@ -4,8 +4,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -16,68 +16,88 @@ from cmt_aqr.build import open_split
 from cmt_aqr.config import Config
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.losses.criterion import total_loss
+from cmt_aqr.progress import phase
 from cmt_aqr.run import Run, build_optimizer, build_run, compute_losses, make_training_loader, set_rates, split_batch
 from cmt_aqr.tools.bench_frames import made_up_batch
 from cmt_aqr.tools.bench_measure import describe_machine, measure, number
 from cmt_aqr.tools.bench_original import in_original_manner
+from cmt_aqr.tools.bench_shapes import TRAINING_WAYS
 from cmt_aqr.training.distributed import RankInfo
 from cmt_aqr.training.optim import set_training_mode
 
 # Steps of the schedule: the learning rate must be one of a run, however few steps are measured.
 NUM_STEPS = 10_000
+COLUMNS = (
+    "first step, s",
+    "median, ms",
+    "p99, ms",
+    "samples/s",
+    "GPU busy, ms",
+    "peak, MiB",
+    "loss of the last step",
+)
 PARTS = ("batch to the device, denoising queries", "forward", "matching and loss", "backward, clipping", "optimizer")
 
 
-def training_tables(
-    config: Config, device: torch.device, *, cloud: str | None, batch_sizes: tuple[int, ...], repeats: int
-) -> Iterator[str]:
-    """What was measured on, then a table of whole steps and one of their parts for each batch size, as Markdown."""
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What is measured.
+
+    Attributes:
+        cloud: a LiDAR file (.bin) for made-up frames; None: a made-up scanner.
+        repeats: timed steps.
+        ways: of `TRAINING_WAYS`; None: all, the compiled one on a CPU only if the configuration says so.
+        stages: whether the parts of a step are timed, too.
+        profiled: whether some steps are profiled for the busy time of the GPU.
+    """
+
+    cloud: str | None
+    batch_sizes: tuple[int, ...]
+    repeats: int
+    ways: tuple[str, ...] | None
+    stages: bool
+    profiled: bool
+
+
+def training_lines(config: Config, device: torch.device, options: TrainingOptions) -> Iterator[str]:
+    """What was measured on, then a table for each batch size, as Markdown; every line once it is known."""
     yield f"{config.name}, {describe_machine(device)}, {config.training.precision}\n"
-    for batch_size in batch_sizes:
-        batch = made_up_batch(config, batch_size, cloud=cloud)
+    columns = [*COLUMNS, *(f"{part}, ms" for part in PARTS if options.stages)]
+    for batch_size in options.batch_sizes:
+        batch = made_up_batch(config, batch_size, cloud=options.cloud)
         batch = batch.pin_memory() if device.type == "cuda" else batch
-        yield step_table(config, device, batch, repeats) + "\n"
+        yield from (f"batch {batch_size}\n", f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|")
+        for way in options.ways or default_ways(config, device):
+            torch._dynamo.reset()
+            yield way_line(way, config, device, batch, options)
+        yield ""
 
 
-def step_table(config: Config, device: torch.device, batch: Batch, repeats: int) -> str:
-    """A line for each way to train, with the first step from cold, then the parts of our step."""
-    lines = [
-        f"batch {len(batch)}",
-        "",
-        "| | first step, s | median, ms | p99, ms | samples/s | GPU busy, ms | peak, MiB | loss of the last step |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    parts: dict[str, dict[str, float]] = {}
-    for name, make, is_compiled in ways(config, device):
-        torch._dynamo.reset()
-        with tempfile.TemporaryDirectory() as folder:
-            run = make(with_compile(config, is_compiled), device, Path(folder))
-            step = TrainingStep(run, batch)
+def default_ways(config: Config, device: torch.device) -> tuple[str, ...]:
+    """All, the compiled one on a CPU only if the configuration says so."""
+    is_compiled = device.type == "cuda" or config.training.compile is True
+    return tuple(way for way in TRAINING_WAYS if way != "compiled" or is_compiled)
+
+
+def way_line(way: str, config: Config, device: torch.device, batch: Batch, options: TrainingOptions) -> str:
+    """The line of one way to train, with its first step from cold."""
+    title = f"{TRAINING_WAYS[way]}, batch {len(batch)}"
+    with tempfile.TemporaryDirectory() as folder:
+        with phase(f"{title}: first step, compiles where it is compiled"):
+            make = make_original_run if way == "original" else make_run
+            step = TrainingStep(make(with_compile(config, way == "compiled"), device, Path(folder)), batch)
             start = time.perf_counter()
             step()  # which waits for its loss
             first = time.perf_counter() - start
-            measured = measure(step, device, repeats=repeats)
-            cells = [number(first), number(measured.median), number(measured.p99)]
-            cells += [number(1e3 * len(batch) / measured.median), number(measured.busy), number(measured.peak, 0)]
-            lines.append(f"| {name} | {' | '.join(cells)} | {step.loss:.4f} |")
-            if make is make_run:
-                parts[name] = part_times(step, device, repeats)
-    lines += [
-        "",
-        f"| part of a step | {' | '.join(f'{name}, ms' for name in parts)} |",
-        "|---" * (1 + len(parts)) + "|",
-    ]
-    for part in PARTS:
-        lines.append(f"| {part} | {' | '.join(number(times[part]) for times in parts.values())} |")
-    return "\n".join(lines)
-
-
-def ways(config: Config, device: torch.device) -> list[tuple[str, Callable[[Config, torch.device, Path], Run], bool]]:
-    """Name of each way, what makes its run, and whether it is compiled: on a CPU only if the configuration says so."""
-    rows = [("ours, eager", make_run, False), ("original's manner", make_original_run, False)]
-    if device.type == "cuda" or config.training.compile is True:
-        rows.insert(0, ("ours, compiled", make_run, True))
-    return rows
+        with phase(f"{title}: {options.repeats} steps"):
+            measured = measure(step, device, repeats=options.repeats, profiled=options.profiled)
+        cells = [number(first), number(measured.median), number(measured.p99)]
+        cells += [number(1e3 * len(batch) / measured.median), number(measured.busy), number(measured.peak, 0)]
+        cells.append(f"{step.loss:.4f}")
+        if options.stages:
+            with phase(f"{title}: {options.repeats} steps in parts"):
+                cells += map(number, part_times(step, device, options.repeats))
+    return f"| {TRAINING_WAYS[way]} | {' | '.join(cells)} |"
 
 
 def with_compile(config: Config, is_compiled: bool) -> Config:
@@ -126,8 +146,8 @@ class TrainingStep:
         self.loss = loss.item()
 
 
-def part_times(step: TrainingStep, device: torch.device, repeats: int) -> dict[str, float]:
-    """Median milliseconds of the parts of a step; the GPU is waited for at their ends, so their sum is more than it."""
+def part_times(step: TrainingStep, device: torch.device, repeats: int) -> list[float]:
+    """Median milliseconds of `PARTS`; the GPU is waited for at their ends, so their sum is more than a step."""
     model, criterion, optimizer = step.run.ddp_model, step.run.criterion, step.run.optimizer
     stamps: list[float] = []
 
@@ -151,27 +171,25 @@ def part_times(step: TrainingStep, device: torch.device, repeats: int) -> dict[s
         durations.append([1e3 * (end - start) for start, end in pairwise(stamps)])
     for hook in hooks:
         hook.remove()
-    return {name: statistics.median(times) for name, times in zip(PARTS, zip(*durations, strict=True), strict=True)}
+    return [statistics.median(times) for times in zip(*durations, strict=True)]
 
 
-def loader_table(config: Config, *, workers: tuple[int, ...], num_batches: int) -> str:
+def loader_lines(config: Config, *, workers: tuple[int, ...], num_batches: int) -> Iterator[str]:
     """Frames a second that the training loader yields with so many workers, once its first batch is there."""
     index = open_split(config.data, config.data.train_split)
-    lines = [
-        f"{config.name}: {len(index)} frames, batches of {config.training.batch_size}, {os.cpu_count()} CPU cores",
-        "",
-        "| workers | first batch, s | frames/s | ms a frame and worker |",
-        "|---|---|---|---|",
-    ]
+    size = config.training.batch_size
+    yield f"{config.name}: {len(index)} frames, batches of {size}, {os.cpu_count()} CPU cores\n"
+    yield "| workers | first batch, s | frames/s | ms a frame and worker |"
+    yield "|---|---|---|---|"
     for count in workers:
         one = replace(config, data=replace(config.data, workers=count))
-        loader, _ = make_training_loader(one, index, RankInfo(0, 1, torch.device("cpu")))
-        start = time.perf_counter()
-        batches = islice(loader, num_batches + 1)
-        next(batches)
-        first = time.perf_counter()
-        frames = sum(len(batch) for batch in batches)
-        duration = time.perf_counter() - first
+        with phase(f"{num_batches} batches from {count} workers"):
+            loader, _ = make_training_loader(one, index, RankInfo(0, 1, torch.device("cpu")))
+            start = time.perf_counter()
+            batches = islice(loader, num_batches + 1)
+            next(batches)
+            first = time.perf_counter()
+            frames = sum(len(batch) for batch in batches)
+            duration = time.perf_counter() - first
         each = number(1e3 * duration / frames * max(1, count))
-        lines.append(f"| {count} | {number(first - start)} | {number(frames / duration)} | {each} |")
-    return "\n".join(lines)
+        yield f"| {count} | {number(first - start)} | {number(frames / duration)} | {each} |"

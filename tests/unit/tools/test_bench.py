@@ -10,11 +10,11 @@ from cmt_aqr.attention.dense import dense_attention
 from cmt_aqr.boxes import Detections
 from cmt_aqr.build import build_detector
 from cmt_aqr.config import load_config
-from cmt_aqr.tools import bench
+from cmt_aqr.tools import bench, bench_inference, bench_training
 from cmt_aqr.tools.attention_cases import fusion_layout, make_windows
 from cmt_aqr.tools.bench_frames import made_up_batch
 from cmt_aqr.tools.bench_inference import compare
-from cmt_aqr.tools.bench_measure import covered
+from cmt_aqr.tools.bench_measure import Measured, covered
 from cmt_aqr.tools.bench_original import in_original_manner, masked_attention
 from tests.unit.test_inference import SMALL
 
@@ -90,6 +90,39 @@ def test_end2end_and_train_print_their_tables(capsys):
     assert "| boxes |" in table and "| points |" in table
     assert bench.main(["train", *common]) == 0
     table = capsys.readouterr().out
-    losses = [float(line.split("|")[-2]) for line in table.splitlines() if line.startswith(("| ours", "| original"))]
-    assert len(losses) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-3)  # the same weights and steps
-    assert "| matching and loss |" in table
+    header, *rows = [line.split(" | ") for line in table.splitlines() if line.startswith(("| | ", "| ours", "| orig"))]
+    assert [row[0] for row in rows] == ["| ours, eager", "| original's manner"]
+    losses = [float(row[header.index("loss of the last step")]) for row in rows]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # the same weights and steps
+    parts = [float(row[header.index("matching and loss, ms")]) for row in rows]
+    wholes = [float(row[header.index("median, ms")]) for row in rows]
+    assert all(0 < part < whole for part, whole in zip(parts, wholes, strict=True))
+
+
+@pytest.mark.parametrize("command", ["end2end", "train"])
+def test_a_bench_that_is_ended_has_printed_what_it_measured(command, capsys, monkeypatch):
+    done = []
+
+    def interrupted(*_, **__):
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(True)
+        return Measured(12.0, 13.0, None, None)
+
+    monkeypatch.setattr(bench_inference, "measure", interrupted)
+    monkeypatch.setattr(bench_training, "measure", interrupted)
+    chosen = {"end2end": ["eager", "original"], "train": ["eager", "original"]}[command]
+    arguments = ["--device", "cpu", "--repeats", "1", "--no-stages", "--ways", *chosen, "--set", *TINY]
+    assert bench.main([command, "configs/synthetic_tiny.yaml", *arguments]) == 130
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("| ours, eager") and "| 12.0" in last
+
+
+def test_end2end_measures_the_chosen_ways_only(capsys):
+    arguments = ["--device", "cpu", "--repeats", "1", "--precision", "fp32", "--no-stages", "--ways", "eager"]
+    assert bench.main(["end2end", "configs/synthetic_tiny.yaml", *arguments, "--set", *TINY]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ") and "median" not in line] == [
+        "| ours, eager, AQR"
+    ]
+    assert not any(line.startswith("stages") for line in lines)
