@@ -22,6 +22,7 @@ from cmt_aqr.build import build_detector, check_device
 from cmt_aqr.classes import CAMERAS
 from cmt_aqr.config import Config, config_from_tree, load_config, naming_source, to_tree
 from cmt_aqr.data.image_transforms import fixed_image_draw, image_matrix, transform_image
+from cmt_aqr.devices import choose_device
 from cmt_aqr.evaluation.postprocess import class_tables, find_best
 from cmt_aqr.found import Found, find_kept, pack
 from cmt_aqr.jobs import decoding_of, is_compiled, load_model, make_pipeline
@@ -89,7 +90,7 @@ class Predictor:
             config = load_config(config)
         if compile is not None:
             config = _with_compile(config, compile)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(device) if device else choose_device(None)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"device is {device}, and there is no CUDA GPU; use 'cpu'")
         with naming_source(path):

@@ -4,8 +4,7 @@
     bias[q, k]  = clamp(scale * weight[q, g], -max_bias, max_bias)   if token k, of grid g, lies in q's window there,
                   0                                                  otherwise
 
-A token lies in a window when its view is the window's and its row and column are near enough to the centre's
-(``windows.in_window``).
+A token lies in a window of its own view whose centre is near enough in rows and columns (``windows.in_window``).
 
 Shape letters: B batch, Q queries, G grids, N windows of a query in one grid, K tokens.
 """

@@ -23,8 +23,7 @@ class Grid:
         views: number of maps: the cameras, or 1 for a BEV grid.
         rows, cols: cells of a map.
         origin: metres x, y of the corner where cell (0, 0) of a BEV grid begins; None for cameras.
-        cell_size: metres along x, y of a BEV cell (voxel size times stride); None for cameras, whose cells divide the
-            image evenly.
+        cell_size: metres along x, y of a BEV cell (voxel size times stride); None for cameras: cells divide the image.
     """
 
     name: str

@@ -38,7 +38,7 @@ def make_score_mod(bias: AttentionBias, token_mask: Tensor | None = None) -> Sco
     grid, view, row, col = (x.contiguous() for x in windows.layout.table(values.device))
     radius = torch.cat([torch.full_like(grid[:1], windows.settings.radius(g)) for g in windows.layout.grids])
     # One table (B, Q, G, N, 3) for all grids; grids with fewer windows per query are filled up with NO_WINDOW.
-    num_windows = max(cells.shape[2] for cells in windows.cells)
+    num_windows = windows.most_per_grid
     centres = [F.pad(cells, (0, 0, 0, num_windows - cells.shape[2]), value=NO_WINDOW) for cells in windows.cells]
     centre_view, centre_row, centre_col = (x.contiguous() for x in torch.stack(centres, dim=2).unbind(-1))
 
@@ -77,7 +77,7 @@ def attention_with_score_mod(
     if q.device.type == "cpu":
         return attend(q, k, v, score_mod), None
     # With several windows a query, the look-ups of all stages of the kernel's pipeline exceed the shared memory.
-    one_stage = {"num_stages": 1} if max(cells.shape[2] for cells in bias.windows.cells) > 1 else None
+    one_stage = {"num_stages": 1} if bias.windows.most_per_grid > 1 else None
     out, aux = attend(q, k, v, score_mod, kernel_options=one_stage, return_aux=AuxRequest(lse=True))
     return out, aux.lse
 

@@ -25,8 +25,7 @@ class WindowSettings:
     """Size of the windows, and which queries have one.
 
     Attributes:
-        sizes: window size in cells for the name of every grid; its radius is size // 2, so 5 is 5 x 5 and
-            8 is 9 x 9.
+        sizes: name of a grid -> window size in cells; the radius is size // 2, so 5 is 5 x 5 and 8 is 9 x 9.
         camera_assignment: ``first``: the first camera, in the fixed order, that sees the point; ``all``: every one.
         unseen: ``none``: a point that no camera sees has no camera window; ``corner``: it has one at view 0, row 0,
             column 0, as in the original (Quirk Q11), for comparisons only.
@@ -80,6 +79,11 @@ class QueryWindows:
     def batch_and_queries(self) -> tuple[int, int]:
         """B and Q."""
         return self.cells[0].shape[0], self.cells[0].shape[1]
+
+    @property
+    def most_per_grid(self) -> int:
+        """The largest N of all grids."""
+        return max(cells.shape[2] for cells in self.cells)
 
 
 def in_window(rows_away: Tensor, cols_away: Tensor, radius: int | Tensor) -> Tensor:

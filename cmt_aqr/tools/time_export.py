@@ -13,6 +13,7 @@ from cmt_aqr.jobs import decoding_of, load_model
 from cmt_aqr.models.voxels import pad_points
 from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.tools.bench_measure import Measured, describe_machine, measure, number
+from cmt_aqr.tools.bench_timing import capture
 
 Run = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -41,7 +42,7 @@ def latency_table(
     buffers = {name: x.clone() for name, x in inputs.items()}
     yield table_line(about["form"], measure(HostCall(model, frame, buffers), device, repeats=repeats), base)
     if device.type == "cuda":
-        replayed = HostCall(capture(model, buffers), frame, buffers)
+        replayed = HostCall(capture_program(model, buffers), frame, buffers)
         yield table_line(f"{about['form']}, one CUDA graph", measure(replayed, device, repeats=repeats), base)
 
 
@@ -84,17 +85,10 @@ class HostCall:
 
 
 @torch.inference_mode()
-def capture(model: Run, buffers: dict[str, Tensor]) -> Run:
+def capture_program(model: Run, buffers: dict[str, Tensor]) -> Run:
     """The program as one CUDA graph, which reads the buffers and ignores its argument."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        model(buffers)
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = model(buffers)
+    outputs = {}
+    graph = capture(lambda: outputs.update(model(buffers)))
 
     def replay(_: dict[str, Tensor]) -> dict[str, Tensor]:
         graph.replay()

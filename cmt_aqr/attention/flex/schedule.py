@@ -188,9 +188,9 @@ def _sorted_codes(windows: QueryWindows, packing: Packing, number: int, order: T
     codes = window_codes(windows, packing, number)
     if not windows.settings.is_local:
         codes = torch.full_like(codes, packing.no_window)
-    most = max(cells.shape[2] for cells in windows.cells)
-    codes = nn.functional.pad(codes, (0, most - codes.shape[2]), value=packing.no_window)
-    return codes.gather(1, order[..., None].expand(-1, -1, most))
+    num_windows = windows.most_per_grid
+    codes = nn.functional.pad(codes, (0, num_windows - codes.shape[2]), value=packing.no_window)
+    return codes.gather(1, order[..., None].expand(-1, -1, num_windows))
 
 
 def partial_range(windows: QueryWindows, number: int, order: Tensor, block_q: int, block_k: int) -> BlockRange:
