@@ -48,7 +48,9 @@ def new_cache(path: Path) -> Iterator[Path]:
         with atomic_path(path) as temporary:
             yield temporary
     except OSError as error:
-        raise DataError(f"{path}: the cache cannot be written: {error.strerror}") from None
+        raise DataError(
+            f"{path}: the cache cannot be written: {error.strerror}; name another folder with data.index_dir"
+        ) from None
 
 
 def fingerprint(files: Mapping[str, Path], previous: Mapping[str, Sequence] | None = None) -> dict[str, list]:
