@@ -97,14 +97,17 @@ def test_float32_equals_dense_float64(name, padded):
 def test_score_mod_equals_dense_float64(name):
     """FlexAttention's plain form, with the gradients of weights and scale through captured tensors.
 
-    It adds up the 22 384 tokens of r50 one block after the other, which costs more roundings than flex's parts.
+    It adds up the 22 384 tokens of r50 one block after the other, which costs more roundings than flex's partitions:
+    the error of out is 5.2e-6 there.
     """
     layout, num_queries, settings = CASES[name]
     windows, leaves = make_case(layout, num_queries, settings=settings)
     expected = run(windows, leaves, "dense", torch.float64)
     actual = run(windows, leaves, "score_mod", torch.float32)
-    errors = [error(a, e) for a, e in zip(actual, expected, strict=True)]
-    assert max(errors) <= 1e-5, errors
+    out, lse, *gradients = errors = [error(a, e) for a, e in zip(actual, expected, strict=True)]
+    assert out <= (1e-5 if name == "r50" else 2e-6), errors
+    assert lse <= 2e-6, errors
+    assert max(gradients) <= 1e-5, errors
 
 
 def test_score_mod_with_a_token_mask():
