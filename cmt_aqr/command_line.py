@@ -1,9 +1,10 @@
-"""The command lines of train.py and test.py.
+"""The command lines of train.py and test.py, and types of options for every program.
 
 Apart from the scripts and without PyTorch, whose import takes seconds: ``--help`` and mistakes are answered at once.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ def parse_train_arguments(description: str) -> argparse.Namespace:
     parser.add_argument(
         "--profile", action="store_true", help="record a few steps with torch.profiler: a trace and a table of times"
     )
-    parser.add_argument("--max-steps", type=int, help="stop (resumable) after this many steps in all; for trials")
+    parser.add_argument(
+        "--max-steps", type=whole_number(1), help="stop (resumable) after this many steps in all; for trials"
+    )
     arguments = parser.parse_args()
-    if arguments.max_steps is not None and arguments.max_steps < 1:
-        parser.error(f"argument --max-steps: expected at least 1, got {arguments.max_steps}")
     if arguments.seed is not None:
         arguments.set.append(f"seed={arguments.seed}")
     return arguments
@@ -62,6 +63,32 @@ def parse_test_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--failure-seed", type=int, default=0, help="of the failures' random numbers (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
     return parser.parse_args()
+
+
+def whole_number(low: int) -> Callable[[str], int]:
+    """The type of an option: a whole number of at least ``low``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"expected at least {low}, got {value}")
+        return value
+
+    return parse
+
+
+def number_above_0(text: str) -> float:
+    """The type of an option: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
 
 
 class HelpConfig(argparse.Action):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cmt_aqr.command_line import number_above_0, whole_number
 from cmt_aqr.golden.catalogue import GRADIENTS, PRECISIONS, STAGES
 
 
@@ -38,8 +39,10 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     frame.add_argument("--data", type=Path, metavar="ROOT", help="data set in nuScenes format")
     frame.add_argument("--random", action="store_true", help="a made-up frame (the default)")
     parser.add_argument("--token", help="sample of --data (default: the first one of data.val_split)")
-    parser.add_argument("--points", type=int, default=100_000, help="of the made-up frame (default: 100000)")
-    parser.add_argument("--boxes", type=int, default=20, help="of the made-up frame (default: 20)")
+    parser.add_argument(
+        "--points", type=whole_number(0), default=100_000, help="of the made-up frame (default: 100000)"
+    )
+    parser.add_argument("--boxes", type=whole_number(0), default=20, help="of the made-up frame (default: 20)")
     parser.add_argument(
         "--dtype", nargs="+", choices=PRECISIONS, default=["float64", "float32"],
         help="bf16 is autocast as in evaluation; limits are measured where there is float64 (default: float64 float32)",
@@ -75,16 +78,8 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
         "--transpose", nargs="+", action="extend", default=[], metavar="NAME=AXES",
         help="B's axes in the order that gives A's, such as lidar/bev_map=0,3,1,2; NAME may hold *",
     )  # fmt: skip
-    parser.add_argument("--factor", type=positive, default=1.0, help="multiply all limits (default: 1)")
+    parser.add_argument("--factor", type=number_above_0, default=1.0, help="multiply all limits (default: 1)")
     parser.add_argument("--markdown", action="store_true", help="one line a stage, as a Markdown table")
-
-
-def positive(text: str) -> float:
-    """A number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
 
 
 if __name__ == "__main__":

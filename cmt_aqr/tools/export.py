@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from cmt_aqr.command_line import whole_number
+
 
 def _parser() -> argparse.ArgumentParser:
     """The arguments."""
@@ -36,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stages", action="store_true", help="also return positions, windows, weights and heads")
     frame = parser.add_mutually_exclusive_group()
     frame.add_argument("--data", type=Path, metavar="ROOT", help="data set in nuScenes format, for the sizes")
-    frame.add_argument("--points", type=int, default=300_000, help="of the made-up frame (default: 300000)")
+    frame.add_argument("--points", type=whole_number(1), default=300_000, help="of the made-up frame (default: 300000)")
     parser.add_argument("--token", help="sample of --data (default: the first one of data.val_split)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where pt2 will run (default: cpu)")

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from cmt_aqr.command_line import whole_number
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -29,17 +31,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of python -m cmt_aqr.golden export")
     parser.add_argument("out", type=Path, metavar="OUT", help=".npz file to write")
     parser.add_argument(
-        "--time", type=count, metavar="N", help="also measure N calls, beside the compiled pipeline of evaluation"
+        "--time",
+        type=whole_number(1),
+        metavar="N",
+        help="also measure N calls, beside the compiled pipeline of evaluation",
     )
     return parser
-
-
-def count(text: str) -> int:
-    """A whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
+from cmt_aqr.command_line import whole_number
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -23,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="YAML file, or the name of one in configs/")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
-    parser.add_argument("--points", type=int, default=30_000, help="of the made-up frame (default: 30000)")
+    parser.add_argument("--points", type=whole_number(1), default=30_000, help="of the made-up frame (default: 30000)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
     return parser
 

@@ -12,19 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
-    return value
+from cmt_aqr.command_line import whole_number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,14 +25,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", required=True, help="such as mini_val, or one of the version's splits.json")
     parser.add_argument("--out", required=True, help="folder for the pictures")
     parser.add_argument("--tokens", nargs="+", metavar="TOKEN", help="sample tokens; default: the first frames")
-    parser.add_argument("--count", type=_positive, default=10, help="frames without --tokens (default 10)")
-    parser.add_argument("--every", type=_positive, default=1, help="take every n-th frame (default 1)")
+    parser.add_argument("--count", type=whole_number(1), default=10, help="frames without --tokens (default 10)")
+    parser.add_argument("--every", type=whole_number(1), default=1, help="take every n-th frame (default 1)")
     parser.add_argument("--submission", metavar="JSON", help="draw these detections; ground truth is then dashed white")
     parser.add_argument("--score", type=float, default=0.3, help="leave out detections below (default 0.3)")
     parser.add_argument("--no-ground-truth", action="store_true", help="leave out the ground truth")
     parser.add_argument("--sensors", choices=("both", "camera", "lidar"), default="both", help="default: both")
     parser.add_argument(
-        "--sweeps", type=_not_negative, default=0, help="previous LiDAR sweeps added to the key frame's (default 0)"
+        "--sweeps", type=whole_number(0), default=0, help="previous LiDAR sweeps added to the key frame's (default 0)"
     )
     parser.add_argument("--velocity-file", metavar="JSON", help="velocities of annotations, for single frames")
     parser.add_argument("--index-dir", help="keep the index of the split here; default: build it anew")

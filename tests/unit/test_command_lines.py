@@ -72,6 +72,11 @@ def test_help_imports_hardly_anything(program):
         (["test.py", "synthetic_tiny"], 2, "the following arguments are required: --checkpoint"),
         (["cmt_aqr.tools.bench", "attention", "--shapes", "99"], 2, "invalid choice: 99"),
         (["cmt_aqr.golden", "compare", "a", "b", "--factor", "0"], 2, "expected a number above 0, got 0"),
+        (["cmt_aqr.golden", "compare", "a", "b", "--factor", "x"], 2, "expected a number above 0, got x"),
+        (["cmt_aqr.golden", "export", "c.yaml", "out", "--points", "-1"], 2, "--points: expected at least 0, got -1"),
+        (["cmt_aqr.golden", "export", "c.yaml", "out", "--boxes", "-1"], 2, "--boxes: expected at least 0, got -1"),
+        (["cmt_aqr.tools.verify_frozen", "c.yaml", "--points", "0"], 2, "--points: expected at least 1, got 0"),
+        (["cmt_aqr.tools.export", "c.yaml", "--points", "2.5"], 2, "--points: expected a whole number, got '2.5'"),
     ],
 )
 def test_a_wrong_command_line_is_answered_before_pytorch_is_imported(arguments, status, part):

@@ -51,8 +51,11 @@ def test_every_call_begins_with_the_frame_and_the_ratio_is_to_the_pipeline(bundl
         assert given["points"][0, 1000:].isnan().all()
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "2.5"])
-def test_a_count_is_a_whole_number_above_0(value, capsys):
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [("0", "at least 1, got 0"), ("-1", "at least 1, got -1"), ("2.5", "a whole number, got '2.5'")],
+)
+def test_a_count_is_a_whole_number_above_0(value, problem, capsys):
     with pytest.raises(SystemExit, match="2"):
         run_export(["model.pt2", "bundle", "out.npz", "--time", value])
-    assert "--time" in capsys.readouterr().err
+    assert f"argument --time: expected {problem}\n" in capsys.readouterr().err
