@@ -3,7 +3,8 @@
     python test.py configs/synthetic_tiny.yaml --checkpoint runs/synthetic_tiny/latest.pt
     torchrun --nproc_per_node=8 test.py configs/cmt_r50_800x320.yaml --checkpoint weights.safetensors --split val
 
-Writes submission.json, metrics.json and pictures/ to the output folder (runs/<name>/test_<split>) and prints the table.
+Writes submission.json, metrics.json, pictures/ and report.html, a page of pictures and scores, to the output folder
+(runs/<name>/test_<split>) and prints the table.
 A split without ground truth, such as nuScenes' test, gets the submission and pictures only; so does --no-metrics.
 
     python test.py CONFIG --checkpoint C --failure beams:4 --failure view_drop:FRONT,BACK
@@ -35,6 +36,7 @@ from cmt_aqr.jobs import evaluate_split, has_boxes, load_model, model_for_test, 
 from cmt_aqr.memory import evaluation_advice, explain_out_of_memory
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.robustness import check_training_keys, choose_failures, evaluate_failures, report_failures
+from cmt_aqr.run_page import keep_page
 from cmt_aqr.training.distributed import RankInfo, main_first, process_group
 from cmt_aqr.training.logs import RunLog
 
@@ -78,19 +80,29 @@ def test(config: Config, rank_info: RankInfo, arguments: argparse.Namespace) -> 
         if reason is not None:
             submit_split(model, config, split, rank_info, folder, log)
             log.record("test", 0, checkpoint=arguments.checkpoint, split=split, no_metrics=reason)
+            show_page(folder, config, split, log)
             log.print(f"submission and pictures in {folder}; no metrics: {reason}")
             return 0
         if failures:
             chosen = FailureTest(split, failures, arguments.failure_seed)
             rows = evaluate_failures(model, config, chosen, rank_info, folder, log, tables)
             report_failures(rows, chosen, folder, log, arguments.checkpoint)
+            show_page(folder, config, split, log)
             return 0
         metrics = evaluate_split(model, config, split, rank_info, folder, log, tables)
         if metrics is not None:
             log.record("test", 0, checkpoint=arguments.checkpoint, split=split, **metrics.scalars())
             log.print(format_table(metrics))
+            show_page(folder, config, split, log)
             log.print(f"submission, metrics and pictures in {folder}")
     return 0
+
+
+def show_page(folder: Path, config: Config, split: str, log: RunLog) -> None:
+    """Write report.html and print where it is."""
+    page = keep_page(folder, f"{config.name}, split {split}", log)
+    if page is not None:
+        log.print(f"pictures and scores on one page, for a browser: {page}")
 
 
 def why_not_scored(index: FrameIndex, arguments: argparse.Namespace) -> str | None:

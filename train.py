@@ -6,7 +6,8 @@
     python train.py configs/cmt_r50_800x320.yaml --work-dir runs/r50 --resume
 
 Results go to the work dir (runs/<name of the configuration>): config.yaml, log.jsonl, tensorboard/, latest.pt,
-epoch_*.pt and, for every evaluation, eval/epoch_N/ with submission.json, metrics.json and pictures/.
+epoch_*.pt and, for every evaluation, eval/epoch_N/ with submission.json, metrics.json and pictures/. report.html shows
+it all in a browser: the frames of the last evaluation, tables of scores, curves.
 docs/architecture.md explains the parts.
 """
 
@@ -57,6 +58,7 @@ from cmt_aqr.run import (
     split_batch,
     write_config,
 )
+from cmt_aqr.run_page import keep_page
 from cmt_aqr.training.distributed import (
     RankInfo,
     any_process,
@@ -73,6 +75,7 @@ from cmt_aqr.training.optim import set_training_mode
 from cmt_aqr.training.profiling import profiled_steps
 from cmt_aqr.training.run_folder import (
     LATEST,
+    PAGE_FILE,
     find_checkpoint,
     make_work_dir,
     remove_run,
@@ -326,6 +329,7 @@ def evaluate_epoch(run: Run, log: RunLog, stop: StopFlag) -> None:
     if metrics is not None:
         log.record("eval", run.step, epoch=epoch, **metrics.scalars())
         log.print(format_table(metrics))
+    keep_page(run.work_dir, run.config.name, log)
 
 
 def describe_results(run: Run, log: RunLog) -> str:
@@ -338,7 +342,8 @@ def describe_results(run: Run, log: RunLog) -> str:
         last = evaluations[-1]
         folder = run.work_dir / "eval" / f"epoch_{last['epoch']}"
         rows.append(("scores", f"{folder / METRICS_FILE} (mAP {last['mAP']:.4f}, NDS {last['NDS']:.4f})"))
-        rows += [("pictures", str(path)) for path in (folder / "pictures",) if path.is_dir()]
+        places = {"pictures": folder / "pictures", "page": run.work_dir / PAGE_FILE}
+        rows += [(name, str(path)) for name, path in places.items() if path.exists()]
     rows.append(("log", str(log.path)))
     return "\n".join(["finished", *(f"  {name:<8}  {place}" for name, place in rows)])
 

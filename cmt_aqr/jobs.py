@@ -35,9 +35,9 @@ from cmt_aqr.progress import phase
 from cmt_aqr.strict_yaml import differences
 from cmt_aqr.synthetic import WorldSettings, generate_world
 from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights_and_config
-from cmt_aqr.training.distributed import RankInfo, gather
+from cmt_aqr.training.distributed import RankInfo, gather, main_first
 from cmt_aqr.training.logs import RunLog
-from cmt_aqr.training.run_folder import SPEED
+from cmt_aqr.training.run_folder import PICTURES, SPEED, remove_pictures
 from cmt_aqr.viz.callback import PictureWriter
 from cmt_aqr.viz.pictures import PictureError
 
@@ -111,8 +111,11 @@ def predict_split(
         batch_size=config.evaluation.batch_size,
         num_workers=min(config.data.workers, len(index)),
     )
+    with main_first(rank_info):
+        if rank_info.is_main:
+            remove_pictures(folder)  # those of an earlier evaluation, which may be of other frames
     pictures = PictureWriter(
-        folder / "pictures",
+        folder / PICTURES,
         tokens=spread(index.tokens, config.evaluation.num_pictures),
         score_threshold=config.evaluation.picture_score,
         has_truth=has_boxes(index),

@@ -1,9 +1,13 @@
-"""Draw frames of a nuScenes-format data set, with ground truth and detections, to a folder.
+"""Draw frames of a nuScenes-format data set, with ground truth and detections; or the curves and the page of a run.
 
     python -m cmt_aqr.tools.visualize --dataroot data/nuscenes --version v1.0-mini --split mini_val --out pictures
     python -m cmt_aqr.tools.visualize ... --submission work/eval/submission.json --score 0.4 --tokens 3e8750f3...
+    python -m cmt_aqr.tools.visualize curves runs/a runs/b --out curves.png
+    python -m cmt_aqr.tools.visualize page runs/a
 
-One picture a frame, ``<number>_<token>.jpg``: the camera views and the scene from above.
+Frames: one picture each, <number>_<token>.jpg, the camera views and the scene from above, and report.html with all of
+them to click through. curves: loss, learning rate, scores and AQR's probe from the logs of one run or several. page:
+report.html of a training or a test, which train.py and test.py write, too.
 """
 
 import argparse
@@ -18,7 +22,9 @@ from cmt_aqr.command_line import whole_number
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cmt_aqr.tools.visualize",
-        description="Draw frames of a nuScenes-format data set: camera views and the scene from above.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="'curves --help' and 'page --help' list the options of these two.",
     )
     parser.add_argument("--dataroot", required=True, help="folder with the version, samples, sweeps and maps")
     parser.add_argument("--version", required=True, help="such as v1.0-mini")
@@ -40,8 +46,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run_parser(command: str) -> argparse.ArgumentParser:
+    """Of ``curves`` and ``page``."""
+    purpose = {
+        "curves": "Draw loss, learning rate, scores and AQR's probe of one run or several in one picture.",
+        "page": "Write report.html, a page with the pictures, scores and curves of a run, into its folder.",
+    }
+    parser = argparse.ArgumentParser(prog=f"python -m cmt_aqr.tools.visualize {command}", description=purpose[command])
+    if command == "page":
+        parser.add_argument("run", type=Path, help="work dir of train.py, or output folder of test.py")
+        return parser
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="work dir of train.py, or a log.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG or SVG file (default: curves.png)")
+    parser.add_argument("--title", default="", help="above the curves")
+    return parser
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; ``command`` is curves, page or frames."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in ("curves", "page"):
+        return _run_parser(words[0]).parse_args(words[1:], argparse.Namespace(command=words[0]))
+    return _parser().parse_args(words, argparse.Namespace(command="frames"))
+
+
 if __name__ == "__main__":
-    _parser().parse_args()  # answers --help and mistakes before the imports below, which take seconds
+    _parse(None)  # answers --help and mistakes before the imports below, which take seconds
 
 from cmt_aqr.boxes import Detections
 from cmt_aqr.data.dataset import FrameDataset
@@ -51,14 +81,23 @@ from cmt_aqr.data.readers import image_size_of
 from cmt_aqr.data.sample import Sample
 from cmt_aqr.errors import report_errors
 from cmt_aqr.evaluation.submission import EvaluationError, read_submission, submission_to_detections
-from cmt_aqr.viz.pictures import draw_detections, write_picture
+from cmt_aqr.run_page import write_run_page
+from cmt_aqr.training.logs import LOG_FILE, LogError, read_log
+from cmt_aqr.training.run_folder import PAGE_FILE
+from cmt_aqr.viz.curves import draw_curves
+from cmt_aqr.viz.page import PageFrame, page_jpeg, write_page
+from cmt_aqr.viz.pictures import PictureError, draw_detections, write_picture
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
 
     def run() -> int:
+        if options.command == "curves":
+            return print_paths([curves_of_runs(options.runs, options.out, options.title)])
+        if options.command == "page":
+            return print_paths([write_run_page(options.run, options.run.resolve().name)])
         with tempfile.TemporaryDirectory() as temporary:
             index = load_index(
                 dataroot=options.dataroot,
@@ -67,11 +106,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 cache_dir=options.index_dir or temporary,
                 velocity_file=options.velocity_file,
             )
-            for path in draw_frames(index, options):
-                print(path)
-        return 0
+            return print_paths(draw_frames(index, options))
 
     return report_errors(run)
+
+
+def print_paths(paths: Sequence[Path]) -> int:
+    """Print what was written; returns the exit status."""
+    print(*paths, sep="\n")
+    return 0
+
+
+def curves_of_runs(runs: Sequence[Path], out: Path, title: str) -> Path:
+    """Draw the curves of work dirs or log files, named by what tells their paths apart.
+
+    Raises:
+        LogError: a log is missing, damaged or has nothing to draw.
+        PictureError: the picture cannot be written.
+    """
+    if out.suffix.lower() not in (".png", ".svg"):
+        raise PictureError(f"--out {out}: the name must end in .png or .svg")
+    files = list(dict.fromkeys((run / LOG_FILE if run.is_dir() else run).resolve() for run in runs))
+    lines = dict(zip(names_of_runs(files), map(read_log, files), strict=True))
+    for (name, own), file in zip(lines.items(), files, strict=True):
+        if not any(line["kind"] in ("train", "eval", "probe") for line in own):
+            raise LogError(f"{file}: the log of {name} has no training, evaluation or probe to draw")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return draw_curves(lines, out, title=title)
+    except OSError as error:
+        raise PictureError(f"{out}: the curves cannot be written: {error.strerror}") from error
+
+
+def names_of_runs(files: Sequence[Path]) -> list[str]:
+    """The folder of each log, with as many folders above it as tell all of them apart, and the file where it must."""
+    parts = [file.parent.parts for file in files]
+    depth = 1
+    while depth < max(map(len, parts)) and len({own[-depth:] for own in parts}) < len(set(parts)):
+        depth += 1
+    names = ["/".join(own[-depth:]) for own in parts]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name}/{file.name}" if names.count(name) > 1 else name for name, file in zip(names, files, strict=True)]
 
 
 def draw_frames(index: FrameIndex, options: argparse.Namespace) -> list[Path]:
@@ -88,7 +164,7 @@ def draw_frames(index: FrameIndex, options: argparse.Namespace) -> list[Path]:
         final_size=image_size_of(index.frame(frames[0])) if options.sensors != "lidar" else None,
         num_sweeps=options.sweeps if options.sensors != "camera" else None,
     )
-    written = []
+    written, pages = [], []
     for number in frames:
         sample = dataset[number]
         picture = draw_detections(
@@ -103,7 +179,9 @@ def draw_frames(index: FrameIndex, options: argparse.Namespace) -> list[Path]:
         )
         path = Path(options.out) / f"{number:05d}_{sample.token[:16]}.{options.format}"
         written.append(write_picture(path, picture))
-    return written
+        pages.append(PageFrame(f"{number}: {index.frame(number).scene}, sample {sample.token}", (page_jpeg(picture),)))
+    page = write_page(Path(options.out) / PAGE_FILE, f"{index.version}, split {index.split}", pages)
+    return [*written, page]
 
 
 def _chosen_frames(index: FrameIndex, options: argparse.Namespace) -> list[int]:

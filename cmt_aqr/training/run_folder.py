@@ -18,6 +18,8 @@ EVALUATIONS = "eval"
 # Names of what a run writes; everything else in a work dir is the user's.
 EPOCH = re.compile(r"epoch_(0|[1-9][0-9]*)")
 EVALUATION_FILES = re.compile(r"submission\.json|metrics\.json|\.(submission|metrics)\.json\.part")
+PICTURES = "pictures"
+PAGE_FILE = "report.html"
 PICTURE_FILES = re.compile(r"[0-9]{2,}_[^/]{1,16}\.jpg")
 # What a checkpoint must hold for a run to resume from it.
 RUN_STATE = ("config", "model", "optimizer", "scaler", "step")
@@ -93,14 +95,19 @@ def remove_run(work_dir: Path) -> None:
 
     Files that no run writes stay, and so do the folders that hold them.
     """
-    for path in (work_dir / LATEST, *epoch_checkpoints(work_dir).values()):
+    for path in (work_dir / LATEST, work_dir / PAGE_FILE, *epoch_checkpoints(work_dir).values()):
         path.unlink(missing_ok=True)
     evaluations = work_dir / EVALUATIONS
     for folder in evaluations.glob("epoch_*"):
         if EPOCH.fullmatch(folder.name):
-            _remove_files(folder / "pictures", PICTURE_FILES)
+            remove_pictures(folder)
             _remove_files(folder, EVALUATION_FILES)
     _remove_files(evaluations, None)
+
+
+def remove_pictures(folder: Path) -> None:
+    """Remove the pictures of an earlier evaluation in this folder."""
+    _remove_files(folder / PICTURES, PICTURE_FILES)
 
 
 def _remove_files(folder: Path, names: re.Pattern | None) -> None:

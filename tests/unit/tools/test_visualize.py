@@ -6,6 +6,7 @@ import pytest
 from cmt_aqr.evaluation.submission import detections_to_submission, write_submission
 from cmt_aqr.tools.visualize import main
 from tests.unit.evaluation import frame
+from tests.unit.viz.test_page import Page
 
 pytestmark = [pytest.mark.data, frame.needs_frame]
 
@@ -25,7 +26,10 @@ def submission(tmp_path_factory):
 def test_frame_with_ground_truth_and_detections(tmp_path, capsys, submission, sensors):
     assert run(tmp_path, "--submission", submission, "--sensors", sensors, "--format", "png") == 0
     path = tmp_path / f"00000_{frame.token()[:16]}.png"
-    assert capsys.readouterr().out.strip() == str(path)
+    assert capsys.readouterr().out.split() == [str(path), str(tmp_path / "report.html")]
+    page = Page((tmp_path / "report.html").read_text())
+    assert [[image.shape for image in section] for section in page.sections] == [[cv2.imread(str(path)).shape]]
+    assert page.options == [f"0: scene-0061, sample {frame.token()}"]
     assert cv2.imread(str(path)).shape[1] == (920 if sensors == "lidar" else 2664)
 
 
