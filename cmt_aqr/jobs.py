@@ -1,6 +1,7 @@
 """What both scripts do: prepare the data, load weights, predict and evaluate a split."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -113,7 +114,8 @@ def predict_split(
     )
     with main_first(rank_info):
         if rank_info.is_main:
-            remove_pictures(folder)  # those of an earlier evaluation, which may be of other frames
+            with suppress(OSError):  # they are not worth an evaluation
+                remove_pictures(folder)  # of an earlier evaluation, perhaps of other frames
     pictures = PictureWriter(
         folder / PICTURES,
         tokens=spread(index.tokens, config.evaluation.num_pictures),
