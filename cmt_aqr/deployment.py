@@ -25,7 +25,7 @@ from cmt_aqr.models.lidar import LidarBranch
 from cmt_aqr.models.sparse import Capacities
 from cmt_aqr.models.voxels import pad_points
 from cmt_aqr.predictions import Predictions
-from cmt_aqr.tokens import Places
+from cmt_aqr.tokens import Geometry
 
 # Arguments and results in their order, with axes, units and frames.
 INPUTS = {
@@ -97,14 +97,14 @@ class DetectionProgram(nn.Module):
                 inverse = affine_inverse(lidar2img).to(detector.reference_points.weight.dtype)
                 cameras = Cameras(lidar2img, inverse, tuple(images.shape[2:4]))
             batch_size = len(bev_map if pv_maps is None else pv_maps)
-            places = detector.locate(detector.make_layout(bev_map, pv_maps), batch_size, cameras)
-            predictions = detector.forward_located(bev_map, pv_maps, places)
+            geometry = detector.compute_geometry(detector.make_layout(bev_map, pv_maps), batch_size, cameras)
+            predictions = detector.forward_with_geometry(bev_map, pv_maps, geometry)
         best = find_best(predictions, self.decoding, ClassTables(self.class_of, self.task_of))
         found = {"boxes": best.boxes, "scores": best.scores, "labels": best.labels}
         found |= {"queries": select_best(predictions, self.decoding)[1], "is_kept": best.is_kept}
         if needed is not None:
             found["needed"] = needed
-        return found | (stages(predictions, places) if self.has_stages else {})
+        return found | (stages(predictions, geometry) if self.has_stages else {})
 
     def _encode_lidar(self, points: Tensor | None, encoder_map: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The BEV map, and the sizes that the points need."""
@@ -126,12 +126,12 @@ def affine_inverse(matrix: Tensor) -> Tensor:
     return torch.cat((torch.cat((inverse, -inverse @ shift), dim=-1), matrix[..., 3:, :]), dim=-2)
 
 
-def stages(predictions: Predictions, places: Places) -> dict[str, Tensor]:
+def stages(predictions: Predictions, geometry: Geometry) -> dict[str, Tensor]:
     """Tensors in front of the boxes, named as in a bundle of ``python -m cmt_aqr.golden export``."""
-    made = {"tokens/positions": places.token_positions, "queries/positions": places.queries.positions}
-    if places.windows is not None:
-        grids = places.windows.layout.grids
-        made |= {f"windows/{grid.name}": cells for grid, cells in zip(grids, places.windows.cells, strict=True)}
+    made = {"tokens/positions": geometry.token_positions, "queries/positions": geometry.queries.positions}
+    if geometry.windows is not None:
+        grids = geometry.windows.layout.grids
+        made |= {f"windows/{grid.name}": cells for grid, cells in zip(grids, geometry.windows.cells, strict=True)}
         made["aqr/weights"] = predictions.aqr_weights
     for number, task in enumerate(predictions.tasks):
         made |= {f"heads/task{number}.{name}": x for name, x in task.items()}

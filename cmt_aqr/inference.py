@@ -5,10 +5,10 @@
 
 Four stages, each one graph of torch.compile and, on a GPU, one CUDA graph:
 
-    images  uint8 images -> camera maps                       on a stream of its own
-    points  padded points -> voxels -> BEV map                on a stream of its own
-    places  calibration -> positions, queries, windows        only when the calibration has changed
-    boxes   maps, places -> tokens, decoder, heads, best boxes
+    images    uint8 images -> camera maps                     on a stream of its own
+    points    padded points -> voxels -> BEV map              on a stream of its own
+    geometry  calibration -> positions, queries, windows      only when the calibration has changed
+    boxes     maps, geometry -> tokens, decoder, heads, best boxes
 
 Sizes that depend on values (points, voxels, active cells of the sparse levels) are kept with room to spare. A frame
 that needs more is noticed before its boxes are returned: the sizes grow, which is logged, and it is computed again.
@@ -34,9 +34,9 @@ from cmt_aqr.models.fixed_lidar import encode_points_fixed, measure_sizes
 from cmt_aqr.models.folding import fold_batch_norm
 from cmt_aqr.models.sparse import Capacities
 from cmt_aqr.models.voxels import pad_points
-from cmt_aqr.tokens import Places
+from cmt_aqr.tokens import Geometry
 
-STAGE_NAMES = ("images", "points", "places", "boxes")
+STAGE_NAMES = ("images", "points", "geometry", "boxes")
 POINT_FEATURES = 5
 # Rows for points come in multiples of this, with this much room.
 POINT_STEP, HEAD_ROOM = 4096, 1.25
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stage:
-    """A function of tensors at fixed places: called as it is, compiled, or replayed from a CUDA graph.
+    """A function of tensors at fixed addresses: called as it is, compiled, or replayed from a CUDA graph.
 
     Args:
         function: of tensors, dataclasses of tensors and constants.
@@ -211,7 +211,7 @@ class InferencePipeline:
 
     @property
     def stages(self) -> dict[str, Stage]:
-        """The stages by name, in their order: images, points, places, boxes; those of missing sensors never run."""
+        """The stages by name, in their order: images, points, geometry, boxes; those of missing sensors never run."""
         return dict(zip(STAGE_NAMES, self._stages, strict=True))
 
     def _check(self, images: Tensor | None, points: Sequence[Tensor] | None, lidar2img: Tensor | None) -> int:
@@ -239,7 +239,7 @@ class InferencePipeline:
         return sizes.pop()
 
     def _reserve(self, images: Tensor | None, points: Sequence[Tensor] | None) -> None:
-        """Make places for the inputs, where there are none or too small ones."""
+        """Allocate memory for the inputs, where there is none or too little."""
         if images is not None and (self._images is None or self._images.shape[1:] != images.shape[1:]):
             self._images = torch.zeros(self.batch_size, *images.shape[1:], dtype=torch.uint8, device=self.device)
             self._calibration = None
@@ -263,13 +263,13 @@ class InferencePipeline:
 
     def _make_stages(self) -> None:
         """Fresh stages: the first run of each compiles and captures."""
-        functions = (self._encode_images, self._encode_points, self._locate, self._find_boxes)
+        functions = (self._encode_images, self._encode_points, self._compute_geometry, self._find_boxes)
         streams = (*self._streams, self._streams[2])
         self._stages = [
             Stage(function, backend=self._backend, stream=stream, captures=self._captures)
             for function, stream in zip(functions, streams, strict=True)
         ]
-        self._places_are_known = False
+        self._has_geometry = False
 
     def _run(self, images: Tensor | None, points: Sequence[Tensor] | None, lidar2img: Tensor | None) -> None:
         """Enqueue everything; inputs that are None are where they were."""
@@ -293,9 +293,9 @@ class InferencePipeline:
             with place_stage.on_stream():
                 if self._images is not None and lidar2img is not None:
                     self._calibrate(lidar2img)
-                if not self._places_are_known:
+                if not self._has_geometry:
                     place_stage.run(self.detector.make_layout(bev_map, pv_maps), self._cameras)
-                    self._places_are_known = True
+                    self._has_geometry = True
                 self._join()
                 box_stage.run(bev_map, pv_maps, place_stage.outputs)
                 self._send(box_stage.outputs, counts)
@@ -350,7 +350,7 @@ class InferencePipeline:
             self._cameras.lidar2img.copy_(filled, non_blocking=True)
             self._cameras.img2lidar.copy_(inverse, non_blocking=True)
         self._calibration = filled
-        self._places_are_known = False
+        self._has_geometry = False
 
     def _encode_images(self, images: Tensor) -> Tensor:
         return self.detector.encode_images(images)
@@ -358,12 +358,12 @@ class InferencePipeline:
     def _encode_points(self, points: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         return encode_points_fixed(self.detector.lidar_branch, points, sizes)
 
-    def _locate(self, layout: TokenLayout, cameras: Cameras | None) -> Places:
-        return self.detector.locate(layout, self.batch_size, cameras)
+    def _compute_geometry(self, layout: TokenLayout, cameras: Cameras | None) -> Geometry:
+        return self.detector.compute_geometry(layout, self.batch_size, cameras)
 
-    def _find_boxes(self, bev_map: Tensor | None, pv_maps: Tensor | None, places: Places) -> Tensor:
+    def _find_boxes(self, bev_map: Tensor | None, pv_maps: Tensor | None, geometry: Geometry) -> Tensor:
         """See :func:`pack`."""
-        predictions = self.detector.forward_located(bev_map, pv_maps, places)
+        predictions = self.detector.forward_with_geometry(bev_map, pv_maps, geometry)
         return pack(find_best(predictions, self.decoding, self._tables), predictions.aqr_weights)
 
 

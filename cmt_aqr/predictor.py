@@ -155,11 +155,11 @@ class Predictor:
             pv_maps, bev_map = self.model.encode_images(images), self.model.encode_points(points)
             image_size = None if images is None else tuple(images.shape[2:4])
             cameras = self.model.make_cameras(pv_maps, lidar2img, image_size)
-            places = self.model.locate(self.model.make_layout(bev_map, pv_maps), len(inputs), cameras)
-            predictions = self.model.forward_located(bev_map, pv_maps, places)
+            geometry = self.model.compute_geometry(self.model.make_layout(bev_map, pv_maps), len(inputs), cameras)
+            predictions = self.model.forward_with_geometry(bev_map, pv_maps, geometry)
         best = find_best(predictions, decoding_of(self.config), class_tables(predictions.classes, self.device))
         found = find_kept(pack(best, predictions.aqr_weights).cpu())
-        return [_result(found[i], places.windows, i, given) for i, given in enumerate(inputs)]
+        return [_result(found[i], geometry.windows, i, given) for i, given in enumerate(inputs)]
 
     def _detect_compiled(self, given: _Input) -> Result:
         """One frame by the pipeline."""

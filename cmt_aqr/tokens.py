@@ -46,8 +46,8 @@ class Queries:
 
 
 @dataclass(frozen=True)
-class Places:
-    """What depends on calibration, grids and weights alone, so that it stays while they stay.
+class Geometry:
+    """What depends on calibration, grids and weights alone, and is computed once for many frames.
 
     Attributes:
         token_positions: (B, K, C), as in :class:`Tokens`, padding included.

@@ -17,7 +17,7 @@ from cmt_aqr.models.heads import Heads
 from cmt_aqr.models.position import BevEmbedding, RayEmbedding, bev_positions, pv_positions
 from cmt_aqr.models.queries import ReferencePoints, query_positions
 from cmt_aqr.predictions import DenoisingQueries, Predictions
-from cmt_aqr.tokens import Places, Queries, Tokens
+from cmt_aqr.tokens import Geometry, Queries, Tokens
 
 
 class SharedConv(nn.Sequential):
@@ -139,20 +139,20 @@ class Detector(nn.Module):
         queries = self.make_queries(tokens.values.shape[0], cameras, denoising)
         return self.decode(queries, self.route(queries, tokens, cameras))
 
-    def locate(self, layout: TokenLayout, batch_size: int, cameras: Cameras | None) -> Places:
-        """Everything before the decoder that does not depend on the maps, for :meth:`forward_located`.
+    def compute_geometry(self, layout: TokenLayout, batch_size: int, cameras: Cameras | None) -> Geometry:
+        """Everything before the decoder that does not depend on the maps, for :meth:`forward_with_geometry`.
 
         Args:
             layout: of :meth:`make_layout`.
         """
         queries = self.make_queries(batch_size, cameras, None)
         windows = None if self.aqr is None else self.aqr.find_windows(queries, layout, cameras)
-        return Places(self.token_positions(layout, batch_size, cameras), queries, windows)
+        return Geometry(self.token_positions(layout, batch_size, cameras), queries, windows)
 
-    def forward_located(self, bev_map: Tensor | None, pv_maps: Tensor | None, places: Places) -> Predictions:
-        """:meth:`forward_features` with places that are known already, without denoising queries."""
-        tokens = self.make_tokens(bev_map, pv_maps, None, places.token_positions)
-        return self.decode(places.queries, self.route(places.queries, tokens, None, places.windows))
+    def forward_with_geometry(self, bev_map: Tensor | None, pv_maps: Tensor | None, geometry: Geometry) -> Predictions:
+        """:meth:`forward_features` with a geometry that is known already, without denoising queries."""
+        tokens = self.make_tokens(bev_map, pv_maps, None, geometry.token_positions)
+        return self.decode(geometry.queries, self.route(geometry.queries, tokens, None, geometry.windows))
 
     def decode(self, queries: Queries, routed: Routed) -> Predictions:
         """Decoder and heads."""

@@ -273,10 +273,10 @@ def stage_calls(
     size = None if images is None else tuple(images.shape[2:4])
     cameras = ready(lambda: detector.make_cameras(pv_maps, lidar2img, size))()
     layout = detector.make_layout(bev_map, pv_maps)
-    places = ready(lambda: detector.locate(layout, len(lidar2img), cameras))()
+    geometry = ready(lambda: detector.compute_geometry(layout, len(lidar2img), cameras))()
 
     def boxes() -> list[Detections]:
-        predictions = detector.forward_located(bev_map, pv_maps, places)
+        predictions = detector.forward_with_geometry(bev_map, pv_maps, geometry)
         return postprocess(
             predictions,
             max_detections=decoding.max_detections,
@@ -287,7 +287,7 @@ def stage_calls(
     calls = {
         "images": lambda: detector.encode_images(images),
         "points": lambda: detector.encode_points(points),
-        "places": lambda: detector.locate(layout, len(lidar2img), cameras),
+        "geometry": lambda: detector.compute_geometry(layout, len(lidar2img), cameras),
         "boxes": boxes,
     }
     present = {"images": images is not None, "points": points is not None}

@@ -127,12 +127,12 @@ def test_in_float32():
         torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-5)
 
 
-def test_places_are_found_once_a_calibration(monkeypatch):
+def test_the_geometry_is_computed_once_a_calibration(monkeypatch):
     detector, decoding = make_detector()
     pipeline = InferencePipeline(detector, decoding=decoding, batch_size=2, compiled=False)
     calls = []
-    locate = pipeline.detector.locate
-    monkeypatch.setattr(pipeline.detector, "locate", lambda *args: calls.append(args) or locate(*args))
+    compute = pipeline.detector.compute_geometry
+    monkeypatch.setattr(pipeline.detector, "compute_geometry", lambda *args: calls.append(args) or compute(*args))
     images, points, lidar2img = make_inputs((500, 500), seed=0)
     for _ in range(3):
         pipeline(images, points, lidar2img.clone())
