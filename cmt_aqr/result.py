@@ -14,6 +14,7 @@ from cmt_aqr.attention import QueryWindows
 from cmt_aqr.boxes import Detections
 from cmt_aqr.classes import CAMERAS, CLASSES
 from cmt_aqr.evaluation.submission import detections_to_submission
+from cmt_aqr.viz.box_groups import Style
 from cmt_aqr.viz.pictures import draw_detections, write_picture
 
 
@@ -114,8 +115,8 @@ class Result:
             self.frame.points if self.frame.points is None else self.frame.points.cpu(),
             matrices,
             detections=self.detections,
-            score_threshold=score_threshold,
             title=title,
+            style=Style(score_threshold=score_threshold),
         )
         return write_picture(path, picture)
 

@@ -23,7 +23,9 @@ from cmt_aqr.config import Config, ConfigError
 from cmt_aqr.data.failures import (
     Failure,
     FailureSampler,
+    SensorData,
     affects_nothing,
+    failed_panels,
     keep_applicable,
     parse_failures,
 )
@@ -39,6 +41,7 @@ from cmt_aqr.memory import evaluation_advice, explain_out_of_memory
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.training.distributed import RankInfo, gather
 from cmt_aqr.training.logs import RunLog
+from cmt_aqr.viz.box_groups import Style
 from cmt_aqr.viz.pictures import PictureError, draw_detections, write_picture
 
 # Frames times failures whose detections are held in memory at once: about a gigabyte.
@@ -177,6 +180,8 @@ class _Pictures:
         self._variants = variants
         self._keys: Iterator[int] = iter(keys)
         self._threshold = config.evaluation.picture_score
+        # The chosen frame comes clean first; where there are too many failures for one go, the later ones lack it.
+        self._clean: SensorData | None = None
         self._folder = folder
         self._log = log
 
@@ -187,14 +192,20 @@ class _Pictures:
             if token not in self._tokens:
                 continue
             about = CLEAN if failure is None else f"{failure.name}: {failure.definition.about}"
-            picture = draw_detections(
+            data = SensorData(
                 None if batch.images is None else batch.images[i],
                 None if batch.points is None else batch.points[i],
                 batch.lidar2img[i],
+            )
+            if failure is None:
+                self._clean = data
+            failed = {} if failure is None else failed_panels(failure, data, self._clean)
+            picture = draw_detections(
+                *data,
                 detections=detections[i],
                 targets=batch.targets[i],
-                score_threshold=self._threshold,
                 title=f"{about}   {token[:16]}",
+                style=Style(score_threshold=self._threshold, failed=failed),
             )
             name = CLEAN if failure is None else failure.file_name
             try:

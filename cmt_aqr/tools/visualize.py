@@ -84,6 +84,7 @@ from cmt_aqr.evaluation.submission import EvaluationError, read_submission, subm
 from cmt_aqr.run_page import write_run_page
 from cmt_aqr.training.logs import LOG_FILE, LogError, read_log
 from cmt_aqr.training.run_folder import PAGE_FILE
+from cmt_aqr.viz.box_groups import Style
 from cmt_aqr.viz.curves import draw_curves
 from cmt_aqr.viz.page import PageFrame, page_jpeg, write_page
 from cmt_aqr.viz.pictures import PictureError, draw_detections, write_picture
@@ -173,9 +174,8 @@ def draw_frames(index: FrameIndex, options: argparse.Namespace) -> list[Path]:
             sample.lidar2img,
             detections=None if results is None else _detections(results, sample, options.submission),
             targets=None if options.no_ground_truth else sample.targets,
-            score_threshold=options.score,
             title=f"{index.frame(number).scene}   {sample.token}",
-            cameras=index.cameras,
+            style=Style(score_threshold=options.score, cameras=index.cameras),
         )
         path = Path(options.out) / f"{number:05d}_{sample.token[:16]}.{options.format}"
         written.append(write_picture(path, picture))

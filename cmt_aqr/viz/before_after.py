@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cmt_aqr.viz import paint
 from cmt_aqr.viz.bev_panel import BevPanel
+from cmt_aqr.viz.camera_tiles import project_box_edges
 from cmt_aqr.viz.paint import Text
-from cmt_aqr.viz.pictures import project_box_edges
 
 GAP = 4
 # Metres from the LiDAR to the border of the panel.
@@ -33,10 +33,7 @@ def bev_panel(points: np.ndarray, boxes: Tensor | None, *, width: int) -> np.nda
     """Points (P, >= 3) and boxes (G, 9) seen from above, forward is up; two thirds as high as wide, in pixels."""
     panel = BevPanel(width, REACH)
     panel.draw_rings()
-    # Twice, a pixel apart: a point of one pixel is hard to see.
-    for shift in (0, 1 / panel.scale):
-        panel.draw_points(points[:, :3] + np.array([shift, 0, 0], np.float32))
-        panel.draw_points(points[:, :3] + np.array([0, shift, 0], np.float32))
+    panel.draw_points(points[:, :3])
     if boxes is not None:
         still = torch.cat((boxes[:, :7], torch.zeros(len(boxes), 2)), dim=1)  # arrows would hide the points
         panel.draw_boxes(still.double().numpy(), [paint.WHITE] * len(boxes), dashed=True)

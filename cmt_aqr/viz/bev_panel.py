@@ -39,18 +39,21 @@ class BevPanel:
         for radius in range(RING_STEP, int(self.reach) + 1, RING_STEP):
             cv2.circle(self.image, centre, int(radius * self.scale * 16), _RING, 1, cv2.LINE_AA, 4)
             u, v = self.pixels(np.array([radius * 0.7071, radius * 0.7071]))
-            self.texts.append(Text(f"{radius} m", u - 12, v - 9, paint.GREY, size=12))
+            self._write(f"{radius} m", u - 12, v - 9)
 
     def draw_points(self, points: np.ndarray) -> None:
-        """Points (P, >=3) as single pixels, the highest on top."""
+        """Points (P, >=3) as squares of 2 x 2 pixels: one alone is too faint where they are few. The highest on top."""
         points = points[np.argsort(points[:, 2], kind="stable")]
         cells = np.floor(self.pixels(points[:, :2]) + 0.5).astype(np.int64)
-        inside = ((cells >= 0) & (cells < self.side)).all(axis=1)
-        column, row = cells[inside].T
-        self.image[row, column] = height_colours(points[inside, 2])
+        colours = height_colours(points[:, 2])
+        for shift in ((-1, -1), (-1, 0), (0, -1), (0, 0)):
+            own = cells + np.array(shift)
+            shown = ((own >= 0) & (own < self.side)).all(axis=1)
+            self.image[own[shown, 1], own[shown, 0]] = colours[shown]
 
     def draw_ego(self) -> None:
-        """An arrow head at the LiDAR."""
+        """An arrow head at the LiDAR, and the way that it drives."""
+        self._write("direction of travel: up", self.side / 2 + 105, 4, align="right")
         shape = np.array([[0, 2.2], [1.1, -1.6], [0, -0.8], [-1.1, -1.6]])
         for half in (shape[[0, 1, 2]], shape[[0, 2, 3]]):
             paint.fill(self.image, self.pixels(half), paint.WHITE)
@@ -78,20 +81,30 @@ class BevPanel:
 
     def draw_height_bar(self) -> None:
         """Colour scale of the points, in the left lower corner."""
-        height, top, left = 90, self.side - 106, 12
+        height, top, left = 120, self.side - 140, 14
         values = np.linspace(HEIGHT_RANGE[1], HEIGHT_RANGE[0], height)
-        self.image[top : top + height, left : left + 9] = height_colours(values)[:, None]
-        for value, v in ((HEIGHT_RANGE[1], top - 8), (0.0, top + height / 2 - 9), (HEIGHT_RANGE[0], top + height - 10)):
-            self.texts.append(Text(f"{value:+.0f} m" if value else "0 m", left + 11, v, paint.GREY, size=12))
+        self.image[top : top + height, left : left + 14] = height_colours(values)[:, None]
+        for value, v in (
+            (HEIGHT_RANGE[1], top - 10),
+            (0.0, top + height / 2 - 12),
+            (HEIGHT_RANGE[0], top + height - 14),
+        ):
+            self._write(f"{value:+.0f} m" if value else "0 m", left + 16, v)
 
     def note(self, text: str, line: int = 0) -> None:
         """A remark in the right lower corner; line 0 is the lowest."""
-        self.texts.append(Text(text, self.side - 6, self.side - 24 - 17 * line, paint.GREY, size=12, align="right"))
+        self._write(text, self.side - 6, self.side - 32 - 25 * line, align="right")
 
-    def finish(self) -> np.ndarray:
-        """Write the texts; returns the panel (side, side, 3)."""
+    def finish(self, failed: str | None = None) -> np.ndarray:
+        """Write the texts, and what failed in the LiDAR; returns the panel (side, side, 3)."""
+        if failed:
+            self.texts.append(paint.failed_plate("LiDAR", failed))
+            paint.frame(self.image, paint.FAILED)
         paint.write_texts(self.image, self.texts)
         return self.image
+
+    def _write(self, text: str, u: float, v: float, align: str = "left") -> None:
+        self.texts.append(Text(text, u, v, paint.GREY, paint.BACKGROUND, size=18, align=align))
 
     def _draw_arrow(self, start: np.ndarray, end: np.ndarray, colour: Colour) -> None:
         along = (end - start) / max(float(np.hypot(*(end - start))), 1e-6)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmt_aqr.boxes import Detections
+from cmt_aqr.viz.box_groups import Style
 from cmt_aqr.viz.pictures import draw_detections, write_picture
 
 
@@ -44,7 +45,7 @@ class PictureWriter:
                 batch.lidar2img[i],
                 detections=detections[i],
                 targets=batch.targets[i] if self.has_truth else None,
-                score_threshold=self.score_threshold,
                 title=token,
+                style=Style(score_threshold=self.score_threshold),
             )
             write_picture(self.folder / f"{self.tokens.index(token):02d}_{token[:16]}.jpg", picture)

@@ -32,6 +32,8 @@ CLASS_COLOURS: dict[str, Colour] = {
 WHITE: Colour = (255, 255, 255)
 GREY: Colour = (150, 156, 166)
 BACKGROUND: Colour = (17, 19, 24)
+# Frame and words of a panel whose sensor failed.
+FAILED: Colour = (255, 90, 60)
 
 # cv2 draws with fixed-point coordinates: this many fractional bits.
 _SHIFT = 4
@@ -106,6 +108,17 @@ def fill(image: np.ndarray, polygon: np.ndarray, colour: Colour) -> None:
 def rectangle(image: np.ndarray, left: int, top: int, right: int, bottom: int, colour: Colour) -> None:
     """Fill an axis-parallel rectangle, borders included."""
     cv2.rectangle(image, (left, top), (right, bottom), colour, cv2.FILLED)
+
+
+def frame(image: np.ndarray, colour: Colour, thickness: int = 6) -> None:
+    """Paint a border inside an image."""
+    for part in (image[:thickness], image[-thickness:], image[:, :thickness], image[:, -thickness:]):
+        part[:] = colour
+
+
+def failed_plate(name: str, failed: str) -> Text:
+    """The name of a panel with what failed there, for its left upper corner."""
+    return Text(f"{name}   FAILED: {failed}", 0, 0, (0, 0, 0), FAILED, size=21, bold=True)
 
 
 def write_texts(image: np.ndarray, texts: Sequence[Text]) -> None:

@@ -1,8 +1,8 @@
 """Failing sensors: what MultiCorrupt and nuScenes-R (with MoME's six cases) define, at test time and in training.
 
 `cases` is the table of all failures; `lidar`, `cameras`, `weather`, `calibration` and `timing` are what they do;
-`names` reads what a user writes; `apply` gives every file its random generator; `dataset` and `training` make samples.
-docs/failures.md shows each of them.
+`names` reads what a user writes; `panels` is what of a frame failed, for pictures; `apply` gives every file its random
+generator; `dataset` and `training` make samples. docs/failures.md shows each of them.
 """
 
 from cmt_aqr.data.failures.cases import CASES, OUTSIDE_MRA, SUITES
@@ -15,6 +15,7 @@ from cmt_aqr.data.failures.names import (
     parse_failure,
     parse_failures,
 )
+from cmt_aqr.data.failures.panels import SensorData, failed_panels
 from cmt_aqr.data.failures.training import TrainingFailures, training_failures
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "Failure",
     "FailureDataset",
     "FailureSampler",
+    "SensorData",
     "TrainingFailures",
     "affects_nothing",
+    "failed_panels",
     "keep_applicable",
     "name_problems",
     "parse_failure",

@@ -30,7 +30,7 @@ def test_frame_with_ground_truth_and_detections(tmp_path, capsys, submission, se
     page = Page((tmp_path / "report.html").read_text())
     assert [[image.shape for image in section] for section in page.sections] == [[cv2.imread(str(path)).shape]]
     assert page.options == [f"0: scene-0061, sample {frame.token()}"]
-    assert cv2.imread(str(path)).shape[1] == (920 if sensors == "lidar" else 2664)
+    assert cv2.imread(str(path)).shape[1] == (1362 if sensors == "lidar" else 2706)
 
 
 def test_sentences(tmp_path, capsys, submission):

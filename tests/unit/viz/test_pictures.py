@@ -11,19 +11,15 @@ import torch
 from cmt_aqr.boxes import Detections, Targets, box_corners
 from cmt_aqr.classes import CAMERAS, CLASSES
 from cmt_aqr.viz.bev_panel import BevPanel, height_colours
+from cmt_aqr.viz.box_groups import Style
+from cmt_aqr.viz.camera_tiles import project_box_edges
+from cmt_aqr.viz.legend import TITLE_HEIGHT
 from cmt_aqr.viz.paint import CLASS_COLOURS, Text, clip_lines, dashes, text_box
-from cmt_aqr.viz.pictures import (
-    GAP,
-    TILE_HEIGHT,
-    TITLE_HEIGHT,
-    PictureError,
-    draw_detections,
-    project_box_edges,
-    write_picture,
-)
+from cmt_aqr.viz.pictures import GAP, PictureError, draw_detections, write_picture
 from tests.unit.evaluation import frame
 
 FOCAL = 300.0
+TILE_HEIGHT = 360  # of views of 640 x 360
 BLACK = (0, 0, 0)
 
 
@@ -137,8 +133,10 @@ def test_bev_panel_directions_and_scale():
     panel = BevPanel(201, 50.0)
     panel.draw_points(np.array([[20.0, 0, 0, 9], [0, 20, -9, 9], [-51, 0, 0, 9]]))
     painted = np.argwhere((panel.image != panel.image[0, 0]).any(axis=-1))
-    # 2 pixels a metre about pixel 100; forward (+y) is up, right (+x) is right.
-    assert {tuple(p) for p in painted} == {(100, 140), (60, 100)}
+    # 2 pixels a metre about pixel 100; forward (+y) is up, right (+x) is right; a point is a square of 2 x 2 pixels.
+    assert {tuple(p) for p in painted} == {
+        (row, column) for v, u in ((100, 140), (60, 100)) for row in (v - 1, v) for column in (u - 1, u)
+    }
     assert (panel.image[60, 100] == height_colours(np.array([-3.0]))[0]).all()
 
 
@@ -157,8 +155,8 @@ def test_bev_velocity_arrow_and_unknown_velocity():
 def test_score_threshold_and_counts():
     images, matrices = six_views(640, 360)
     low = one("car", 0, 12, 0, 4, 2, 1.5, 0, 0, 0)
-    shown = draw_detections(images, None, matrices, detections=low, score_threshold=0.9)
-    hidden = draw_detections(images, None, matrices, detections=low, score_threshold=0.91)
+    shown = draw_detections(images, None, matrices, detections=low, style=Style(score_threshold=0.9))
+    hidden = draw_detections(images, None, matrices, detections=low, style=Style(score_threshold=0.91))
     assert (tile(shown, 0, 1, 640) > 100).any(axis=-1).sum() > (tile(hidden, 0, 1, 640) > 100).any(axis=-1).sum()
 
 
@@ -258,4 +256,5 @@ def test_real_frame_is_drawn_in_a_second():
         images, points, matrices, detections=frame.perfect_detections(), targets=frame.targets(), title="real"
     )
     assert time.process_time() - start < 3, "about 0.3 s of one core"
-    assert picture.shape[1] == 3 * 640 + 2 * GAP + GAP + 2 * TILE_HEIGHT + GAP
+    side = 2 * 360 + GAP + 42  # the views and one line of legend
+    assert picture.shape == (TITLE_HEIGHT + side, 3 * 640 + 3 * GAP + side, 3)
