@@ -30,15 +30,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cmt_aqr.build import check_splits, count_parameters, data_root, open_split
+from cmt_aqr.build import check_splits, data_root, open_split
 from cmt_aqr.config import Config, load_config, naming_source
 from cmt_aqr.data.loader import explain_killed_worker
 from cmt_aqr.data.sample import Batch
+from cmt_aqr.devices import HostCopy
 from cmt_aqr.errors import UserError, report_errors
-from cmt_aqr.evaluation.nuscenes_eval import METRICS_FILE, format_table
+from cmt_aqr.evaluation.nuscenes_eval import format_table
 from cmt_aqr.jobs import evaluate_split, prepare_data
 from cmt_aqr.losses.criterion import total_loss
-from cmt_aqr.losses.matcher import NonFiniteError
+from cmt_aqr.losses.matcher import ElsewhereError, NonFiniteError
 from cmt_aqr.memory import explain_out_of_memory, training_advice
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.probe import log_probe
@@ -46,19 +47,19 @@ from cmt_aqr.progress import phase
 from cmt_aqr.replay import replay, stop_at_failed_step
 from cmt_aqr.run import (
     Run,
+    StepRecord,
     build_run,
     check_init_from,
     check_settings,
     compute_losses,
-    is_compiled,
     make_training_loader,
     resume_hint,
     set_first_weights,
     set_rates,
     split_batch,
-    write_config,
 )
 from cmt_aqr.run_page import keep_page
+from cmt_aqr.run_report import describe, describe_results, log_step
 from cmt_aqr.training.distributed import (
     RankInfo,
     any_process,
@@ -67,15 +68,13 @@ from cmt_aqr.training.distributed import (
     is_restart,
     main_first,
     process_group,
-    reduce_mean,
     share_buffers,
 )
 from cmt_aqr.training.logs import Progress, RunLog, read_log
-from cmt_aqr.training.optim import set_training_mode
+from cmt_aqr.training.optim import set_training_mode, step_if_finite
 from cmt_aqr.training.profiling import profiled_steps
 from cmt_aqr.training.run_folder import (
     LATEST,
-    PAGE_FILE,
     find_checkpoint,
     make_work_dir,
     remove_run,
@@ -86,8 +85,8 @@ from cmt_aqr.training.seeding import seed_process
 from cmt_aqr.training.signals import StopFlag, stop_signals
 from cmt_aqr.training.work_dir_lock import work_dir_lock
 
-# A gradient that overflows at so small a scale is not a matter of half precision.
-SMALLEST_SCALE = 2.0**-10
+# A gradient that overflows although the scale is lowered to less is not a matter of half precision.
+SMALLEST_SCALE = 2.0**-11
 
 
 def main() -> int:
@@ -215,14 +214,17 @@ def train_epoch(run: Run, log: RunLog, progress: Progress, stop: StopFlag) -> bo
             first.close()
             run.after_step()
             if run.step % run.config.training.log_every == 0 or run.step == run.total_steps:
+                check_last_step(run)
                 log_step(run, log, metrics | {"data_time": data_time, "step_time": step_time})
-            progress.advance(loss=metrics["loss"], epoch=run.step / run.steps_per_epoch, lr=metrics["lr"])
+            progress.advance(loss=run.loss, epoch=run.step / run.steps_per_epoch, lr=metrics["lr"])
             losses.append(metrics["loss"])
             if any_process(stop.is_set, run.rank_info.device):
+                check_last_step(run)
                 return True
             if run.step == run.last_step:
                 break
             clock = time.perf_counter()
+    check_last_step(run)
     mean_loss = torch.stack(losses).mean().item()
     title = f"epoch {epoch + 1}/{run.config.training.epochs}"
     log.print(f"{progress.line(title, loss=mean_loss, lr=metrics['lr'])} of training alone")
@@ -232,52 +234,78 @@ def train_epoch(run: Run, log: RunLog, progress: Progress, stop: StopFlag) -> bo
 def train_step(run: Run, batch: Batch) -> dict[str, Tensor | float]:
     """One optimizer step; returns the loss, its terms, metrics of AQR, the gradient's norm and the learning rate.
 
+    Where the loss or the gradient is not finite the device leaves the weights as they are. The host learns it at once
+    or, with ``run.checks_late``, in the next step, before that one is applied.
+
     Raises:
-        TrainingStopped: the loss or the gradient is not finite; the weights are those before the step.
+        TrainingStopped: the loss or the gradient is not finite; the weights are those before that step.
     """
     training = run.config.training
     set_training_mode(run.model, (*training.freeze, *training.norm_eval))
     set_rates(run)
     run.optimizer.zero_grad(set_to_none=True)
     metrics = forward_backward(run, batch)
+    check_last_step(run)
     run.scaler.unscale_(run.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), training.grad_clip)
-    # The same in all processes. The scaler expects such gradients: it skips the step and lowers the scale.
-    is_skipped = not math.isfinite(grad_norm.item())
-    if is_skipped and (not run.scaler.is_enabled() or run.scaler.get_scale() < SMALLEST_SCALE):
-        terms = {name: value for name, value in metrics.items() if "loss_" in name}
-        stop_at_failed_step(run, batch, f"the gradient norm is {grad_norm.item()}", terms)
-    run.scaler.step(run.optimizer)
+    step_if_finite(run.optimizer, run.scaler, grad_norm)
     run.scaler.update()
     run.model.clamp_parameters()
     if run.average is not None:
         run.average.update_parameters(run.model)
 
+    terms = {name: value for name, value in metrics.items() if "loss_" in name}
+    run.unchecked = StepRecord(run.step, batch, terms, HostCopy(metrics["loss"], grad_norm))
     run.step += 1
-    run.skipped_steps += is_skipped
+    if not run.checks_late:
+        check_last_step(run)
     return metrics | {"grad_norm": grad_norm, "lr": run.optimizer.param_groups[0]["lr"]}
+
+
+def check_last_step(run: Run) -> None:
+    """Find out whether the last step was finite, so applied; to be called before anything is logged or saved.
+
+    Raises:
+        TrainingStopped: it was not, and not for the range of half precision.
+    """
+    record, run.unchecked = run.unchecked, None
+    if record is None:
+        return
+    run.loss, norm = (number.item() for number in record.numbers.wait())
+    if math.isfinite(norm):
+        return
+    # The norm, so this too, is the same in all processes.
+    reason = None if math.isfinite(run.loss) else f"the loss is {run.loss}"
+    if not any_process(reason is not None, run.rank_info.device):
+        # The scaler expects such gradients: it skips the step and lowers the scale.
+        if run.scaler.is_enabled() and run.scaler.get_scale() >= SMALLEST_SCALE:
+            run.skipped_steps += 1
+            return
+        reason = f"the gradient norm is {norm}"
+    run.step = record.step
+    stop_at_failed_step(run, record.batch, reason, record.terms)
 
 
 def forward_backward(run: Run, batch: Batch) -> dict[str, Tensor]:
     """The gradient of this process's share of a step; returns the loss, its terms and metrics of AQR.
 
+    A loss that is not finite makes the whole gradient NaN, in all processes.
+
     Raises:
-        TrainingStopped: the loss is not finite.
+        TrainingStopped: the matching failed, for values that are not finite.
     """
     means: dict[str, Tensor] = {}
     parts = split_batch(run, batch)
     for part in parts:
-        terms, reason = {}, None
         with gradient_sync(run.ddp_model, is_last=part is parts[-1]):
             try:
                 terms, aqr_metrics = compute_losses(run, part)
-                loss = total_loss(terms)
-                reason = None if math.isfinite(loss.item()) else f"the loss is {loss.item()}"
-            except NonFiniteError as error:
-                reason = str(error)
-            if any_process(reason is not None, run.rank_info.device):
-                stop_at_failed_step(run, batch, reason, terms)
-            run.scaler.scale(loss / len(parts)).backward()
+            except NonFiniteError as error:  # in all processes
+                check_last_step(run)
+                stop_at_failed_step(run, batch, None if isinstance(error, ElsewhereError) else str(error), {})
+            loss = total_loss(terms)
+            one_or_nan = torch.where(loss.isfinite(), 1.0, math.nan)
+            run.scaler.scale(loss * one_or_nan / len(parts)).backward()
         values = {"loss": loss} | terms | aqr_metrics
         means = {name: means.get(name, 0) + value.detach() / len(parts) for name, value in values.items()}
     return means
@@ -330,56 +358,6 @@ def evaluate_epoch(run: Run, log: RunLog, stop: StopFlag) -> None:
         log.record("eval", run.step, epoch=epoch, **metrics.scalars())
         log.print(format_table(metrics))
     keep_page(run.work_dir, run.config.name, log)
-
-
-def describe_results(run: Run, log: RunLog) -> str:
-    """Where a finished run has left its results; empty in a process that is not the main one."""
-    if not run.rank_info.is_main:
-        return ""
-    rows = [("weights", str(run.work_dir / LATEST))]
-    evaluations = [line for line in read_log(log.path) if line["kind"] == "eval" and "error" not in line]
-    if evaluations:
-        last = evaluations[-1]
-        folder = run.work_dir / "eval" / f"epoch_{last['epoch']}"
-        rows.append(("scores", f"{folder / METRICS_FILE} (mAP {last['mAP']:.4f}, NDS {last['NDS']:.4f})"))
-        places = {"pictures": folder / "pictures", "page": run.work_dir / PAGE_FILE}
-        rows += [(name, str(path)) for name, path in places.items() if path.exists()]
-    rows.append(("log", str(log.path)))
-    return "\n".join(["finished", *(f"  {name:<8}  {place}" for name, place in rows)])
-
-
-def log_step(run: Run, log: RunLog, metrics: dict[str, Tensor | float]) -> None:
-    """One line of the log; tensors are averaged over the processes."""
-    tensors = {name: value.double() for name, value in metrics.items() if isinstance(value, Tensor)}
-    means = reduce_mean(torch.stack(list(tensors.values()))).tolist()
-    values = metrics | dict(zip(tensors, means, strict=True))
-    values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    if run.scaler.is_enabled():
-        values["skipped_steps"] = run.skipped_steps
-        run.skipped_steps = 0
-    log.record("train", run.step, epoch=run.step / run.steps_per_epoch, **values)
-
-
-def describe(run: Run, log: RunLog, notes: list[str]) -> None:
-    """Tell what is about to happen, and keep the resolved configuration."""
-    config, rank_info = run.config, run.rank_info
-    if rank_info.is_main:
-        write_config(run.work_dir, config)
-    log.print(
-        f"{config.name}: {count_parameters(run.model) / 1e6:.1f} M parameters, "
-        f"{rank_info.world_size} x {rank_info.device.type}, {config.training.precision}, "
-        f"{config.training.epochs} epochs of {run.steps_per_epoch} steps, results in {run.work_dir}"
-    )
-    if run.model.lidar_branch is not None:
-        log.print(run.model.lidar_branch.encoder.describe(rank_info.device))
-    if run.model.aqr is not None:
-        log.print(run.model.aqr.describe(rank_info.device))
-    if is_compiled(config, rank_info.device):
-        log.print("compiling in the first step, a minute or more (training.compile)")
-    if run.step:
-        log.print(f"resuming after step {run.step}")
-    for note in notes:
-        log.print(note)
 
 
 if __name__ == "__main__":

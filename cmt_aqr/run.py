@@ -16,9 +16,9 @@ from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.loader import Loader, make_loader
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.data.sampling import TrainingSampler
+from cmt_aqr.devices import HostCopy
 from cmt_aqr.files import atomic_path
 from cmt_aqr.losses.criterion import Criterion
-from cmt_aqr.losses.matcher import NonFiniteError
 from cmt_aqr.models.compiled import CompiledDetector
 from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from cmt_aqr.models.detector import Detector
@@ -31,7 +31,7 @@ from cmt_aqr.progress import counted
 from cmt_aqr.strict_yaml import to_yaml
 from cmt_aqr.training.checkpoint import CheckpointError, load_into, load_weights
 from cmt_aqr.training.checkpoint_checks import check_finite
-from cmt_aqr.training.distributed import RankInfo, any_process, reduce_max, reduce_mean, wrap
+from cmt_aqr.training.distributed import RankInfo, reduce_max, reduce_mean, wrap
 from cmt_aqr.training.optim import (
     freeze,
     make_average,
@@ -40,6 +40,23 @@ from cmt_aqr.training.optim import (
     set_schedule,
 )
 from cmt_aqr.training.seeding import denoising_noise, seed_step
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step that has been launched: what is needed to report it if it proves not finite.
+
+    Attributes:
+        step: its number.
+        batch: of this process.
+        terms: loss terms of this process, on the device.
+        numbers: loss and gradient norm, on their way to the host.
+    """
+
+    step: int
+    batch: Batch
+    terms: dict[str, Tensor]
+    numbers: HostCopy
 
 
 @dataclass
@@ -59,6 +76,9 @@ class Run:
         saved_step: of the checkpoint in the work dir, None before the first.
         probe: validation frames that are inspected after every epoch; None before the first time.
         skipped_steps: steps since the last line of the log whose update the gradient scaler skipped.
+        checks_late: whether a step is checked during the next one, so that nothing waits for the GPU.
+        unchecked: the last step, until it has been checked.
+        loss: of the last step that has been checked, in this process.
         after_step: called after every step; the profiler's, where there is one.
     """
 
@@ -79,6 +99,9 @@ class Run:
     saved_step: int | None = None
     probe: list[Batch] | None = None
     skipped_steps: int = 0
+    checks_late: bool = False
+    unchecked: StepRecord | None = None
+    loss: float | None = None
     after_step: Callable[[], None] = field(default=lambda: None)
 
     @property
@@ -159,6 +182,7 @@ def build_run(config: Config, rank_info: RankInfo, work_dir: Path) -> Run:
         criterion=criterion,
         scaler=torch.amp.GradScaler(rank_info.device.type, enabled=config.training.precision == "fp16"),
         tables=Tables(config.data.root, config.data.version),
+        checks_late=rank_info.device.type == "cuda",
     )
 
 
@@ -292,7 +316,7 @@ def compute_losses(run: Run, part: Part) -> tuple[dict[str, Tensor], dict[str, T
         Loss terms by name, and metrics of AQR (empty without it).
 
     Raises:
-        NonFiniteError: the output of the network is not finite in this process or another, or a matching cost is not.
+        NonFiniteError: the output of the network or a matching cost is not finite, in this process or another.
     """
     config, device, batch = run.config, run.rank_info.device, part.batch
     shared_rng = seed_step(config.seed, run.step, part.stream)
@@ -300,9 +324,6 @@ def compute_losses(run: Run, part: Part) -> tuple[dict[str, Tensor], dict[str, T
     with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
         mask = draw_image_mask(config, batch, shared_rng)
         predictions = run.ddp_model(batch.images, batch.points, batch.lidar2img, part.denoising, image_mask=mask)
-    is_finite = torch.stack([output.isfinite().all() for task in predictions.tasks for output in task.values()]).all()
-    if any_process(not is_finite, device):
-        raise NonFiniteError("the output of the network is not finite")
     terms = run.criterion(predictions, batch.targets, part.denoising, counts=part.counts)
     metrics = {} if predictions.aqr_weights is None else run.model.aqr.metrics(predictions.aqr_weights)
     return terms, metrics

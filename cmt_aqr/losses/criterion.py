@@ -13,9 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from cmt_aqr.box_format import CODE_SIZE
 from cmt_aqr.boxes import Targets, encode_boxes
 from cmt_aqr.classes import CLASSES
+from cmt_aqr.devices import to_device
 from cmt_aqr.geometry import constant_like
 from cmt_aqr.losses.focal import ALPHA, GAMMA, focal_loss, one_hot
-from cmt_aqr.losses.matcher import UNMATCHED, PaddedTargets, class_table, encode_targets, match
+from cmt_aqr.losses.matcher import UNMATCHED, Matching, PaddedTargets, class_table, encode_targets
 from cmt_aqr.precision import at_least_float32
 from cmt_aqr.predictions import DenoisingQueries, Predictions, TaskClasses
 
@@ -128,7 +129,7 @@ class Criterion(nn.Module):
             others; with denoising also ``dn_loss_cls``, ``dn_loss_bbox``, ``d{i}.dn_loss_cls``, ``d{i}.dn_loss_bbox``.
 
         Raises:
-            NonFiniteError: the predictions are not finite (*Quirk Q14*).
+            NonFiniteError: the predictions are not finite, in any process (*Quirk Q14*).
             ValueError: the number of samples, tasks or denoising rows does not fit.
         """
         self._check(predictions, targets, denoising)
@@ -139,13 +140,13 @@ class Criterion(nn.Module):
         like = predictions.tasks[0]["center"]
         with torch.autocast(like.device.type, enabled=False):
             padded = encode_targets(targets, dtype=like.dtype)
-            if counts is None:  # before the matching, which may fail: the other processes wait for these
+            if counts is None:
                 counts = self.count(targets, denoising, num_queries=like.shape[2] - predictions.num_dn)
                 counts = counts if self.reduce_mean is None else self.reduce_mean(counts)
-            assigned = self.assign(predictions, padded).to(like.device, non_blocking=True)
-            terms = self._matched_terms(predictions, padded, assigned, counts)
-            if denoising is not None:
-                terms |= self._denoising_terms(predictions, denoising, counts[-1])
+            matching = self.start_matching(predictions, padded)
+            others = {} if denoising is None else self._denoising_terms(predictions, denoising, counts[-1])
+            assigned = to_device(matching.solve(), like.device)
+            terms = self._matched_terms(predictions, padded, assigned, counts) | others
         return {
             (name if layer == len(like) - 1 else f"d{layer}.{name}"): value
             for name, values in terms.items()
@@ -157,9 +158,9 @@ class Criterion(nn.Module):
         self._matched_terms = torch.compile(self._matched_terms, backend=backend)
         self._denoising_terms = torch.compile(self._denoising_terms, backend=backend)
 
-    def assign(self, predictions: Predictions, targets: PaddedTargets) -> Tensor:
-        """Match every layer and task: (T, L, B, Q) int64 on the CPU, index into the frame's boxes or -1."""
-        return match(
+    def start_matching(self, predictions: Predictions, targets: PaddedTargets) -> Matching:
+        """Compute the matching costs of all layers and tasks and begin to copy them to the host."""
+        return Matching(
             predictions,
             targets,
             code_weights=self.code_weights,
@@ -167,7 +168,12 @@ class Criterion(nn.Module):
             box_weight=self.box_cost,
             alpha=self.alpha,
             gamma=self.gamma,
+            reduce_mean=self.reduce_mean,
         )
+
+    def assign(self, predictions: Predictions, targets: PaddedTargets) -> Tensor:
+        """Match every layer and task: (T, L, B, Q) int64 on the CPU, index into the frame's boxes or -1."""
+        return self.start_matching(predictions, targets).solve()
 
     def count(self, targets: Sequence[Targets], denoising: DenoisingQueries | None, *, num_queries: int) -> Tensor:
         """(2 T + 1,) float64: positives per task, background queries per task, known denoising rows; of one layer.

@@ -3,7 +3,7 @@
 Shape letters: T tasks, L decoder layers, B batch, G boxes of the fullest frame (at least 1), Q matching queries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cmt_aqr.boxes import Targets, encode_boxes, pad_targets
 from cmt_aqr.classes import CLASSES
+from cmt_aqr.devices import HostCopy
 from cmt_aqr.errors import UserError
 from cmt_aqr.geometry import constant_like
 from cmt_aqr.losses.focal import ALPHA, GAMMA, focal_cost
@@ -25,6 +26,10 @@ UNMATCHED = -1
 
 class NonFiniteError(UserError):
     """A matching cost is NaN or infinite, i.e. the network has diverged (Quirk Q14: the original silences this)."""
+
+
+class ElsewhereError(NonFiniteError):
+    """The matching of another process cannot be solved; that of this one can."""
 
 
 @dataclass(frozen=True)
@@ -132,17 +137,8 @@ def solve(costs: np.ndarray, tasks: np.ndarray, num_tasks: int) -> np.ndarray:
     return assigned
 
 
-def match(
-    predictions: Predictions,
-    targets: PaddedTargets,
-    *,
-    code_weights: Sequence[float],
-    class_weight: float = 2.0,
-    box_weight: float = 0.25,
-    alpha: float = ALPHA,
-    gamma: float = GAMMA,
-) -> Tensor:
-    """Match on the CPU after one transfer of all costs.
+class Matching:
+    """The matching of a batch while its costs travel to the host, all of them in one transfer.
 
     Args:
         predictions: all layers; denoising rows are skipped.
@@ -150,23 +146,53 @@ def match(
         code_weights: (10,) factors on the box code.
         class_weight, box_weight: factors of the focal and of the L1 cost.
         alpha, gamma: of the focal cost.
-
-    Returns:
-        (T, L, B, Q) int64 **on the CPU**: index into the frame's boxes, or -1 for background.
-
-    Raises:
-        NonFiniteError: see :func:`solve`.
+        reduce_mean: averages a float64 tensor over processes, so that all of them learn what one finds; None: there is
+            one process.
     """
-    with torch.autocast(targets.codes.device.type, enabled=False):
-        costs = matching_costs(
-            predictions,
-            targets,
-            class_weight=class_weight,
-            box_weight=box_weight,
-            code_weights=code_weights,
-            alpha=alpha,
-            gamma=gamma,
-        )
-    task_of, _ = class_table(predictions.classes, device=targets.labels.device)
-    tasks = task_of[targets.labels]
-    return torch.from_numpy(solve(costs.cpu().numpy(), tasks.cpu().numpy(), len(predictions.classes)))
+
+    def __init__(
+        self,
+        predictions: Predictions,
+        targets: PaddedTargets,
+        *,
+        code_weights: Sequence[float],
+        class_weight: float = 2.0,
+        box_weight: float = 0.25,
+        alpha: float = ALPHA,
+        gamma: float = GAMMA,
+        reduce_mean: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._num_tasks = len(predictions.classes)
+        with torch.autocast(targets.codes.device.type, enabled=False):
+            costs = matching_costs(
+                predictions,
+                targets,
+                class_weight=class_weight,
+                box_weight=box_weight,
+                code_weights=code_weights,
+                alpha=alpha,
+                gamma=gamma,
+            )
+        tasks = class_table(predictions.classes, device=targets.labels.device)[0][targets.labels]
+        outputs = [output.isfinite().all() for task in predictions.tasks for output in task.values()]
+        is_solvable = (costs.isfinite() | (tasks < 0)[..., None]).all()
+        own = torch.stack((torch.stack(outputs).all(), is_solvable)).double()
+        everywhere = own if reduce_mean is None else reduce_mean(own)
+        self._copy = HostCopy(costs, tasks, own, everywhere)
+
+    def solve(self) -> Tensor:
+        """Wait for the costs and assign.
+
+        Returns:
+            (T, L, B, Q) int64 **on the CPU**: index into the frame's boxes, or -1 for background.
+
+        Raises:
+            NonFiniteError: in all processes, where an output of the network or a cost is not finite in one of them.
+        """
+        costs, tasks, own, everywhere = self._copy.wait()
+        if not own[0]:
+            raise NonFiniteError("the output of the network is not finite")
+        assigned = solve(costs.numpy(), tasks.numpy(), self._num_tasks)
+        if everywhere.min() < 1:
+            raise ElsewhereError("the matching of another process failed")
+        return torch.from_numpy(assigned)

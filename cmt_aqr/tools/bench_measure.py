@@ -11,6 +11,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 MEBIBYTE = 2**20
+WARM_UP_CALLS = 3
 # Calls that are profiled for the busy share: the profiler slows the host, so they are not timed.
 PROFILED_CALLS = 5
 
@@ -26,14 +27,16 @@ class Measured:
 
 
 def measure(
-    call: Callable[[], object], device: torch.device, *, repeats: int, profiled: bool, warm_up: int = 3
+    call: Callable[[], object], device: torch.device, *, repeats: int, profiled: bool, waits: bool = True
 ) -> Measured:
-    """Wall time of calls that end when their results are there; on a GPU also what it did meanwhile.
+    """Wall time of calls; on a GPU also what it did meanwhile.
 
     Args:
         profiled: whether a few more calls are profiled for the busy time.
+        waits: a call ends when its results are there; False: the next one begins when the call returns, as in a loop
+            that waits for the GPU inside its steps.
     """
-    for _ in range(warm_up):
+    for _ in range(WARM_UP_CALLS):
         call()
     _wait(device)
     if device.type == "cuda":
@@ -42,8 +45,10 @@ def measure(
     for _ in range(repeats):
         start = time.perf_counter()
         call()
-        _wait(device)
+        if waits:
+            _wait(device)
         times.append(1e3 * (time.perf_counter() - start))
+    _wait(device)
     peak = torch.cuda.max_memory_allocated(device) / MEBIBYTE if device.type == "cuda" else None
     times.sort()
     p99 = times[min(len(times) - 1, int(0.99 * len(times)))]

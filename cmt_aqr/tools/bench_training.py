@@ -15,6 +15,7 @@ from torch import nn
 from cmt_aqr.build import open_split
 from cmt_aqr.config import Config
 from cmt_aqr.data.sample import Batch
+from cmt_aqr.devices import HostCopy
 from cmt_aqr.losses.criterion import total_loss
 from cmt_aqr.progress import phase
 from cmt_aqr.run import Run, build_optimizer, build_run, compute_losses, make_training_loader, set_rates, split_batch
@@ -23,7 +24,7 @@ from cmt_aqr.tools.bench_measure import describe_machine, measure, number
 from cmt_aqr.tools.bench_original import in_original_manner
 from cmt_aqr.tools.bench_shapes import TRAINING_WAYS
 from cmt_aqr.training.distributed import RankInfo
-from cmt_aqr.training.optim import set_training_mode
+from cmt_aqr.training.optim import set_training_mode, step_if_finite
 
 # Steps of the schedule: the learning rate must be one of a run, however few steps are measured.
 NUM_STEPS = 10_000
@@ -87,10 +88,11 @@ def way_line(way: str, config: Config, device: torch.device, batch: Batch, optio
             make = make_original_run if way == "original" else make_run
             step = TrainingStep(make(with_compile(config, way == "compiled"), device, Path(folder)), batch)
             start = time.perf_counter()
-            step()  # which waits for its loss
+            step()
+            _ = step.loss  # waits for the GPU
             first = time.perf_counter() - start
         with phase(f"{title}: {options.repeats} steps"):
-            measured = measure(step, device, repeats=options.repeats, profiled=options.profiled)
+            measured = measure(step, device, repeats=options.repeats, profiled=options.profiled, waits=False)
         cells = [number(first), number(measured.median), number(measured.p99)]
         cells += [number(1e3 * len(batch) / measured.median), number(measured.busy), number(measured.peak, 0)]
         cells.append(f"{step.loss:.4f}")
@@ -121,11 +123,16 @@ def make_original_run(config: Config, device: torch.device, work_dir: Path) -> R
 
 
 class TrainingStep:
-    """The step of train.py on one batch, again and again; ``loss`` is that of the last step."""
+    """The step of train.py on one batch, again and again; what it waits for in the next step it does not wait for."""
 
     def __init__(self, run: Run, batch: Batch) -> None:
         self.run, self.batch = run, batch
-        self.loss = float("nan")
+        self._loss: HostCopy | None = None
+
+    @property
+    def loss(self) -> float:
+        """That of the last step, waited for."""
+        return self._loss.wait()[0].item()
 
     def __call__(self) -> None:
         """One step; the next one belongs to the next step of the schedule."""
@@ -138,12 +145,12 @@ class TrainingStep:
             loss = total_loss(compute_losses(run, part)[0])
             run.scaler.scale(loss / len(parts)).backward()
         run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.model.parameters(), training.grad_clip)
-        run.scaler.step(run.optimizer)
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), training.grad_clip)
+        step_if_finite(run.optimizer, run.scaler, norm)
         run.scaler.update()
         run.model.clamp_parameters()
         run.step += 1
-        self.loss = loss.item()
+        self._loss = HostCopy(loss)
 
 
 def part_times(step: TrainingStep, device: torch.device, repeats: int) -> list[float]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cmt_aqr.config import TrainingConfig
@@ -115,8 +115,27 @@ def make_optimizer(
         ],
         lr=lr,
         betas=(BETA1, BETA2),
-        fused=next(iter(groups.values()))[0].is_cuda or None,
+        fused=True,
     )
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_norm: Tensor) -> None:
+    """An optimizer step that leaves weights and state as they are where the gradient is not finite.
+
+    The device decides, the host does not wait for it: ``found_inf`` is how the gradient scaler tells a fused optimizer,
+    here also without a scaler.
+
+    Args:
+        optimizer: of :func:`make_optimizer`; its gradients are unscaled.
+        scaler: of fp16, otherwise not enabled.
+        grad_norm: of all gradients, 0-dim.
+    """
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        return
+    optimizer.found_inf = (~grad_norm.isfinite()).float()
+    optimizer.step()
+    del optimizer.found_inf
 
 
 def cyclic(step: int, total_steps: int, *, pct_start: float, top: float, end: float) -> float:

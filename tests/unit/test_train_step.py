@@ -1,17 +1,21 @@
 """A step that is not finite is never applied, never saved, and reported so that it can be repeated."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cmt_aqr.losses.criterion import Criterion
 from cmt_aqr.losses.matcher import NonFiniteError
 from cmt_aqr.replay import TrainingStopped, describe_reasons, replay, replay_batch
 from cmt_aqr.run import write_config
 from cmt_aqr.training.checkpoint_checks import CheckpointError
 from cmt_aqr.training.logs import RunLog, read_log
+from tests.unit.losses.cases import ONE_TASK, make_predictions
 from tests.unit.tiny_run import harmless, make_batch, make_run
-from train import log_step, save_run, train_step
+from train import log_step, save_run, train_epoch, train_step
 
 
 def zero_with_infinite_slope(output):
@@ -20,14 +24,22 @@ def zero_with_infinite_slope(output):
 
 
 def state_of(run):
-    """Copies of weights and optimizer state."""
-    optimizer = run.optimizer.state_dict()["state"]
-    return [p.detach().clone() for p in run.model.parameters()], repr(optimizer)
+    """Copies of weights and optimizer state, which is zeros before the first step."""
+    weights = [parameter.detach().clone() for parameter in run.model.parameters()]
+    states = [run.optimizer.state.get(parameter, {}) for parameter in run.model.parameters()]
+    return weights + [
+        torch.as_tensor(state.get(name, 0.0)) + torch.zeros_like(weight)
+        for weight, state in zip(weights, states, strict=True)
+        for name in ("exp_avg", "exp_avg_sq", "step")
+    ]
 
 
 def unchanged(run, before) -> bool:
-    weights, optimizer = state_of(run)
-    return optimizer == before[1] and all(map(torch.equal, weights, before[0]))
+    return all(map(torch.equal, state_of(run), before))
+
+
+def infinite_with_finite_slope(output):
+    return output + math.inf
 
 
 def test_a_finite_step_is_applied(tmp_path):
@@ -56,7 +68,100 @@ def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path):
     kept = torch.load(file, weights_only=True)
     assert kept["step"] == 7 and kept["batches"][0]["tokens"] == ["a1"]
     assert torch.equal(kept["batches"][0]["points"][0], make_batch().points[0])
-    assert torch.equal(kept["model"]["linear.weight"], before[0][0])
+    assert torch.equal(kept["model"]["linear.weight"], before[0])
+
+
+def test_a_loss_that_is_not_finite_is_not_applied_even_if_its_gradient_is(tmp_path):
+    run = make_run(tmp_path, infinite_with_finite_slope)
+    before = state_of(run)
+    with pytest.raises(TrainingStopped, match=r"^step 7: the loss is inf; samples a1; loss_cls 2.5, loss_bbox inf; "):
+        train_step(run, make_batch())
+    assert unchanged(run, before)
+
+
+def make_late_run(tmp_path, *box_losses, scaler=None):
+    """A run that checks a step in the next one, with a box loss for each step; and what goes into a step."""
+    outcomes = iter(box_losses)
+    run = make_run(tmp_path, lambda output: next(outcomes)(output), scaler=scaler)
+    run.checks_late = True
+
+    def step():
+        return train_step(run, replace(make_batch(), tokens=[f"sample {run.step}"]))
+
+    return run, step
+
+
+@pytest.mark.parametrize(
+    ("box_loss", "reason", "term"),
+    [(zero_with_infinite_slope, "gradient norm is nan", "0"), (infinite_with_finite_slope, "loss is inf", "inf")],
+)
+@pytest.mark.parametrize("in_next", [harmless, zero_with_infinite_slope, NonFiniteError])
+def test_a_step_that_is_checked_late_is_reported_as_itself(tmp_path, box_loss, reason, term, in_next):
+    def next_loss(output):
+        if in_next is NonFiniteError:
+            raise NonFiniteError("a matching cost of the next step")
+        return in_next(output)
+
+    run, step = make_late_run(tmp_path, harmless, box_loss, next_loss)
+    step()
+    before = state_of(run)
+    assert step()["grad_norm"].isnan() and run.step == 9  # nobody has looked yet
+    assert unchanged(run, before)
+    with pytest.raises(TrainingStopped) as stop:
+        step()
+    assert unchanged(run, before) and run.step == 8
+    assert str(stop.value).startswith(f"step 8: the {reason}; samples sample 8; loss_cls ")
+    assert f", loss_bbox {term}; the step was not applied; " in str(stop.value)
+    kept = torch.load(tmp_path / "failed_step_8.pt", weights_only=True)
+    assert kept["step"] == 8 and kept["batches"][0]["tokens"] == ["sample 8"]
+    assert torch.equal(kept["model"]["linear.weight"], before[0])
+
+
+def test_steps_that_are_checked_late_are_those_that_are_checked_at_once(tmp_path):
+    run, step = make_late_run(tmp_path, *[harmless] * 4)
+    other = make_run(tmp_path)
+    late, early = [], []
+    for _ in range(4):
+        step()
+        late.append(run.loss)
+        train_step(other, make_batch())
+        early.append(other.loss)
+    assert late == [None, *early[:-1]] and early[0] == 3.75
+    assert unchanged(run, state_of(other))
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_the_last_step_is_checked_before_the_epoch_ends(tmp_path, is_stopped):
+    """Or a failed step would be counted and saved as one that was applied."""
+    run, _ = make_late_run(tmp_path, harmless, zero_with_infinite_slope)
+    run.step, run.last_step = 8, 10
+    run.loader = FixedLoader([make_batch(), make_batch()])
+    stop = SimpleNamespace(is_set=is_stopped and run.step == 10)
+    with (
+        RunLog(tmp_path, True, tensorboard=False) as log,
+        log.progress("train", 10, 8) as progress,
+        pytest.raises(TrainingStopped, match=r"^step 9: the gradient norm is nan; "),
+    ):
+        train_epoch(run, log, progress, stop)
+
+
+class FixedLoader(list):
+    """Batches of an epoch."""
+
+    def set_epoch(self, epoch, first_step):
+        """The same in every epoch."""
+
+
+def test_half_precision_skips_steps_that_are_checked_late(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-9)
+    run, step = make_late_run(tmp_path, *[zero_with_infinite_slope] * 3, harmless, scaler=scaler)
+    before = state_of(run)
+    for _ in range(3):  # to 2 ** -12
+        step()
+    assert unchanged(run, before) and run.skipped_steps == 2
+    with pytest.raises(TrainingStopped, match=r"^step 9: the gradient norm is nan"):
+        step()
+    assert unchanged(run, before)
 
 
 def test_matching_that_fails_ends_in_the_same_report(tmp_path):
@@ -70,12 +175,13 @@ def test_matching_that_fails_ends_in_the_same_report(tmp_path):
     assert unchanged(run, before) and (tmp_path / "failed_step_7.pt").exists()
 
 
-def test_output_that_is_not_finite_is_found_before_matching(tmp_path):
-    def never(output):
-        raise AssertionError("the criterion was reached")
-
-    run = make_run(tmp_path, never)
-    torch.nn.init.constant_(run.model.linear.bias, math.inf)
+def test_output_that_is_not_finite_is_found_before_matching(tmp_path, monkeypatch):
+    monkeypatch.setattr("cmt_aqr.losses.matcher.linear_sum_assignment", None)
+    run = make_run(tmp_path)
+    run.criterion = Criterion(classes=ONE_TASK)
+    run.ddp_model = lambda *_, **__: not_finite
+    not_finite = make_predictions(batch=1, queries=4)
+    not_finite.tasks[0]["center"].data[0, 0, 1] = math.inf
     with pytest.raises(TrainingStopped, match=r"^step 7: the output of the network is not finite; samples a1; "):
         train_step(run, make_batch())
 

@@ -17,18 +17,20 @@ from pathlib import Path
 import torch
 
 import train as train_script
-from cmt_aqr.losses import criterion
-from cmt_aqr.losses.matcher import NonFiniteError
+from cmt_aqr.losses import matcher
 from tests.e2e.faults.kill_runs import preload
 
 CASES = ("gradient", "loss", "matching")
 STEP = 4
-MATCHING_ERROR = "the matching cost of decoder layer 0, sample 0, task 0 is not finite"
+MATCHING_ERROR = (
+    "the matching cost of decoder layer 0, sample 0, task 0 is not finite: "
+    "the network's output or the boxes contain NaN or infinity"
+)
 
 
 def install(case: str) -> None:
     """Make this process fail in its step 4."""
-    compute, match = train_script.compute_losses, criterion.match
+    compute, costs = train_script.compute_losses, matcher.matching_costs
     current = []
 
     def failing_losses(run, batch):
@@ -40,12 +42,11 @@ def install(case: str) -> None:
             terms["loss_bbox"] = terms["loss_bbox"] * torch.inf
         return terms, metrics
 
-    def failing_match(*arguments, **options):
-        if current == [STEP] and case == "matching":
-            raise NonFiniteError(MATCHING_ERROR)
-        return match(*arguments, **options)
+    def failing_costs(*arguments, **options):
+        found = costs(*arguments, **options)
+        return found * torch.nan if current == [STEP] and case == "matching" else found
 
-    train_script.compute_losses, criterion.match = failing_losses, failing_match
+    train_script.compute_losses, matcher.matching_costs = failing_losses, failing_costs
 
 
 def compare_weights(report: Path) -> None:

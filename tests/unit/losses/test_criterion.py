@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from cmt_aqr.boxes import Targets, encode_boxes
+from cmt_aqr.devices import HostCopy
 from cmt_aqr.losses.criterion import DEFAULT_CODE_WEIGHTS, Criterion, total_loss
 from cmt_aqr.losses.focal import focal_loss
-from cmt_aqr.losses.matcher import NonFiniteError
+from cmt_aqr.losses.matcher import NonFiniteError, encode_targets
 from cmt_aqr.models.denoising import DenoisingSettings, make_denoising
 from tests.unit.losses.cases import (
     ONE_TASK,
@@ -154,8 +155,8 @@ def test_two_processes_give_the_loss_and_gradient_of_one(counts):
         return results
 
     local = []
-    run(lambda counts: local.append(counts) or counts)
-    results = run(lambda counts: torch.stack(local).mean(0))
+    run(lambda own: local.append(own) or own)  # counts, and whether all is finite
+    results = run(lambda own: torch.stack([each for each in local if each.shape == own.shape]).mean(0))
     close({name: (results[0][name] + results[1][name]) / 2 for name in terms}, terms)
     for result in results:
         (total_loss(result) / 2).backward()  # DDP averages gradients
@@ -167,13 +168,14 @@ def test_two_processes_give_the_loss_and_gradient_of_one(counts):
 def test_a_process_that_cannot_match_lets_the_other_one_count():
     targets, reduced = make_targets((3, 2)), []
     predictions = make_predictions(batch=2, queries=6, classes=TWO_TASKS)
-    criterion = Criterion(classes=TWO_TASKS, reduce_mean=lambda counts: reduced.append(counts) or counts)
+    criterion = Criterion(classes=TWO_TASKS, reduce_mean=lambda own: reduced.append(own) or own)
     criterion(predictions, targets)
     targets[1].boxes[0, 3] = torch.nan
     with pytest.raises(NonFiniteError):
         criterion(predictions, targets)
-    healthy, failed = reduced  # one reduction each, of the same counts
+    healthy, is_finite, failed, is_failed = reduced  # the same reductions, of the same counts
     assert torch.equal(failed, healthy) and healthy[:2].sum() == 5
+    assert (is_finite.tolist(), is_failed.tolist()) == ([1, 1], [1, 0])
 
 
 def test_more_boxes_than_queries_counts_the_matched_ones():
@@ -195,6 +197,38 @@ def test_float32_predictions_give_a_float32_loss_of_the_same_value():
         assert math.isclose(value.item(), exact[name].item(), rel_tol=1e-5)
 
 
+@pytest.mark.parametrize("classes", (ONE_TASK, TWO_TASKS))
+def test_terms_are_those_of_matching_first_and_denoising_after_it(classes):
+    predictions, targets = make_predictions(batch=2, queries=9, classes=classes, num_dn=12), make_targets((3, 5))
+    denoising, criterion = denoise(targets), Criterion(classes=classes)
+    found = criterion(predictions, targets, denoising)
+    padded = encode_targets(targets, dtype=torch.float64)
+    counts = criterion.count(targets, denoising, num_queries=9)
+    matched = criterion._matched_terms(predictions, padded, criterion.assign(predictions, padded), counts)
+    expected = matched | criterion._denoising_terms(predictions, denoising, counts[-1])
+    assert list(found) == [
+        f"{'' if layer == 1 else 'd0.'}{name}" for name in expected for layer in range(len(expected[name]))
+    ]
+    assert all(map(torch.equal, found.values(), torch.cat(list(expected.values()))))
+
+
+def test_the_denoising_terms_are_computed_while_the_costs_travel(monkeypatch):
+    order = []
+
+    def logged(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments: order.append(name) or function(*arguments))
+
+    logged(HostCopy, "__init__")
+    logged(HostCopy, "wait")
+    criterion = Criterion(classes=ONE_TASK)
+    for name in ("_denoising_terms", "_matched_terms"):
+        logged(criterion, name)
+    targets = make_targets((3, 2))
+    criterion(make_predictions(batch=2, queries=6, num_dn=12), targets, denoise(targets))
+    assert order == ["__init__", "_denoising_terms", "wait", "_matched_terms"]  # one transfer for all layers
+
+
 def test_bad_input_is_refused():
     predictions, targets = make_predictions(batch=2, queries=6, num_dn=12), make_targets((1, 2))
     criterion = Criterion(classes=ONE_TASK)
@@ -208,5 +242,5 @@ def test_bad_input_is_refused():
         Criterion(classes=ONE_TASK, code_weights=(1.0,) * 8)
     with torch.no_grad():
         predictions.tasks[0]["cls_logits"][0, 1, 12] = torch.nan
-    with pytest.raises(NonFiniteError, match="decoder layer 0, sample 1"):
+    with pytest.raises(NonFiniteError, match="the output of the network is not finite"):
         criterion(predictions, targets, denoise(targets))

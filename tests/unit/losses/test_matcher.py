@@ -8,10 +8,22 @@ import torch
 
 from cmt_aqr.boxes import Targets, encode_boxes
 from cmt_aqr.losses.focal import focal_cost
-from cmt_aqr.losses.matcher import UNMATCHED, NonFiniteError, encode_targets, match, matching_costs, solve
+from cmt_aqr.losses.matcher import (
+    UNMATCHED,
+    ElsewhereError,
+    Matching,
+    NonFiniteError,
+    encode_targets,
+    matching_costs,
+    solve,
+)
 from tests.unit.losses.cases import ONE_TASK, TWO_TASKS, make_predictions, make_targets
 
 WEIGHTS = (2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)
+
+
+def match(predictions, targets):
+    return Matching(predictions, encode_targets(targets, dtype=torch.float64), code_weights=WEIGHTS).solve()
 
 
 def costs_of(predictions, targets):
@@ -46,7 +58,7 @@ def test_velocity_is_not_in_the_cost():
 def test_assignment_is_the_cheapest_of_all():
     predictions, targets = make_predictions(batch=2, queries=5), make_targets((3, 4))
     costs = costs_of(predictions, targets)
-    assigned = match(predictions, encode_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
+    assigned = match(predictions, targets)
     assert assigned.shape == (1, 2, 2, 5)
     for layer in range(2):
         for sample, count in enumerate((3, 4)):
@@ -62,7 +74,7 @@ def test_assignment_is_the_cheapest_of_all():
 
 def test_boxes_are_matched_only_by_the_task_that_owns_them():
     predictions, targets = make_predictions(batch=1, queries=9, classes=TWO_TASKS), make_targets((7,))
-    assigned = match(predictions, encode_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
+    assigned = match(predictions, targets)
     for task, members in enumerate(TWO_TASKS):
         mine = [g for g, label in enumerate(targets[0].labels.tolist()) if label in members]
         found = assigned[task, 0, 0]
@@ -71,7 +83,7 @@ def test_boxes_are_matched_only_by_the_task_that_owns_them():
 
 def test_more_boxes_than_queries():
     predictions, targets = make_predictions(batch=2, queries=3), make_targets((8, 0))
-    assigned = match(predictions, encode_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
+    assigned = match(predictions, targets)
     assert (assigned[0, :, 0] != UNMATCHED).all()
     assert all(len(set(row.tolist())) == 3 for row in assigned[0, :, 0])
     assert (assigned[0, :, 1] == UNMATCHED).all()
@@ -79,17 +91,51 @@ def test_more_boxes_than_queries():
 
 def test_no_boxes_at_all():
     predictions, targets = make_predictions(batch=2, queries=3), make_targets((0, 0))
-    assigned = match(predictions, encode_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
+    assigned = match(predictions, targets)
     assert (assigned == UNMATCHED).all()
 
 
 @pytest.mark.parametrize("value", (torch.nan, torch.inf))
-def test_non_finite_predictions_are_named(value):
+@pytest.mark.parametrize("branch", ("center", "vel"))  # the velocity is not in the cost
+def test_non_finite_predictions_are_refused(branch, value):
     predictions, targets = make_predictions(batch=2, queries=4), make_targets((0, 3))
     with torch.no_grad():
-        predictions.tasks[0]["center"][1, 1, 2] = value
-    with pytest.raises(NonFiniteError, match="decoder layer 1, sample 1, task 0 is not finite"):
-        match(predictions, encode_targets(targets, dtype=torch.float64), code_weights=WEIGHTS)
+        predictions.tasks[0][branch][1, 1, 2] = value
+    with pytest.raises(NonFiniteError, match=r"^the output of the network is not finite$"):
+        match(predictions, targets)
+
+
+def test_a_cost_that_is_not_finite_is_named():
+    predictions, targets = make_predictions(batch=2, queries=4), make_targets((0, 3))
+    targets[1].boxes[2, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="decoder layer 0, sample 1, task 0 is not finite"):
+        match(predictions, targets)
+
+
+@pytest.mark.parametrize("what", ("output", "cost"))
+def test_all_processes_learn_that_the_matching_of_one_failed(what):
+    """Two processes: each gives its findings to ``reduce_mean`` and gets the mean with those of the other."""
+    predictions, targets = make_predictions(batch=2, queries=4), make_targets((0, 3))
+    padded = encode_targets(targets, dtype=torch.float64)
+    given = []
+
+    def with_other(other):
+        return lambda own: given.append(own) or (own + torch.tensor(other).double()) / 2
+
+    fine = [1.0, 1.0]
+    Matching(predictions, padded, code_weights=WEIGHTS, reduce_mean=with_other(fine)).solve()
+    bad = [0.0, 0.0] if what == "output" else [1.0, 0.0]
+    with pytest.raises(ElsewhereError):
+        Matching(predictions, padded, code_weights=WEIGHTS, reduce_mean=with_other(bad)).solve()
+    if what == "output":
+        predictions.tasks[0]["vel"].data[0, 0, 0] = torch.nan
+        bad = [0.0, 1.0]
+    else:
+        padded.codes[1, 2, 0] = torch.inf
+    with pytest.raises(NonFiniteError) as error:
+        Matching(predictions, padded, code_weights=WEIGHTS, reduce_mean=with_other(fine)).solve()
+    assert not isinstance(error.value, ElsewhereError)
+    assert [each.tolist() for each in given] == [fine, fine, bad]
 
 
 def test_padding_does_not_reach_the_solver():
