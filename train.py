@@ -218,7 +218,7 @@ def train_epoch(run: Run, log: RunLog, progress: Progress, stop: StopFlag) -> bo
                 log_step(run, log, metrics | {"data_time": data_time, "step_time": step_time})
             progress.advance(loss=run.loss, epoch=run.step / run.steps_per_epoch, lr=metrics["lr"])
             losses.append(metrics["loss"])
-            if any_process(stop.is_set, run.rank_info.device):
+            if any_process(stop.is_set):
                 check_last_step(run)
                 return True
             if run.step == run.last_step:
@@ -276,7 +276,7 @@ def check_last_step(run: Run) -> None:
         return
     # The norm, so this too, is the same in all processes.
     reason = None if math.isfinite(run.loss) else f"the loss is {run.loss}"
-    if not any_process(reason is not None, run.rank_info.device):
+    if not any_process(reason is not None):
         # The scaler expects such gradients: it skips the step and lowers the scale.
         if run.scaler.is_enabled() and run.scaler.get_scale() >= SMALLEST_SCALE:
             run.skipped_steps += 1
@@ -334,7 +334,7 @@ def evaluate_epoch(run: Run, log: RunLog, stop: StopFlag) -> None:
     is_due = is_evaluation_epoch(run)
     if is_due and run.rank_info.is_main:
         is_due = not any(line["kind"] == "eval" and line["step"] == run.step for line in read_log(log.path))
-    if not any_process(is_due and run.rank_info.is_main, run.rank_info.device):
+    if not any_process(is_due and run.rank_info.is_main):
         return
     epoch = run.step // run.steps_per_epoch
     share_buffers(run.evaluated)

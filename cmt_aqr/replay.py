@@ -63,7 +63,7 @@ def stop_at_failed_step(run: Run, batch: Batch, reason: str | None, terms: dict[
             facts.append(f"replay it with {replay_command(run.work_dir, path)}")
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             facts.append(f"{path} could not be written: {str(error).splitlines()[0]}")
-    any_process(False, run.rank_info.device)  # no process exits before the file is written
+    any_process(False)  # no process exits before the file is written
     if not run.rank_info.is_main:
         leave_after_main()
     raise TrainingStopped("; ".join(facts))

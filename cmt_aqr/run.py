@@ -294,7 +294,7 @@ def split_batch(run: Run, batch: Batch) -> list[Part]:
     rank, world_size = run.rank_info.rank, run.rank_info.world_size
     batch = batch.to(run.rank_info.device, non_blocking=True)
     size = -(-len(batch) // run.config.training.accumulation)
-    max_boxes = reduce_max(max(len(targets.labels) for targets in batch.targets), run.rank_info.device)
+    max_boxes = reduce_max(max(len(targets.labels) for targets in batch.targets))
     parts = []
     for number, first in enumerate(range(0, len(batch), size)):
         part = batch.part(first, first + size)

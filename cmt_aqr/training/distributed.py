@@ -58,7 +58,8 @@ def process_group(device: str | None = None, *, advice: str = "start again") -> 
     """Join the process group that ``torchrun`` describes in the environment, and leave it at the end.
 
     Args:
-        device: ``cpu`` or ``cuda``; None takes CUDA when there is one. ``nccl`` joins GPUs, ``gloo`` CPUs.
+        device: ``cpu`` or ``cuda``; None takes CUDA when there is one. ``nccl`` joins tensors of GPUs, ``gloo`` those
+            of hosts: what hosts tell each other does not wait for the GPUs.
         advice: what to do after a lost connection.
 
     Raises:
@@ -75,7 +76,7 @@ def process_group(device: str | None = None, *, advice: str = "start again") -> 
     store = _join(rank, world_size)
     device_id = chosen if chosen.type == "cuda" else None
     dist.init_process_group(
-        "nccl" if chosen.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
         store=store,
         rank=rank,
         world_size=world_size,
@@ -191,18 +192,18 @@ def reduce_mean(value: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def reduce_max(value: int, device: torch.device) -> int:
-    """Largest of one whole number a process."""
+def reduce_max(value: int) -> int:
+    """Largest of one whole number a process; the hosts exchange it, whatever their GPUs do meanwhile."""
     if not _is_joined():
         return value
-    largest = torch.tensor(value, device=device)
+    largest = torch.tensor(value)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
 
 
-def any_process(value: bool, device: torch.device) -> bool:
+def any_process(value: bool) -> bool:
     """True in all processes when it is true in one."""
-    return bool(reduce_max(int(value), device))
+    return bool(reduce_max(int(value)))
 
 
 def gather(items: list[Any]) -> list[Any]:
@@ -221,7 +222,7 @@ def main_first(rank_info: RankInfo) -> Iterator[None]:
     Where process 0 fails, the others exit with status 2 and print nothing: process 0 prints the reason.
     """
     if not rank_info.is_main:
-        if any_process(False, rank_info.device):
+        if any_process(False):
             leave_after_main()
         yield
         return
@@ -229,9 +230,9 @@ def main_first(rank_info: RankInfo) -> Iterator[None]:
         yield
     except BaseException:
         with suppress(RuntimeError):  # the others may be gone already
-            any_process(True, rank_info.device)
+            any_process(True)
         raise
-    any_process(False, rank_info.device)
+    any_process(False)
 
 
 def _is_joined() -> bool:
