@@ -20,12 +20,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-# Elements of the gathered rows that exist at a time: what a cache holds on a CPU, a few hundred megabytes on a GPU, and
-# in a graph, where every part would be a node of its own.
-CHUNK = {"cpu": 2**20}
-LARGE_CHUNK = 2**27
+from cmt_aqr.models.gather import gather_product, gathered_chunks, stored
+
 HEAD_ROOM = 1.25
 
 logger = logging.getLogger(__name__)
@@ -152,7 +149,7 @@ def kernel_offsets(kernel: Sequence[int], grid: Grid, device: torch.device) -> T
 
 def look_up(table: Tensor, first: Tensor, offsets: Tensor) -> Tensor:
     """Entries (R, K) of a table at first (R,) + offsets (K,)."""
-    return table.index_select(0, (first[:, None] + offsets).flatten()).view(-1, offsets.shape[0])
+    return stored(table.index_select(0, (first[:, None] + offsets).flatten()).view(-1, offsets.shape[0]))
 
 
 def find_sites(coords_bzyx: Tensor, shape: Sequence[int], batch_size: int, *, is_fixed: bool) -> Sites:
@@ -241,22 +238,6 @@ def input_rows(sites: Sites, convolution: SparseConvolution, outputs: Sites) -> 
     return look_up(sites.table, first, kernel_offsets(convolution.kernel, sites.grid, first.device))
 
 
-def gather_product(x: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
-    """x (R, C), rows (R', K) with R meaning zeros, matrix (K * C, C') -> (R', C'), a chunk of rows at a time."""
-    padded = F.pad(x, (0, 0, 0, 1))
-    parts = [gathered @ matrix for gathered, _ in _chunks(padded, rows)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _chunks(padded: Tensor, rows: Tensor):
-    elements = LARGE_CHUNK if torch.compiler.is_compiling() else CHUNK.get(padded.device.type, LARGE_CHUNK)
-    size = max(1, elements // max(1, rows.shape[1] * padded.shape[1]))
-    for start in range(0, max(1, rows.shape[0]), size):
-        part = rows[start : start + size]
-        gathered = padded.index_select(0, part.flatten()).view(part.shape[0], part.shape[1] * padded.shape[1])
-        yield gathered, slice(start, start + size)
-
-
 class _Convolve(torch.autograd.Function):
     """gather_product with the weight (out, kz, ky, kx, in); gradients by gathers in the other direction."""
 
@@ -276,7 +257,7 @@ class _Convolve(torch.autograd.Function):
                 grad_x = gather_product(grad, outputs, matrix)
             if ctx.needs_input_grad[1]:
                 total = torch.zeros(weight.shape[0], weight[0].numel(), device=x.device, dtype=_sum_dtype(x.dtype))
-                for gathered, part in _chunks(F.pad(x, (0, 0, 0, 1)), inputs):
+                for gathered, part in gathered_chunks(x, inputs):
                     total += grad[part].t() @ gathered
                 grad_weight = total.to(weight.dtype).view_as(weight)
         return grad_x, grad_weight, None, None

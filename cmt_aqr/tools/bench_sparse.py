@@ -126,9 +126,12 @@ def fixed_rows(
 
     yield measure(f"{name}, fixed sizes", run, encoder, expected, repeats)
     if padded.features.is_cuda:
-        with torch.no_grad():
-            graph = capture(run)
-        yield Row(f"{name}, fixed sizes, CUDA graph", median_time(graph.replay, repeats, on_gpu=True))
+        compiled = torch.compile(run, fullgraph=True, dynamic=False)
+        for manner, call in (("", run), (", compiled", compiled)):
+            with torch.no_grad():
+                graph = capture(call)
+            title = f"{name}, fixed sizes{manner}, CUDA graph"
+            yield Row(title, median_time(graph.replay, repeats, on_gpu=True), error=error_of(call, expected))
 
 
 def measure(name: str, run: Callable[[], Tensor], encoder: SparseEncoder, expected: Tensor | None, repeats: int) -> Row:
@@ -146,9 +149,16 @@ def measure(name: str, run: Callable[[], Tensor], encoder: SparseEncoder, expect
     row = Row(name, median_time(forward, repeats, on_gpu=on_gpu), median_time(both, repeats, on_gpu=on_gpu))
     if on_gpu:
         row.memory, row.memory_both = extra_memory(forward), extra_memory(both)
-    if expected is not None:
-        row.error = ((forward().cpu().double() - expected).abs().max() / expected.abs().max()).item()
+    row.error = error_of(run, expected)
     return row
+
+
+@torch.no_grad()
+def error_of(run: Callable[[], Tensor], expected: Tensor | None) -> float | None:
+    """Largest difference from the expected map, relative to its largest value."""
+    if expected is None:
+        return None
+    return ((run().cpu().double() - expected).abs().max() / expected.abs().max()).item()
 
 
 def median_time(run: Callable[[], object], repeats: int, *, on_gpu: bool) -> float:

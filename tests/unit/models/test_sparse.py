@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cmt_aqr.data.readers import read_points
-from cmt_aqr.models import sparse, spconv_backend
+from cmt_aqr.models import gather, spconv_backend
 from cmt_aqr.models.lidar import RowBatchNorm, SparseEncoder
 from cmt_aqr.models.sparse import Capacities, SparseConvolution, find_output_sites, find_sites
 from cmt_aqr.models.voxels import VoxelBatch, pad_voxels, voxelize_batch
@@ -146,7 +146,7 @@ def test_the_order_of_voxels_does_not_matter():
 def test_chunks_of_rows_change_nothing(monkeypatch):
     voxels = random_voxels(SHAPE, frames=(0,))
     expected = results(small_encoder(backend="torch").train(), voxels)
-    monkeypatch.setitem(sparse.CHUNK, "cpu", 27 * 4 * 10)
+    monkeypatch.setitem(gather.CHUNK, "cpu", 27 * 4 * 10)
     assert_close(results(small_encoder(backend="torch").train(), voxels), expected, tolerance=1e-12)
 
 
