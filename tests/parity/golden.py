@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.parity.draws import Draw, restore
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Parts of the golden files that come with the repository (tests/parity/make_small.py).
 SMALL_FOLDER = Path(__file__).resolve().parent / "small"
@@ -39,15 +41,29 @@ MEASUREMENTS: list[Measurement] = []
 
 
 class Golden:
-    """One golden file, read lazily: `golden["out64/x"]` is a numpy array, `golden.tensor("in/x")` a torch tensor."""
+    """One golden file, read lazily: `golden["out64/x"]` is a numpy array, `golden.tensor("in/x")` a torch tensor.
+
+    Instead of arrays that were drawn a small file has the fields of a :class:`Draw` for each in `draws_json`, and the
+    differences in the last bits of all of them, one after the other, in `draws_bits`.
+    """
 
     def __init__(self, path: Path):
         self.name = path.stem
         self._arrays = np.load(path, allow_pickle=False)
-        self.names = tuple(self._arrays.files)
+        stored = self._arrays.files
+        draws = json.loads(str(self._arrays["draws_json"])) if "draws_json" in stored else {}
+        self._draws, start = {}, 0
+        for name, fields in draws.items():
+            draw = Draw.from_json(fields)
+            self._draws[name] = draw, slice(start, start := start + draw.size)
+        self._bits = self._arrays["draws_bits"] if draws else None
+        self.names = (*(name for name in stored if not name.startswith("draws_")), *self._draws)
         self.meta = json.loads(str(self._arrays["meta_json"])) if "meta_json" in self.names else {}
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name in self._draws:
+            draw, bits = self._draws[name]
+            return restore(draw, self._bits[bits])
         return self._arrays[name]
 
     def __contains__(self, name: str) -> bool:
@@ -55,7 +71,7 @@ class Golden:
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Array `name` as a torch tensor, converted to `dtype` where one is given."""
-        tensor = torch.from_numpy(np.array(self._arrays[name]))
+        tensor = torch.from_numpy(np.array(self[name]))
         return tensor if dtype is None else tensor.to(dtype)
 
     def state_dict(self, prefix: str = "sd/") -> dict[str, torch.Tensor]:

@@ -2,17 +2,14 @@
 
     python -m tests.parity.make_small
 
-- head_train_layer0: the training case with the first of its six decoder layers. No layer depends on a later one, so the
-  recorded predictions, assignments and losses of layer 0 are those of a detector with one layer. Gradients are left
-  out, since they come from all six. Of the stages between (shared convolution, positions, output of the decoder) there
-  are a few rows each, to save space; a mistake in a stage changes all of its rows.
+- head_train_small: the training case, six decoder layers: denoising queries, predictions, assignments, losses, norms of
+  all gradients and the small gradients whole.
+- head_eval_small, lidar_image_small: the cases in evaluation mode with both sensors, LiDAR alone and cameras alone.
 - lam_windows: the windows of the published AQR, whole.
 - decode: the detections of the case with a score threshold.
 
-A case in evaluation mode does not fit into the megabyte beside them: every recorded case has weights of its own, of
-which a detector with one layer takes 640 kB compressed, and the inputs of one sample 90 kB. Evaluation differs from the
-training case by the statistics of one batch norm and by the absence of denoising queries; the whole set has it
-(head_eval).
+Weights and inputs were drawn, and are kept as what was drawn (draws.py). Of the large stages there are some rows each;
+a mistake in a stage changes all of its rows.
 
 `CMT_AQR_GOLDEN` names the folder of the whole files.
 """
@@ -25,24 +22,25 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.parity.draws import find_draw, last_bits
 from tests.parity.golden import SMALL_FOLDER, Golden, golden_dir
 
-NUM_LAYERS = 6
-TRAINING_CASE = "head_train"
-LAYER0 = "head_train_layer0"
-# Arrays of the training case that every layer shares.
-SHARED = ("in/", "out/dn/", "out/task0/", "out64/dn/")
-# Rows of the stages between inputs and heads that are kept: name -> index. Denoising and matching queries, corners and
-# the middle of the grids, and of the camera maps the first and the last view.
+# What is kept of large stages: name -> index. Queries at equal distances, corners and the middle of the grids, and of
+# the camera maps the first and the last view and one between.
+BEV_CELLS, PV_CELLS = np.s_[:, :, (0, 7, 15), (15, 3, 15)], np.s_[(0, 4, 11), :, (0, 2, 3), (9, 4, 0)]
 ROWS = {
-    "x_shared": np.s_[:, :, (0, 7, 15), (15, 3, 15)],
+    "x_shared": BEV_CELLS,
     "bev_pos_embeds": np.s_[(0, 15, 137, 255),],
     "rv_pos_embeds": np.s_[(0, 4, 11), (0, 2, 3), (9, 4, 0)],
-    "outs_dec": np.s_[:1, :, (0, 55, 56, 115)],
-    "bn_after/running_mean": np.s_[:],
-    "bn_after/running_var": np.s_[:],
+    "bev_query_embeds": np.s_[:, ::13],
+    "rv_query_embeds": np.s_[:, ::13],
+    "outs_dec": np.s_[:, :, ::13],
+    "grad_in/x": BEV_CELLS,
+    "grad_in/x_img": PV_CELLS,
 }
-TERMS = ("loss_cls", "loss_bbox", "dn_loss_cls", "dn_loss_bbox")
+# Prefixes of the two cases in one file.
+PARTS = ("lidar/", "image/")
+MAX_GRADIENT = 4096  # bytes; larger ones are left out, their norms are there
 
 
 def main() -> int:
@@ -54,7 +52,7 @@ def main() -> int:
     total = 0
     for name, arrays in small_files():
         path = SMALL_FOLDER / f"{name}.npz"
-        write_npz(path, arrays)
+        write_npz(path, with_draws(arrays))
         total += path.stat().st_size
         print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
     print(f"{total / 1e3:.0f} kB in all")
@@ -63,11 +61,30 @@ def main() -> int:
 
 def small_files() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Name and arrays of every small file."""
-    yield LAYER0, first_layer(Golden(golden_dir() / f"{TRAINING_CASE}.npz"))
+    for name, whole in (
+        ("head_train_small", "head_train"),
+        ("head_eval_small", "head_eval"),
+        ("lidar_image_small", "transformer_vs_lidar_image"),
+    ):
+        golden = Golden(golden_dir() / f"{whole}.npz")
+        yield name, dict(item for key in golden.names for item in kept(golden, key))
     windows = Golden(golden_dir() / "lam_windows.npz")
     yield "lam_windows", {name: windows[name] for name in windows.names}
     decode = Golden(golden_dir() / "decode.npz")
     yield "decode", {name: decode[name] for name in decode.names if name.startswith("thr/")}
+
+
+def kept(golden: Golden, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and values of what is kept of an array, if anything is."""
+    part = next((name.removeprefix(prefix) for prefix in PARTS if name.startswith(prefix)), name)
+    start = name.removesuffix(part)
+    run, _, stage = part.partition("/")
+    value = golden[name]
+    is_large_gradient = stage.startswith("grad/") and value.nbytes > MAX_GRADIENT
+    if run == "out64" and stage in ROWS:
+        yield f"{start}rows/{stage}", value[ROWS[stage]]
+    elif stage.startswith("loss/") or (run != "out32" and not is_large_gradient):
+        yield name, value
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -80,27 +97,22 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
                 np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
 
 
-def first_layer(golden: Golden) -> dict[str, np.ndarray]:
-    """The training case as that of a detector with one decoder layer."""
-    arrays = {"meta_json": np.array(json.dumps(golden.meta | {"num_layers": 1}))}
-    for name in golden.names:
-        value, part = golden[name], name.removeprefix("out64/")
-        if part in ROWS and part != name:
-            arrays[f"rows/{part}"] = value[ROWS[part]]
-        elif name.startswith(SHARED):
-            arrays[name] = value
-        elif name.startswith("sd/task_heads."):  # (layers x channels, ...), layer after layer
-            arrays[name] = value[: len(value) // NUM_LAYERS]
-        elif name.startswith("sd/"):
-            if "decoder.layers." not in name or "decoder.layers.0." in name:
-                arrays[name] = value
-        elif part.startswith("task0/") or name.startswith("out/assign/"):
-            arrays[name] = value[:1]
-    for term in TERMS:
-        arrays[f"out64/loss/{term}"] = golden[f"out64/loss/d0.{term}"]
-        arrays[f"out32/loss/{term}"] = golden[f"out32/loss/d0.{term}"]
-    arrays["out64/loss/total"] = sum(golden[f"out64/loss/d0.{term}"] for term in TERMS)
-    return arrays
+def with_draws(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays with what was drawn replaced by its draw, in the case's order; :class:`Golden` reads it back."""
+    seeds = {name: json.loads(str(value))["seed"] for name, value in arrays.items() if name.endswith("meta_json")}
+    written, draws, bits = {}, {}, []
+    for name, value in arrays.items():
+        prefix = next((part for part in PARTS if name.startswith(part)), "")
+        is_input = name.removeprefix(prefix).startswith(("sd/", "in/")) and prefix + "meta_json" in seeds
+        draw = find_draw(value, seeds[prefix + "meta_json"]) if is_input else None
+        if draw is None:
+            written[name] = value
+        else:
+            draws[name] = draw.to_json()
+            bits.append(last_bits(value, draw))
+    if not draws:
+        return written
+    return written | {"draws_json": np.array(json.dumps(draws)), "draws_bits": np.concatenate(bits)}
 
 
 if __name__ == "__main__":

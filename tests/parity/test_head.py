@@ -18,6 +18,9 @@ CASES = (
     ("head_eval_6task", ""),
     ("transformer_vs_lidar_image", "lidar/"),
     ("transformer_vs_lidar_image", "image/"),
+    ("head_eval_small", ""),
+    ("lidar_image_small", "lidar/"),
+    ("lidar_image_small", "image/"),
 )
 
 
@@ -49,7 +52,7 @@ def test_positions_of_tokens_equal_the_original(case):
         cameras = detector.make_cameras(case.pv_maps, case.lidar2img, case.image_size)
         rows, cols = case.pv_maps.shape[-2:]
         ours = pv_positions(detector.ray_embedding, rows, cols, cameras)
-        ours = ours.reshape(case.reference("rv_pos_embeds").shape)
+        ours = ours.reshape(*case.pv_maps.flatten(0, 1).movedim(1, -1).shape)
         case.check("positions of camera tokens", ours, "rv_pos_embeds")
 
 
@@ -65,7 +68,8 @@ def test_positions_of_queries_equal_the_original(case):
         ours = ray_query_positions(detector.ray_embedding, points, cameras)
         case.check("positions of queries, camera part", ours, "rv_query_embeds")
     stage = case.prefix + "positions of queries"
-    case.golden.check(stage, queries.positions, expected, FORWARD_TOLERANCE[case.dtype])
+    ours = case.compared(queries.positions, "bev_query_embeds")
+    case.golden.check(stage, ours, expected, FORWARD_TOLERANCE[case.dtype])
 
 
 @torch.no_grad()
