@@ -191,9 +191,9 @@ class AqrConfig:
     camera_assignment: Literal["first", "all"]  # a window in the first camera that sees the point, or in every one
     unseen: Literal["none", "corner"]  # corner: a point that no camera sees has one at view 0, cell 0 (Quirk Q11)
     local: bool  # false: the bias acts on the whole modality
-    scale: float = limits(low=0, high=1000)  # factor of the bias, the first value where it is learnt
+    scale: float = limits(low=0, high=1000)  # factor of the bias, the first value where it is learned
     learn_scale: bool  # train the scale
-    scale_range: tuple[float, float] = limits(low=0, high=1000)  # a learnt scale is clamped to it after every step
+    scale_range: tuple[float, float] = limits(low=0, high=1000)  # a learned scale is clamped to it after every step
     max_bias: float | None = limits(above=0, high=1000)  # null: no clamp
 
 

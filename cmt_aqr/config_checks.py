@@ -34,7 +34,7 @@ MIN_LOCAL_HEAD = 4
 MIN_RAY_END = 1.0
 # Pixels of the network's input to a camera token.
 CAMERA_STRIDE = 16
-# Parameter-name prefix of AQR's learnt scale.
+# Parameter-name prefix of AQR's learned scale.
 AQR_SCALE = "aqr.scale"
 
 
@@ -287,7 +287,7 @@ def _check_scale_decay(config: Config) -> Found:
     aqr = config.model.aqr
     has_scale = aqr is not None and aqr.design == "bias" and aqr.learn_scale
     if has_scale and config.training.decay_mult.get(AQR_SCALE) != 0:
-        yield "training.decay_mult", f"must hold {AQR_SCALE}: 0.0, a learnt scale takes no weight decay"
+        yield "training.decay_mult", f"must hold {AQR_SCALE}: 0.0, a learned scale takes no weight decay"
 
 
 def _check_numbers(config: Config) -> Found:

@@ -9,7 +9,7 @@ C channels, M heads, L layers, T tasks, G boxes.
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-# In the order of the forward pass; the comparison names the first one that departs.
+# In the order of the forward pass; the comparison names the first one that differs.
 STAGES = (
     "inputs", "weights", "voxels", "lidar", "images", "cameras", "positions", "tokens", "denoising", "queries",
     "windows", "aqr", "bias", "decoder", "heads", "boxes", "losses", "gradients",

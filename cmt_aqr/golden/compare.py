@@ -1,4 +1,4 @@
-"""Compare two sets of named tensors stage by stage, and name the first one that departs.
+"""Compare two sets of named tensors stage by stage, and name the first one that differs.
 
 Shape letters: see catalogue.py.
 """

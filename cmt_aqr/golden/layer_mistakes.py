@@ -1,6 +1,6 @@
 """Mistakes inside AQR, the decoder and the heads: the layer is computed again from A's inputs, with the mistake.
 
-Functions as in mistakes.py. They look at the first departing tensor of a stage alone: what the layers before it made is
+Functions as in mistakes.py. They look at the first differing tensor of a stage alone: what the layers before it made is
 then A's in both. Of the queries the last few are enough.
 """
 

@@ -47,7 +47,7 @@ class Case:
         left, right: A's and B's values, rows paired where they have names, angles of boxes without whole turns.
         given: as ``right``, with the angles as B has them.
         rows: of A that are in ``left``; None for all.
-        is_first: no tensor of the stage before this one departs.
+        is_first: no tensor of the stage before this one differs.
     """
 
     name: str

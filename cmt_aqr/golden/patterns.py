@@ -48,7 +48,7 @@ PATTERNS: tuple[tuple[tuple[str, ...], Callable[[mistakes.Case], mistakes.Attemp
 
 
 def likely_causes(comparison: Comparison, a: Source, b: Source) -> dict[str, list[str]]:
-    """Name of a tensor of the first departing stage -> causes that explain its difference, the specific ones first."""
+    """Name of a tensor of the first stage that differs -> causes that explain it, the specific ones first."""
     stage, found = comparison.first_stage, {}
     past = [row for row in comparison.rows if row.is_past and stage_of(row.name) == stage]
     for row in past:
@@ -62,7 +62,7 @@ def causes_of(row: Row, a: Source, b: Source, *, is_first: bool) -> list[str]:
     """Causes that explain the difference of one tensor; a general one only where there is no specific one.
 
     Args:
-        is_first: no tensor of the stage before this one departs.
+        is_first: no tensor of the stage before this one differs.
     """
     left, right = aligned(row.name, a, b, row.pairing)
     _, given = paired(row.name, a, b, row.pairing)

@@ -1,4 +1,4 @@
-"""A comparison as text: a table, what is missing, the first departing element, and likely causes."""
+"""A comparison as text: a table, what is missing, the first differing element, and likely causes."""
 
 import difflib
 from collections import Counter
@@ -29,7 +29,7 @@ def format_report(comparison: Comparison, a: Source, b: Source, causes: dict[str
         return "\n".join([*lines, "", f"all {len(comparison.rows)} tensors are within their limits"])
     stages = list(dict.fromkeys(stage_of(row.name) for row in past))
     lines += ["", f"{len(past)} of {len(comparison.rows)} tensors are past their limits, in {', '.join(stages)}"]
-    lines += [f"first stage that departs: {comparison.first_stage}"]
+    lines += [f"first stage that differs: {comparison.first_stage}"]
     for row in past:
         if stage_of(row.name) == comparison.first_stage:
             lines += first_difference(row, a)

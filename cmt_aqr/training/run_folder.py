@@ -28,7 +28,7 @@ SPEED = (
     "model.attention", "model.activation_checkpointing", "model.camera.activation_checkpointing",
     "model.lidar.sparse_backend",
 )  # fmt: skip
-# Keys that may change when a run resumes: paths, how often to evaluate, how fast; not what is learnt.
+# Keys that may change when a run resumes: paths, how often to evaluate, how fast; not what is learned.
 MAY_CHANGE = (
     *SPEED, "name", "data.root", "data.index_dir", "data.workers", "data.val_split", "data.synthetic.workers",
     "evaluation", "training.accumulation", "training.compile", "training.eval_every", "training.init_from",

@@ -152,7 +152,7 @@ GENERATOR, LAYER0, LAYER1 = "aqr.generator.layers.0", "decoder.layers.0", "decod
 POINTS = "queries/reference_points"
 NO_SCALE = "the scores were not divided by sqrt(D)"
 WHOLE_SCALE = "the scores were divided by sqrt(hidden_dim)"
-# Mistake: how it is made, the tensor that departs first, words.
+# Mistake: how it is made, the tensor that differs first, words.
 MISTAKES = {
     "generator, keys": (
         given_other(aqr, "find_weights", tokens__positions=zeros("tokens/positions")),
@@ -247,7 +247,7 @@ def test_a_mistake_inside_a_layer_is_found_at_its_tensor_and_named(mistake, monk
     patch(monkeypatch)
     save_file(port.run(Model(FOLDER, "float64")), tmp_path / "port.safetensors")
     assert main(["compare", str(FOLDER), str(tmp_path / "port.safetensors"), "--precision", "float64"]) == 1
-    text = capsys.readouterr().out.partition("first stage that departs: ")[2]
+    text = capsys.readouterr().out.partition("first stage that differs: ")[2]
     assert text.partition("\n")[2].lstrip().startswith(f"{first} "), text
     causes = [cause.partition("\n")[0] for cause in text.split("likely cause: ")[1:]]
     assert causes and all(words in cause for cause in causes), text

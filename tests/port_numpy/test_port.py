@@ -36,7 +36,7 @@ OTHERS = {
     "cameras alone": ("model.lidar=null", "model.aqr=null"),
 }  # fmt: skip
 
-# Mistake of the port: the stage that departs first, and words that name it.
+# Mistake of the port: the stage that differs first, and words that name it.
 MISTAKES = {
     "x before y in the sine embedding": ("positions", "the sine embedding has y before x (quirk Q3)"),
     "corners of BEV cells": ("positions", "half-pixel offset: BEV cells are embedded at their centres"),
@@ -124,7 +124,7 @@ def test_a_planted_mistake_fails_at_its_stage_and_is_named(mistake, other_bundle
     bundle = other_bundle(SHOWN_BY[mistake]) if mistake in SHOWN_BY else FOLDER
     status, text = compared(bundle, mistake=mistake)
     assert status == 1
-    assert f"first stage that departs: {stage}\n" in text
+    assert f"first stage that differs: {stage}\n" in text
     causes = text.split("likely cause: ")[1:]
     assert causes and all(words in cause for cause in causes), text
 

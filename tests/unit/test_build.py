@@ -271,11 +271,11 @@ def test_the_recipe_of_aqr_by_parameter(name):
 
 
 @pytest.mark.parametrize("name", AQR_CONFIGS)
-def test_a_learnt_scale_has_no_weight_decay(name):
+def test_a_learned_scale_has_no_weight_decay(name):
     config = shipped(name)
     found = {parameter: factors for parameter, factors in rates(config).items() if parameter.startswith("aqr.scale")}
-    is_learnt = config.model.aqr.design == "bias" and config.model.aqr.learn_scale
-    assert found == ({"aqr.scale.value": (0.5, 0.0)} if is_learnt else {})
+    is_learned = config.model.aqr.design == "bias" and config.model.aqr.learn_scale
+    assert found == ({"aqr.scale.value": (0.5, 0.0)} if is_learned else {})
 
 
 def test_aqr_adds_its_own_names_and_changes_no_other():

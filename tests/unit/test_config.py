@@ -15,7 +15,7 @@ R50 = FOLDER / "cmt_r50_800x320.yaml"
 AQR = FOLDER / "cmt_aqr_r50_800x320.yaml"
 NO_DROP = ("data.drop_lidar=0", "data.drop_cameras=0")
 WITHOUT_CAMERA = ("model.camera=null", *NO_DROP)
-NO_DECAY = "training.decay_mult: must hold aqr.scale: 0.0, a learnt scale takes no weight decay"
+NO_DECAY = "training.decay_mult: must hold aqr.scale: 0.0, a learned scale takes no weight decay"
 
 
 def name_of(path: Path) -> str:

@@ -136,7 +136,7 @@ def test_a_mistake_is_found_at_its_stage_and_named(mistake, port):
     name, change, words = MISTAKES[mistake]
     status, text = port({name: change})
     assert status == 1
-    assert f"first stage that departs: {name.partition('/')[0]}\n" in text
+    assert f"first stage that differs: {name.partition('/')[0]}\n" in text
     assert f"likely cause: {words}" in text or words in text.partition("likely cause:")[2], text
 
 

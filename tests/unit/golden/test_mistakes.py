@@ -139,7 +139,7 @@ def test_a_mistake_is_named(mistake, tmp_path, capsys):
     name, change, words = MISTAKES[mistake]
     save_file({**EXACT, name: change(EXACT[name]).contiguous()}, tmp_path / "port.safetensors")
     assert main(["compare", str(FOLDER), str(tmp_path / "port.safetensors"), "--precision", "float64"]) == 1
-    text = capsys.readouterr().out.partition("first stage that departs: ")[2]
+    text = capsys.readouterr().out.partition("first stage that differs: ")[2]
     assert text.startswith(f"{name.partition('/')[0]}\n") and words in text, text
 
 
@@ -158,7 +158,7 @@ def test_a_bundle_of_one_stage_is_compared(stage, tmp_path, capsys):
         wrong[name] = x + noise if x.is_floating_point() else x.flip(*range(x.ndim))
     save_file({name: x.contiguous() for name, x in wrong.items()}, tmp_path / "port.safetensors")
     assert main(["compare", str(bundle), str(tmp_path / "port.safetensors"), "--precision", "float64"]) == 1
-    assert f"first stage that departs: {stage}\n" in capsys.readouterr().out
+    assert f"first stage that differs: {stage}\n" in capsys.readouterr().out
 
 
 def test_a_small_difference_is_not_called_a_factor_of_nearly_one(tmp_path, capsys):
