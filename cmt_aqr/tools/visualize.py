@@ -2,76 +2,28 @@
 
     python -m cmt_aqr.tools.visualize --dataroot data/nuscenes --version v1.0-mini --split mini_val --out pictures
     python -m cmt_aqr.tools.visualize ... --submission work/eval/submission.json --score 0.4 --tokens 3e8750f3...
+    python -m cmt_aqr.tools.visualize model CONFIG --checkpoint runs/a/latest.pt --compare runs/b/latest.pt --out a_b
     python -m cmt_aqr.tools.visualize curves runs/a runs/b --out curves.png
     python -m cmt_aqr.tools.visualize page runs/a
 
 Frames: one picture each, <number>_<token>.jpg, the camera views and the scene from above, and report.html with all of
-them to click through. curves: loss, learning rate, scores and AQR's probe from the logs of one run or several. page:
-report.html of a training or a test, which train.py and test.py write, too.
+them to click through. model: the same with the detections of a checkpoint, or of two side by side, also under failing
+sensors. curves: loss, learning rate, scores and AQR's probe from the logs of one run or several. page: report.html of a
+training or a test, which train.py and test.py write, too.
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from cmt_aqr.command_line import whole_number
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cmt_aqr.tools.visualize",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="'curves --help' and 'page --help' list the options of these two.",
-    )
-    parser.add_argument("--dataroot", required=True, help="folder with the version, samples, sweeps and maps")
-    parser.add_argument("--version", required=True, help="such as v1.0-mini")
-    parser.add_argument("--split", required=True, help="such as mini_val, or one of the version's splits.json")
-    parser.add_argument("--out", required=True, help="folder for the pictures")
-    parser.add_argument("--tokens", nargs="+", metavar="TOKEN", help="sample tokens; default: the first frames")
-    parser.add_argument("--count", type=whole_number(1), default=10, help="frames without --tokens (default 10)")
-    parser.add_argument("--every", type=whole_number(1), default=1, help="take every n-th frame (default 1)")
-    parser.add_argument("--submission", metavar="JSON", help="draw these detections; ground truth is then dashed white")
-    parser.add_argument("--score", type=float, default=0.3, help="leave out detections below (default 0.3)")
-    parser.add_argument("--no-ground-truth", action="store_true", help="leave out the ground truth")
-    parser.add_argument("--sensors", choices=("both", "camera", "lidar"), default="both", help="default: both")
-    parser.add_argument(
-        "--sweeps", type=whole_number(0), default=0, help="previous LiDAR sweeps added to the key frame's (default 0)"
-    )
-    parser.add_argument("--velocity-file", metavar="JSON", help="velocities of annotations, for single frames")
-    parser.add_argument("--index-dir", help="keep the index of the split here; default: build it anew")
-    parser.add_argument("--format", choices=("jpg", "png"), default="jpg", help="default: jpg")
-    return parser
-
-
-def _run_parser(command: str) -> argparse.ArgumentParser:
-    """Of ``curves`` and ``page``."""
-    purpose = {
-        "curves": "Draw loss, learning rate, scores and AQR's probe of one run or several in one picture.",
-        "page": "Write report.html, a page with the pictures, scores and curves of a run, into its folder.",
-    }
-    parser = argparse.ArgumentParser(prog=f"python -m cmt_aqr.tools.visualize {command}", description=purpose[command])
-    if command == "page":
-        parser.add_argument("run", type=Path, help="work dir of train.py, or output folder of test.py")
-        return parser
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="work dir of train.py, or a log.jsonl")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG or SVG file (default: curves.png)")
-    parser.add_argument("--title", default="", help="above the curves")
-    return parser
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ``command`` is curves, page or frames."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0] in ("curves", "page"):
-        return _run_parser(words[0]).parse_args(words[1:], argparse.Namespace(command=words[0]))
-    return _parser().parse_args(words, argparse.Namespace(command="frames"))
-
+from cmt_aqr.tools.visualize_options import parse
 
 if __name__ == "__main__":
-    _parse(None)  # answers --help and mistakes before the imports below, which take seconds
+    parse(__doc__, None)  # answers --help and mistakes before the imports below, which take seconds
+
+import numpy as np
 
 from cmt_aqr.boxes import Detections
 from cmt_aqr.data.dataset import FrameDataset
@@ -82,23 +34,30 @@ from cmt_aqr.data.sample import Sample
 from cmt_aqr.errors import report_errors
 from cmt_aqr.evaluation.submission import EvaluationError, read_submission, submission_to_detections
 from cmt_aqr.run_page import write_run_page
+from cmt_aqr.tools.model_frames import frames_of_models
 from cmt_aqr.training.logs import LOG_FILE, LogError, read_log
 from cmt_aqr.training.run_folder import PAGE_FILE
-from cmt_aqr.viz.box_groups import Style
+from cmt_aqr.viz.box_groups import HIT_DISTANCE, Style
 from cmt_aqr.viz.curves import draw_curves
-from cmt_aqr.viz.page import PageFrame, page_jpeg, write_page
-from cmt_aqr.viz.pictures import PictureError, draw_detections, write_picture
+from cmt_aqr.viz.page import PageFrame, PageTable, page_jpeg, write_page
+from cmt_aqr.viz.pictures import PictureError, write_picture
+from cmt_aqr.viz.rerun_file import Recording
+from cmt_aqr.viz.shown_frame import Answer, ShownFrame, count_outcomes, draw_frame
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = _parse(arguments)
+    options = parse(__doc__, arguments)
 
     def run() -> int:
         if options.command == "curves":
             return print_paths([curves_of_runs(options.runs, options.out, options.title)])
         if options.command == "page":
             return print_paths([write_run_page(options.run, options.run.resolve().name)])
+        if options.command == "model":
+            options.colour = options.colour or ("class" if options.compare is None else "outcome")
+            style = Style(options.score, options.max_boxes, options.colour)
+            return print_paths(write_frames(frames_of_models(options), style, options, options.config))
         with tempfile.TemporaryDirectory() as temporary:
             index = load_index(
                 dataroot=options.dataroot,
@@ -107,9 +66,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 cache_dir=options.index_dir or temporary,
                 velocity_file=options.velocity_file,
             )
-            return print_paths(draw_frames(index, options))
+            if options.colour == "outcome" and (options.submission is None or options.no_ground_truth):
+                raise EvaluationError("--colour outcome: needs --submission, and ground truth to compare it with")
+            style = Style(options.score, options.max_boxes, options.colour, index.cameras)
+            title = f"{index.version}, split {index.split}"
+            return print_paths(write_frames(frames_of_data(index, options), style, options, title))
 
     return report_errors(run)
+
+
+def write_frames(frames: Iterable[ShownFrame], style: Style, options: argparse.Namespace, title: str) -> list[Path]:
+    """Draw frames one after another, then the page of all; returns the files.
+
+    Raises:
+        UserError: a frame cannot be read, or a file not be written.
+    """
+    recording = None if options.rerun is None else Recording(options.rerun)
+    written, pages, outcomes = [], [], {}
+    for frame in frames:
+        picture = draw_frame(frame, style)
+        written.append(write_picture(options.out / f"{frame.name}.{options.format}", picture))
+        pages.append(PageFrame(frame.title, (page_jpeg(picture),)))
+        if recording is not None:
+            recording.add(frame, style)
+        for name, answer in frame.answers.items() if frame.targets is not None else ():
+            row = f"{name}, {frame.condition}"
+            found = count_outcomes(answer.detections, frame.targets, style.score_threshold)
+            outcomes[row] = outcomes.get(row, 0) + found
+    page = write_page(options.out / PAGE_FILE, title, pages, tables=outcome_tables(outcomes, style))
+    return [*written, page, *([] if recording is None else [recording.finish()])]
+
+
+def outcome_tables(outcomes: dict[str, np.ndarray], style: Style) -> list[PageTable]:
+    """Hits, false alarms and misses over the frames of a page, a row for every detector and condition."""
+    rows = []
+    for name, (hits, false_alarms, missed) in outcomes.items():
+        shares = hits / max(hits + false_alarms, 1), hits / max(hits + missed, 1)
+        rows.append([name, *map(str, (hits, false_alarms, missed)), *(f"{share:.3f}" for share in shares)])
+    if not rows:
+        return []
+    limits = f"score from {style.score_threshold:g}, a hit is an object of the class within {HIT_DISTANCE:g} m"
+    head = ("detections", "hits", "false alarms", "missed", "precision", "recall")
+    return [PageTable(f"on these frames ({limits})", head, rows)]
 
 
 def print_paths(paths: Sequence[Path]) -> int:
@@ -151,8 +149,8 @@ def names_of_runs(files: Sequence[Path]) -> list[str]:
     return [f"{name}/{file.name}" if names.count(name) > 1 else name for name, file in zip(names, files, strict=True)]
 
 
-def draw_frames(index: FrameIndex, options: argparse.Namespace) -> list[Path]:
-    """Draw the chosen frames; returns the files.
+def frames_of_data(index: FrameIndex, options: argparse.Namespace) -> Iterator[ShownFrame]:
+    """The chosen frames of a data set, with the detections of a submission where there is one.
 
     Raises:
         DataError: a frame cannot be read.
@@ -165,23 +163,20 @@ def draw_frames(index: FrameIndex, options: argparse.Namespace) -> list[Path]:
         final_size=image_size_of(index.frame(frames[0])) if options.sensors != "lidar" else None,
         num_sweeps=options.sweeps if options.sensors != "camera" else None,
     )
-    written, pages = [], []
     for number in frames:
         sample = dataset[number]
-        picture = draw_detections(
+        answers = {}
+        if results is not None:
+            answers["submission"] = Answer(_detections(results, sample, options.submission), None)
+        yield ShownFrame(
+            f"{number:05d}_{sample.token[:16]}",
+            f"{index.frame(number).scene}, sample {sample.token}",
             sample.images,
             sample.points,
             sample.lidar2img,
-            detections=None if results is None else _detections(results, sample, options.submission),
-            targets=None if options.no_ground_truth else sample.targets,
-            title=f"{index.frame(number).scene}   {sample.token}",
-            style=Style(score_threshold=options.score, cameras=index.cameras),
+            answers,
+            None if options.no_ground_truth else sample.targets,
         )
-        path = Path(options.out) / f"{number:05d}_{sample.token[:16]}.{options.format}"
-        written.append(write_picture(path, picture))
-        pages.append(PageFrame(f"{number}: {index.frame(number).scene}, sample {sample.token}", (page_jpeg(picture),)))
-    page = write_page(Path(options.out) / PAGE_FILE, f"{index.version}, split {index.split}", pages)
-    return [*written, page]
 
 
 def _chosen_frames(index: FrameIndex, options: argparse.Namespace) -> list[int]:

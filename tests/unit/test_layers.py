@@ -39,6 +39,7 @@ LIBRARIES = {
     "scipy": ("losses/matcher.py", "models/local_init.py", "tools/experiment_report.py"),
     "torch.distributed": ("training/distributed.py",),
     "matplotlib": ("viz/",),
+    "rerun": ("viz/rerun_file.py",),
 }
 
 

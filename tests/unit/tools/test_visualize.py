@@ -29,8 +29,18 @@ def test_frame_with_ground_truth_and_detections(tmp_path, capsys, submission, se
     assert capsys.readouterr().out.split() == [str(path), str(tmp_path / "report.html")]
     page = Page((tmp_path / "report.html").read_text())
     assert [[image.shape for image in section] for section in page.sections] == [[cv2.imread(str(path)).shape]]
-    assert page.options == [f"0: scene-0061, sample {frame.token()}"]
+    assert page.options == [f"scene-0061, sample {frame.token()}"]
     assert cv2.imread(str(path)).shape[1] == (1362 if sensors == "lidar" else 2706)
+
+
+def test_hits_of_a_submission(tmp_path, capsys, submission):
+    assert run(tmp_path, "--submission", submission, "--colour", "outcome", "--max-boxes", "20") == 0
+    page = Page((tmp_path / "report.html").read_text())
+    number = str(len(frame.targets().labels))
+    assert page.cells[6:] == ["submission, clean", number, "0", "0", "1.000", "1.000"]
+    for arguments in ([], ["--submission", submission, "--no-ground-truth"]):
+        assert run(tmp_path, *arguments, "--colour", "outcome") == 2
+        assert "--colour outcome: needs --submission, and ground truth to compare it with" in capsys.readouterr().err
 
 
 def test_sentences(tmp_path, capsys, submission):
