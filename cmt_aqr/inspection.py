@@ -4,7 +4,7 @@ Shape letters: B batch, L layers, Q queries, G grids (one a sensor), M heads, K 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,7 +61,13 @@ class Inspection:
 
 @torch.no_grad()
 def inspect(
-    model: Detector, images: Tensor, points: list[Tensor], lidar2img: Tensor, *, with_attention: bool = True
+    model: Detector,
+    images: Tensor,
+    points: list[Tensor],
+    lidar2img: Tensor,
+    *,
+    with_attention: bool = True,
+    record: Callable[[Tensor, Tensor, AttentionBias | None, QueryWindows], None] | None = None,
 ) -> Inspection:
     """Run a detector with AQR and record its weights, bias, windows and attention.
 
@@ -69,6 +75,7 @@ def inspect(
         model: in evaluation mode.
         images, points, lidar2img: see :meth:`Detector.forward`.
         with_attention: compute :class:`LayerAttention`, for which all scores are written out.
+        record: called with the projected queries, keys, bias and windows of every layer.
 
     Raises:
         ValueError: a model without AQR.
@@ -88,6 +95,8 @@ def inspect(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if with_attention:
             layers.append(layer_attention(q, k, bias, routed.windows))
+        if record is not None:
+            record(q, k, bias, routed.windows)
         return routed.attend(q, k, v)
 
     predictions = model.decode(queries, replace(routed, attend=attend))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from cmt_aqr.aqr.router import BiasRouter
+from cmt_aqr.attention_maps import query_maps
 from cmt_aqr.build import build_detector, check_device, failure_dataset, open_split, sensors_of
 from cmt_aqr.config import Config, ConfigError, config_from_tree, load_config, naming_source
 from cmt_aqr.data.failures import Failure, SensorData, failed_panels
@@ -33,8 +35,8 @@ class LoadedDetector:
     model: Detector
 
     @torch.no_grad()
-    def answer(self, sample: Sample) -> Answer:
-        """Detections of one frame with the weights of their queries, on the CPU."""
+    def answer(self, sample: Sample, num_queries: int = 0) -> Answer:
+        """Detections of one frame with the weights of their queries, on the CPU, and the attention of the best ones."""
         device = next(self.model.parameters()).device
         batch = collate([sample]).to(device)
         weights = None
@@ -45,7 +47,10 @@ class LoadedDetector:
             predictions, weights = seen.predictions, seen.weights
         best = find_best(predictions, decoding_of(self.config), class_tables(predictions.classes, device))
         (found,) = find_kept(pack(best, weights).cpu())
-        return Answer(found.detections, found.aqr_weights)
+        maps = []
+        if num_queries and isinstance(self.model.aqr, BiasRouter) and len(found.queries):
+            maps = query_maps(self.model, batch.images, batch.points, batch.lidar2img, found, num_queries)
+        return Answer(found.detections, found.aqr_weights, tuple(maps))
 
 
 def frames_of_models(options: argparse.Namespace) -> Iterator[ShownFrame]:
@@ -78,7 +83,7 @@ def frames_of_models(options: argparse.Namespace) -> Iterator[ShownFrame]:
             samples = [dataset[number * len(failures) + which] for dataset in datasets]
             data = SensorData(samples[0].images, samples[0].points, samples[0].lidar2img)
             clean = data if failure is None else clean
-            answers = {d.name: d.answer(sample) for d, sample in zip(detectors, samples, strict=True)}
+            answers = {d.name: d.answer(sample, options.queries) for d, sample in zip(detectors, samples, strict=True)}
             yield shown_frame(index, number, samples[0], failure, answers, clean)
 
 

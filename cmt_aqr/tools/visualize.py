@@ -42,7 +42,7 @@ from cmt_aqr.viz.curves import draw_curves
 from cmt_aqr.viz.page import PageFrame, PageTable, page_jpeg, write_page
 from cmt_aqr.viz.pictures import PictureError, write_picture
 from cmt_aqr.viz.rerun_file import Recording
-from cmt_aqr.viz.shown_frame import Answer, ShownFrame, count_outcomes, draw_frame
+from cmt_aqr.viz.shown_frame import Answer, ShownFrame, count_outcomes, draw_attention, draw_frame
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +86,10 @@ def write_frames(frames: Iterable[ShownFrame], style: Style, options: argparse.N
     for frame in frames:
         picture = draw_frame(frame, style)
         written.append(write_picture(options.out / f"{frame.name}.{options.format}", picture))
-        pages.append(PageFrame(frame.title, (page_jpeg(picture),)))
+        attention = draw_attention(frame, style)
+        for letter, extra in attention.items():
+            written.append(write_picture(options.out / f"{frame.name}_attention_{letter}.{options.format}", extra))
+        pages.append(PageFrame(frame.title, tuple(map(page_jpeg, (picture, *attention.values())))))
         if recording is not None:
             recording.add(frame, style)
         for name, answer in frame.answers.items() if frame.targets is not None else ():

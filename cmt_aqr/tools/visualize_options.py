@@ -84,6 +84,13 @@ def _model_parser() -> argparse.ArgumentParser:
         "(default: class, with --compare outcome)",
     )
     parser.add_argument(
+        "--queries",
+        type=whole_number(0),
+        default=3,
+        metavar="N",
+        help="draw where the queries of the N best detections attend, with AQR's bias and without (default 3)",
+    )
+    parser.add_argument(
         "--failure", action="append", default=[], metavar="NAME[:LEVEL]", help="each frame also under this failure"
     )
     parser.add_argument("--failure-seed", type=int, default=0, help="of the failures' random numbers (default: 0)")

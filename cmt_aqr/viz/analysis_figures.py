@@ -44,7 +44,10 @@ def draw_weights(variants: Mapping[str, dict], path: Path, *, title: str) -> Pat
     for axis, (name, groups) in zip(axes, panels.items(), strict=True):
         _draw_groups(axis, groups)
         axis.set_title(name, fontsize=11, loc="left")
-    axes[-1].set_xlabel("weight of a sensor: above 0 raises its attention in the query's window, below 0 lowers it")
+    axes[-1].set_xlabel(
+        "weight of a sensor: above 0 raises its attention in the query's window, below 0 lowers it\n"
+        "bar: middle half of the objects (their number in brackets), stroke: median, line: 5 to 95 %"
+    )
     figure.suptitle(f"{title}: AQR weights of detected objects", fontsize=12)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)

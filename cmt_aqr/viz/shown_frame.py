@@ -9,13 +9,15 @@ from torch import Tensor
 from cmt_aqr.boxes import Detections, Targets
 from cmt_aqr.viz.box_groups import Style, match_outcomes
 from cmt_aqr.viz.pictures import draw_detections, side_by_side
+from cmt_aqr.viz.query_panels import QueryMap, draw_queries
 
 
 class Answer(NamedTuple):
-    """What a detector found: N detections, and AQR's weights (N, 2) of LiDAR and cameras or None."""
+    """What a detector found: N detections, AQR's weights (N, 2) of LiDAR and cameras or None, maps of its attention."""
 
     detections: Detections
     weights: Tensor | None
+    maps: tuple[QueryMap, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,16 @@ def draw_frame(frame: ShownFrame, style: Style) -> np.ndarray:
             )
         )
     return side_by_side(*parts) if len(parts) == 2 else parts[0]
+
+
+def draw_attention(frame: ShownFrame, style: Style) -> dict[str, np.ndarray]:
+    """Letter of a detector -> the picture of the attention of its queries, where there are maps of it."""
+    data = frame.images, frame.points, frame.lidar2img
+    return {
+        letter: draw_queries(answer.maps, *data, f"{name}, {frame.title}: attention", style.cameras)
+        for letter, (name, answer) in zip("ab", frame.answers.items(), strict=False)
+        if answer.maps
+    }
 
 
 def count_outcomes(detections: Detections, targets: Targets, score_threshold: float) -> np.ndarray:

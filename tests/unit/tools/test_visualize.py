@@ -1,5 +1,8 @@
 """The drawing program on the real frame, and its sentences."""
 
+import json
+from pathlib import Path
+
 import cv2
 import pytest
 
@@ -34,10 +37,17 @@ def test_frame_with_ground_truth_and_detections(tmp_path, capsys, submission, se
 
 
 def test_hits_of_a_submission(tmp_path, capsys, submission):
-    assert run(tmp_path, "--submission", submission, "--colour", "outcome", "--max-boxes", "20") == 0
-    page = Page((tmp_path / "report.html").read_text())
-    number = str(len(frame.targets().labels))
-    assert page.cells[6:] == ["submission, clean", number, "0", "0", "1.000", "1.000"]
+    arguments = ["--submission", submission, "--colour", "outcome", "--max-boxes", "20", "--score"]
+    (rows,) = json.loads(Path(submission).read_text())["results"].values()  # those in nuScenes' range of their class
+    for score in (0.0, 0.96):
+        assert run(tmp_path, *arguments, str(score)) == 0
+        capsys.readouterr()
+        page = Page((tmp_path / "report.html").read_text())
+        hits = sum(row["detection_score"] >= score for row in rows)
+        missed = 68 - hits
+        assert 5 < hits < 40
+        assert page.cells[6:-2] == ["submission, clean", str(hits), "0", str(missed)]
+        assert page.cells[-2:] == ["1.000", f"{hits / (hits + missed):.3f}"]
     for arguments in ([], ["--submission", submission, "--no-ground-truth"]):
         assert run(tmp_path, *arguments, "--colour", "outcome") == 2
         assert "--colour outcome: needs --submission, and ground truth to compare it with" in capsys.readouterr().err

@@ -51,14 +51,17 @@ def run(settings, out, *arguments) -> int:
 
 def test_two_checkpoints_clean_and_under_a_failure(settings, checkpoints, tmp_path, capsys):
     arguments = ["--checkpoint", str(checkpoints[0]), "--compare", str(checkpoints[1]), "--failure", "view_drop:FRONT"]
-    assert run(settings, tmp_path, *arguments, "--score", "0", "--count", "2", "--max-boxes", "5") == 0
+    assert (
+        run(settings, tmp_path, *arguments, "--score", "0", "--count", "2", "--max-boxes", "5", "--queries", "1") == 0
+    )
     printed = capsys.readouterr().out.split()
     config = load_config("synthetic_tiny", settings)
     tokens = open_split(config.data, config.data.val_split).tokens
     names = [f"{i:05d}_{tokens[i][:16]}{end}" for i in range(2) for end in ("", "_view_drop_FRONT")]
-    assert printed[-5:] == [*(str(tmp_path / f"{name}.jpg") for name in names), str(tmp_path / "report.html")]
+    files = [str(tmp_path / f"{name}{end}.jpg") for name in names for end in ("", "_attention_a")]
+    assert printed[-9:] == [*files, str(tmp_path / "report.html")]  # the baseline has no bias to show
     page = Page((tmp_path / "report.html").read_text())
-    assert len(page.sections) == 4 and {image.shape[1] for image in page.images} == {2738}
+    assert [[image.shape[1] for image in section] for section in page.sections] == [[2738, 2698]] * 4
     clean, failing = (cv2.imread(str(tmp_path / f"{name}.jpg")).astype(int) for name in names[:2])
     front = np.s_[120:200, 600:800]
     assert clean[front].mean() > 30 > failing[front].mean()
@@ -93,6 +96,7 @@ def test_detections_are_those_of_an_evaluation_with_the_weights_of_their_queries
 
 def test_trust_needs_aqr(settings, checkpoints, tmp_path, capsys):
     arguments = ["--checkpoint", str(checkpoints[0]), "--colour", "trust", "--score", "0", "--count", "1"]
+    arguments += ["--queries", "0"]
     assert run(settings, tmp_path, *arguments) == 0
     assert run(settings, tmp_path, *arguments, "--compare", str(checkpoints[1])) == 2
     sentence = "plain.pt has no AQR (model.aqr is null); use outcome\n"
