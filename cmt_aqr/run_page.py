@@ -60,7 +60,9 @@ def write_run_page(folder: Path, title: str) -> Path:
     frames = _failure_frames(folder, failures) if failures else _frames(scored / PICTURES)
     if not frames:
         notes.append("There are no pictures (evaluation.num_pictures says how many frames are drawn).")
-    tables = _score_tables(evaluations, tests) + _class_tables((scored / CLEAN if failures else scored) / METRICS_FILE)
+    tables = _score_tables(evaluations, tests) + _class_tables(
+        (scored / CLEAN if failures else scored) / METRICS_FILE, ", without failure" if failures else ""
+    )
     return write_page(folder / PAGE_FILE, title, frames, tables=tables, charts=charts, notes=notes)
 
 
@@ -92,8 +94,12 @@ def _score_tables(evaluations: Sequence[Mapping], tests: Sequence[Mapping]) -> l
     return tables
 
 
-def _class_tables(path: Path) -> list[PageTable]:
-    """Average precision, errors and counts of every class from a metrics.json; none where there is no such file."""
+def _class_tables(path: Path, of: str) -> list[PageTable]:
+    """Average precision, errors and counts of every class from a metrics.json; none where there is no such file.
+
+    Args:
+        of: which scores, behind the title.
+    """
     if not path.is_file():
         return []
     metrics = json.loads(path.read_text(encoding="utf-8"))
@@ -103,7 +109,7 @@ def _class_tables(path: Path) -> list[PageTable]:
         counts = metrics["num_ground_truth"][name], metrics["num_detections"][name]
         numbers = _numbers({"AP": metrics["ap"][name]} | metrics["errors"][name], ("AP", *errors))
         rows.append([name.replace("_", " "), *map(str, counts), *numbers])
-    return [PageTable(f"scores by class ({_UNITS})", ("class", "ground truth", "boxes", "AP", *errors), rows)]
+    return [PageTable(f"scores by class{of} ({_UNITS})", ("class", "ground truth", "boxes", "AP", *errors), rows)]
 
 
 def _numbers(values: Mapping, keys: Sequence[str]) -> list[str]:

@@ -74,7 +74,8 @@ def frames_of_models(options: argparse.Namespace) -> Iterator[ShownFrame]:
     failures = [None, *choose_failures(options.failure, None, sensors_of(config.model))]
     prepare_data(config, talk=True)
     index = open_split(config.data, options.split or config.data.val_split)
-    if options.colour == "outcome" and not has_boxes(index):
+    has_truth = has_boxes(index)
+    if options.colour == "outcome" and not has_truth:
         raise EvaluationError(f"--colour outcome: no frame of the split {index.split!r} is annotated; use class")
     datasets = [failure_dataset(detector.config, index, failures, options.failure_seed) for detector in detectors]
     for number in chosen_frames(index, options.tokens, options.count):
@@ -84,7 +85,8 @@ def frames_of_models(options: argparse.Namespace) -> Iterator[ShownFrame]:
             data = SensorData(samples[0].images, samples[0].points, samples[0].lidar2img)
             clean = data if failure is None else clean
             answers = {d.name: d.answer(sample, options.queries) for d, sample in zip(detectors, samples, strict=True)}
-            yield shown_frame(index, number, samples[0], failure, answers, clean)
+            shown = shown_frame(index, number, samples[0], failure, answers, clean)
+            yield shown if has_truth else replace(shown, targets=None)
 
 
 def shown_frame(
@@ -104,7 +106,7 @@ def shown_frame(
         f"{index.frame(number).scene}, sample {token[:16]}{about}",
         *data,
         answers,
-        sample.targets if has_boxes(index) else None,
+        sample.targets,
         {} if failure is None else failed_panels(failure, data, clean),
         "clean" if failure is None else failure.name,
     )

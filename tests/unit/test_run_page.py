@@ -73,6 +73,7 @@ def test_a_test_under_failures_shows_one_frame_under_each(tmp_path):
     metrics(tmp_path / "clean" / "metrics.json", 0.625)
     picture(tmp_path / "failures.png", 5)
     page = Page(write_run_page(tmp_path, "t").read_text())
+    assert "scores by class, without failure (" in (tmp_path / "report.html").read_text()
     assert page.options == [f"{name}, sample abcd" for name in names]
     assert [round(section[0].mean() / 60) for section in page.sections] == [0, 1, 2]
     assert page.images[-1].shape == (30, 50, 3) and len(page.images) == 4
