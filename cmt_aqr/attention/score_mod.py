@@ -76,8 +76,7 @@ def attention_with_score_mod(
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention
     if q.device.type == "cpu":
         return attend(q, k, v, score_mod), None
-    # The look-ups of all stages of the kernel's pipeline may exceed the shared memory: with several windows a query,
-    # and in float32 in the backward pass.
+    # More stages of the kernel's pipeline exceed the shared memory: with several windows, and backward in float32.
     options = {"bwd_num_stages": 1} | ({"num_stages": 1} if bias.windows.most_per_grid > 1 else {})
     out, aux = attend(q, k, v, score_mod, kernel_options=options, return_aux=AuxRequest(lse=True))
     return out, aux.lse
