@@ -40,7 +40,7 @@ from cmt_aqr.evaluation.nuscenes_eval import format_table
 from cmt_aqr.jobs import evaluate_split, prepare_data
 from cmt_aqr.losses.criterion import total_loss
 from cmt_aqr.losses.matcher import ElsewhereError, NonFiniteError
-from cmt_aqr.memory import explain_out_of_memory, training_advice
+from cmt_aqr.memory import explain_out_of_memory, keep_freed_memory, training_advice
 from cmt_aqr.nuscenes_tables import Tables
 from cmt_aqr.probe import log_probe
 from cmt_aqr.progress import phase
@@ -105,6 +105,8 @@ def main() -> int:
                 if arguments.replay is not None:
                     replay(build_run(config, rank_info, work_dir), arguments.replay)
                 advice = partial(training_advice, config, rank_info.world_size, work_dir)
+                if rank_info.device.type == "cpu":
+                    keep_freed_memory()
                 with explain_out_of_memory(advice):
                     return train(config, rank_info, work_dir, arguments, stop)
 

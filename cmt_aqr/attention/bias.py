@@ -50,9 +50,9 @@ def bias_values(weights: Tensor, scale: Tensor | float, max_bias: float | None) 
 
 def is_inside(windows: QueryWindows, number: int, queries: slice = slice(None)) -> Tensor:
     """Whether the tokens of grid ``number`` lie in a window of these queries: (B, Q, tokens of the grid) bool."""
-    grid = windows.layout.grids[number]
-    centres = windows.cells[number][:, queries]
+    grid, centres = windows.layout.grids[number], windows.cells[number][:, queries]
     view, row, col = centres[..., None, None, None, :].unbind(-1)  # (B, Q, N, 1, 1, 1), against (views, rows, cols)
     views, rows, cols = (torch.arange(size, device=centres.device) for size in (grid.views, grid.rows, grid.cols))
-    is_near = in_window(rows[:, None] - row, cols - col, windows.settings.radius(grid))
-    return ((views[:, None, None] == view) & is_near).any(dim=2).flatten(2)
+    radius = windows.settings.radius(grid)
+    rows_away = torch.where(views[:, None, None] == view, rows[:, None] - row, grid.rows + radius)  # else too far away
+    return in_window(rows_away, cols - col, radius).any(dim=2).flatten(2)

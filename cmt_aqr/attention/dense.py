@@ -18,11 +18,9 @@ def dense_bias(bias: AttentionBias, queries: slice = slice(None)) -> Tensor:
     """The bias (B, Q, K) of these queries, in the dtype of its values."""
     windows, columns = bias.windows, []
     for number, grid in enumerate(windows.layout.grids):
-        values = bias.values[:, queries, number, None]
-        if windows.settings.is_local:
-            columns.append(torch.where(is_inside(windows, number, queries), values, 0))
-        else:
-            columns.append(values.expand(-1, -1, grid.num_tokens))
+        values = bias.values[:, queries, number, None].expand(-1, -1, grid.num_tokens)
+        is_local = windows.settings.is_local
+        columns.append(torch.where(is_inside(windows, number, queries), values, 0) if is_local else values)
     return torch.cat(columns, dim=-1)
 
 
@@ -40,6 +38,7 @@ def dense_attention(
     Args:
         query_chunk: queries whose scores (B, M, chunk, K) are computed at a time; for a backward pass all are kept.
     """
+    k, v = k.contiguous(), v.contiguous()  # once, not for every chunk
     outputs, lses = [], []
     for start in range(0, q.shape[2], query_chunk):
         queries = slice(start, start + query_chunk)

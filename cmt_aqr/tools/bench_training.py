@@ -17,6 +17,7 @@ from cmt_aqr.config import Config
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.devices import HostCopy
 from cmt_aqr.losses.criterion import total_loss
+from cmt_aqr.memory import keep_freed_memory
 from cmt_aqr.progress import phase
 from cmt_aqr.run import Run, build_optimizer, build_run, compute_losses, make_training_loader, set_rates, split_batch
 from cmt_aqr.tools.bench_frames import made_up_batch
@@ -62,6 +63,8 @@ class TrainingOptions:
 
 def training_lines(config: Config, device: torch.device, options: TrainingOptions) -> Iterator[str]:
     """What was measured on, then a table for each batch size, as Markdown; every line once it is known."""
+    if device.type == "cpu":
+        keep_freed_memory()  # as train.py does
     yield f"{config.name}, {describe_machine(device)}, {config.training.precision}\n"
     columns = [*COLUMNS, *(f"{part}, ms" for part in PARTS if options.stages)]
     for batch_size in options.batch_sizes:

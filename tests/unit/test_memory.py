@@ -1,5 +1,8 @@
 """Memory that runs out is one sentence with the keys that help, in the words of the machine it ran out on."""
 
+import platform
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -7,8 +10,15 @@ import pytest
 import torch
 
 from cmt_aqr.config import load_config
-from cmt_aqr.memory import OutOfMemory, evaluation_advice, explain_out_of_memory, training_advice
+from cmt_aqr.memory import (
+    OutOfMemory,
+    evaluation_advice,
+    explain_out_of_memory,
+    keep_freed_memory,
+    training_advice,
+)
 from cmt_aqr.training.run_folder import LATEST
+from tests.parity.golden import REPOSITORY
 
 # As PyTorch 2.14 writes it on a GPU.
 CUDA = (
@@ -94,3 +104,35 @@ def test_an_evaluation_is_told_its_own_keys():
     assert sentence(lambda: fail(torch.OutOfMemoryError(CUDA)), partial(evaluation_advice, config)).endswith(
         "; use --set with evaluation.batch_size below 4 or evaluation.precision=bf16"
     )
+
+
+PAGE_FAULTS = """
+import resource, torch
+from cmt_aqr.memory import keep_freed_memory
+{call}
+def step():
+    kept = [torch.ones(5_000_000) for _ in range(10)]
+    kept.append(torch.ones(1000))
+for _ in range(2):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc returns memory that is freed")
+def test_memory_that_is_freed_is_there_for_the_next_step():
+    """200 MB of activations in pieces of 20 MB, the same again in the next step: 48 828 pages of 4 KiB."""
+    faults = {}
+    for call in ("", "keep_freed_memory()"):
+        command = [sys.executable, "-c", PAGE_FAULTS.format(call=call)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+        faults[call] = int(done.stdout)
+    assert faults[""] > 1000 and faults["keep_freed_memory()"] < 100, faults
+
+
+def test_without_glibc_nothing_happens(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr("cmt_aqr.memory.ctypes", None)
+    keep_freed_memory()
