@@ -31,8 +31,10 @@ class Recording:
 
         Raises:
             MissingRerunError: rerun-sdk is not installed.
-            PictureError: the file cannot be written.
+            PictureError: the file has another suffix or cannot be written.
         """
+        if path.suffix != ".rrd":
+            raise PictureError(f"--rerun {path}: the name must end in .rrd")
         try:
             import rerun
         except ImportError as error:

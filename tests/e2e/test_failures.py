@@ -6,6 +6,7 @@ import pytest
 
 from cmt_aqr.tools.analyze import main as analyze
 from tests.e2e.conftest import Result, World, read_lines
+from tests.unit.viz.test_page import Page
 
 pytestmark = pytest.mark.e2e
 
@@ -48,6 +49,8 @@ def test_one_run_tests_all_failures(world, checkpoint, tmp_path):
     for folder in ("clean", "beams_4", "view_drop_FRONT-BACK", "occlusion"):
         assert (tmp_path / "a" / folder / "metrics.json").is_file()
         assert len(list((tmp_path / "a" / folder).glob("*.jpg"))) == 1
+    page = Page((tmp_path / "a" / "report.html").read_text())
+    assert len(page.options) == 9 and len(page.images) == 10  # clean, eight failures, the bars
     assert len(read_lines(tmp_path / "a" / "log.jsonl", "test")) == 9
     # The clean row is what an ordinary test gives.
     assert run_test(world, checkpoint, tmp_path / "plain").status == 0

@@ -12,6 +12,7 @@ import torch
 import train as train_script
 from cmt_aqr import nuscenes_tables
 from tests.e2e.conftest import one_thread, read_lines
+from tests.unit.viz.test_page import Page
 
 pytestmark = pytest.mark.e2e
 
@@ -111,6 +112,9 @@ def test_the_evaluation_wrote_everything(whole_run):
     for path in pictures:
         picture = cv2.imread(str(path))
         assert picture.std() > 10  # something is drawn
+    page = Page((whole_run / "report.html").read_text())
+    assert [[image.shape for image in section] for section in page.sections] == [[picture.shape]] * 2
+    assert page.images[-1].shape[1] > 1600 and f"{metrics['nds']:.3f}" in page.cells  # curves, scores
     assert not (whole_run / "eval" / "epoch_1").exists()
 
 
@@ -122,6 +126,8 @@ def test_test_script_repeats_the_last_evaluation(world, whole_run, tmp_path):
     trained = whole_run / "eval" / "epoch_2"
     for name in ("submission.json", "metrics.json"):
         assert (out / name).read_text() == (trained / name).read_text()
+    assert f"pictures and scores on one page, for a browser: {out / 'report.html'}\n" in result.out
+    assert len(Page((out / "report.html").read_text()).sections) == 2
     (line,) = read_lines(out / "log.jsonl", "test")
     assert line["mAP"] == json.loads((out / "metrics.json").read_text())["mean_ap"]
     assert "mAP" in result.out and str(out) in result.out

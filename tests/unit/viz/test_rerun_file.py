@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -100,9 +101,11 @@ def test_sentences(tmp_path, monkeypatch, stand_in):
     (tmp_path / "file").write_text("")
     with pytest.raises(PictureError, match=r"a\.rrd: the recording cannot be written: "):
         Recording(tmp_path / "file" / "a.rrd")
+    with pytest.raises(PictureError, match=r"--rerun a\.json: the name must end in \.rrd"):
+        Recording(Path("a.json"))
     monkeypatch.setitem(sys.modules, "rerun", None)
     with pytest.raises(MissingRerunError, match=r"--rerun a\.rrd: the package .* cannot be imported .*\.\[rerun\]"):
-        Recording("a.rrd")
+        Recording(Path("a.rrd"))
 
 
 def test_the_file_is_one_that_rerun_reads(tmp_path):
