@@ -125,8 +125,6 @@ def _draw_scores(axis: Axes, run: _Run) -> None:
     for key, marker in (("mAP", "o"), ("NDS", "s")):
         epochs, values = series(run.lines, "eval", key)
         axis.plot(epochs, values, color=run.colour, linestyle=run.stroke, marker=marker, markersize=5)
-        if len(epochs):
-            axis.annotate(key, (epochs[-1], values[-1]), (5, 0), textcoords="offset points", fontsize=9, va="center")
     axis.set_ylim(bottom=0)
 
 
