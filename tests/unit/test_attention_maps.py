@@ -23,9 +23,8 @@ def test_one_layer_of_chosen_queries_token_by_token():
         torch.testing.assert_close(got, (scores + added).softmax(dim=-1).mean(dim=0)[[2, 0]])
 
 
-@pytest.fixture(scope="module")
-def seen():
-    """A detector whose weights are not zero, its input, detections of queries 5, 9, 5, and what inspection finds."""
+def maps_case():
+    """A detector whose weights are not zero, its input, and detections of queries 5, 9, 5."""
     torch.manual_seed(0)
     model = build_detector(load_config(CONFIG, SMALL).model).eval()
     with torch.no_grad():
@@ -44,7 +43,14 @@ def seen():
     boxes = torch.tensor([[3.0, 8, 0, 4, 2, 1.5, 0, 0, 0]] * 3)
     detections = Detections(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 3, 1]))
     found = Found(detections, torch.tensor([5, 9, 5]), None)
-    return model, (images, points, lidar2img), found, inspect(model, images, points, lidar2img)
+    return model, (images, points, lidar2img), found
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """The case, and what inspection finds."""
+    model, inputs, found = maps_case()
+    return model, inputs, found, inspect(model, *inputs)
 
 
 def test_maps_add_up_to_what_the_inspection_reports(seen):
