@@ -65,7 +65,7 @@ def test(config: Config, rank_info: RankInfo, arguments: argparse.Namespace) -> 
     failures = choose_failures(arguments.failure, arguments.failures, sensors_of(config.model))
     folder = arguments.out or Path("runs") / config.name / f"{'failures' if failures else 'test'}_{split}"
     with main_first(rank_info):
-        prepare_data(config, talk=rank_info.is_main)
+        prepare_data(config, verbose=rank_info.is_main)
         tables = Tables(config.data.root, config.data.version)
         index = open_split(config.data, split, tables)
     reason = why_not_scored(index, arguments)

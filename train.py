@@ -152,7 +152,7 @@ def set_up(config: Config, rank_info: RankInfo, work_dir: Path, arguments: argpa
     checkpoint = find_checkpoint(work_dir, config, resume=arguments.resume, overwrite=arguments.overwrite)
     seed_process(config.seed, deterministic=arguments.deterministic)
     with main_first(rank_info):
-        prepare_data(config, talk=rank_info.is_main)
+        prepare_data(config, verbose=rank_info.is_main)
         check_splits(config.data)
         tables = Tables(config.data.root, config.data.version)
         index = open_split(config.data, config.data.train_split, tables)

@@ -43,13 +43,13 @@ from cmt_aqr.viz.callback import PictureWriter
 from cmt_aqr.viz.pictures import PictureError
 
 
-def prepare_data(config: Config, *, talk: bool) -> None:
-    """Write the synthetic world of a configuration that has one, unless it is there."""
+def prepare_data(config: Config, *, verbose: bool) -> None:
+    """Write the synthetic world of a configuration that has one, unless it is there; ``verbose`` prints progress."""
     world = config.data.synthetic
     if world is None:
         return
     root = Path(config.data.root)
-    if talk and not root.exists():
+    if verbose and not root.exists():
         print(f"{root} does not exist: writing the synthetic world of this configuration", flush=True)
     generate_world(
         root,
@@ -63,7 +63,7 @@ def prepare_data(config: Config, *, talk: bool) -> None:
             lidar_columns=world.lidar_columns,
         ),
         workers=world.workers,
-        progress=talk and not root.exists(),
+        progress=verbose and not root.exists(),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a training run tells: how it starts, a line of the log for a step, where its results are."""
+"""What a training run prints and logs: how it starts, a line for a step, where its results are."""
 
 import torch
 from torch import Tensor

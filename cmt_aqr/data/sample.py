@@ -1,4 +1,4 @@
-"""The records that travel from disk to the network, and the one error class for bad data.
+"""The records that lead from files to the network, and the one error class for bad data.
 
 Frames: everything in a `Sample` lives in one LiDAR frame (x right, y forward, z up, metres). Scene augmentation moves
 that frame; `lidar2img`, `lidar2global` and `augmentation` move with it, so they always map from the frame in which

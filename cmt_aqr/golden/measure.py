@@ -1,4 +1,4 @@
-"""How far two tensors are apart, and which rows of two lists belong together."""
+"""How much two tensors differ, and which rows of two lists belong together."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Queries: learned reference points, and their position embeddings on the ground and along camera rays.
+"""Queries: learned reference points, and their position embeddings, from the BEV plane and from camera rays.
 
 Shape letters: B batch, V views, Q queries (denoising rows first), C channels.
 """

@@ -176,7 +176,7 @@ def run(options: argparse.Namespace) -> int:
     ]
     model = build_detector(config.model)
     load_into(model, load_weights(options.checkpoint), options.checkpoint)
-    prepare_data(config, talk=True)
+    prepare_data(config, verbose=True)
     index = open_split(config.data, options.split or config.data.val_split)
     count = min(options.frames, len(index))
     frames = [(2 * i + 1) * len(index) // (2 * count) for i in range(count)]

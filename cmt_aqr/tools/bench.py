@@ -166,7 +166,7 @@ def configured_lines(options: argparse.Namespace) -> Iterator[str]:
     """The lines of the commands that take a configuration."""
     config = load_config(options.config, options.set)
     if options.command == "loader":
-        prepare_data(config, talk=True)
+        prepare_data(config, verbose=True)
         yield from loader_lines(config, workers=tuple(options.workers), num_batches=options.batches)
     elif options.command == "scaling":
         yield from scaling_lines(config, tuple(options.axes))
@@ -175,7 +175,7 @@ def configured_lines(options: argparse.Namespace) -> Iterator[str]:
     else:
         device = choose_device(options.device)
         if options.frames:
-            prepare_data(config, talk=True)
+            prepare_data(config, verbose=True)
         yield from inference_lines(config, device, inference_options(options))
 
 

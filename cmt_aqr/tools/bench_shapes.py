@@ -1,4 +1,4 @@
-"""Sizes and ways that are measured; plain numbers and words, so that help can show them without PyTorch."""
+"""Sizes and variants that are measured; plain numbers and words, so that help can show them without PyTorch."""
 
 from dataclasses import dataclass, replace
 

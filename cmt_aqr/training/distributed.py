@@ -30,7 +30,7 @@ GRACE = 2.0
 
 
 class DistributedError(UserError):
-    """Another process did not come, or is gone."""
+    """Another process did not join, or the connection to it was lost."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RankInfo:
 
     @property
     def is_main(self) -> bool:
-        """True in the one process that writes files and talks to the user."""
+        """True in the one process that writes files and prints."""
         return self.rank == 0
 
 
@@ -64,7 +64,7 @@ def process_group(device: str | None = None, *, advice: str = "start again") -> 
 
     Raises:
         ConfigError: CUDA was asked for and there is none, or there are fewer GPUs than processes on this host.
-        DistributedError: a process did not come within JOIN_TIMEOUT, or the connection to one was lost.
+        DistributedError: a process did not join within JOIN_TIMEOUT, or the connection to one was lost.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -113,7 +113,7 @@ def _join(rank: int, world_size: int) -> dist.Store:
             store.wait(keys, JOIN_TIMEOUT)
         except dist.DistStoreError:
             absent = [str(each) for each, key in enumerate(keys) if not store.check([key])]
-            missing = f", process {', '.join(absent)} did not come"
+            missing = f", process {', '.join(absent)} did not join"
             raise
         return store
     except (dist.DistError, ValueError) as error:

@@ -146,7 +146,7 @@ class RunLog:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and talks."""
+        """Whether this process writes files and prints."""
         return self._is_main
 
     def close(self) -> None:

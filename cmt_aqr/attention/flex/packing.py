@@ -26,7 +26,7 @@ from ..windows import QueryWindows, WindowSettings
 
 @dataclass(frozen=True)
 class Packing:
-    """How cells become packed coordinates; see the head of this file.
+    """How cells become packed coordinates; see the module docstring.
 
     Attributes:
         span_bits: k.

@@ -1,4 +1,4 @@
-"""What of a frame a failure has changed, for the marks in pictures."""
+"""Which parts of a frame a failure has changed, for the marks in pictures."""
 
 from typing import NamedTuple
 

@@ -19,16 +19,16 @@ def test_a_restarted_process_does_not_take_the_keys_of_the_dead_for_those_of_the
         distributed._join(1, 2)
     assert str(error.value) == (
         "process 1 could not join the 2 processes expected at MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 within 0 s, "
-        "process 0 did not come; start all of them with the same address, port and number of processes"
+        "process 0 did not join; start all of them with the same address, port and number of processes"
     )
     store = distributed._join(0, 2)  # process 1 is there
     store.set("address of process 1", "127.0.0.1:5000")
     assert store.check(["address of process 1"])
 
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(DistributedError, match="process 1 did not come"):
+    with pytest.raises(DistributedError, match="process 1 did not join"):
         distributed._join(0, 2)
-    with pytest.raises(DistributedError, match="process 1 did not come"):
+    with pytest.raises(DistributedError, match="process 1 did not join"):
         distributed._join(0, 2)
     monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=5))
     restarted = distributed._join(1, 2)
