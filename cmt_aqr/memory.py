@@ -109,7 +109,7 @@ def _one_of(changes: list[str]) -> str:
 def keep_freed_memory() -> None:
     """Keep the memory that a training step on a CPU frees for the next step.
 
-    glibc returns it to the kernel, which gives it back page by page, zeroed: 10 to 15 % of a step of `synthetic_tiny`.
+    glibc returns it to the kernel, which gives it back page by page, zeroed: a tenth of a step of `synthetic_tiny`.
     The process never needs more than at its peak. Nothing happens where there is no glibc.
     """
     if platform.libc_ver()[0] != "glibc":
