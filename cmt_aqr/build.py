@@ -37,6 +37,7 @@ from cmt_aqr.models.position import BevEmbedding, RayEmbedding
 from cmt_aqr.models.queries import ReferencePoints
 from cmt_aqr.models.second import SECOND, SECONDFPN
 from cmt_aqr.nuscenes_tables import Tables
+from cmt_aqr.precision import PRECISIONS
 from cmt_aqr.predictions import task_classes
 from cmt_aqr.training.optim import prefix_problems
 
@@ -192,6 +193,7 @@ def build_lidar_branch(config: LidarConfig, point_range: tuple[float, ...]) -> L
         downsample_paddings=config.downsample_paddings,
         out_channels=config.encoder_out_channels,
         out_of_range=config.out_of_range,
+        precision=PRECISIONS[config.sparse_precision],
         backend=config.sparse_backend,
     )
     return LidarBranch(

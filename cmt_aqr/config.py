@@ -28,6 +28,7 @@ RENAMED = {
 ADDED = {
     "data": {"failures": []},
     "evaluation": {"compile": False},
+    "model.lidar": {"sparse_precision": "fp32"},
     "training": {"schedule": "cyclic", "accumulation": 1, "lr_batch_size": None, "ema_decay": None, "compile": False},
 }
 
@@ -126,6 +127,7 @@ class LidarConfig:
     max_voxels_test: int = limits(low=1, high=10_000_000)  # later voxels of a frame are dropped, in evaluation
     out_of_range: Literal["drop", "alias"]  # voxels outside sparse_shape (docs/quirks.md, Q13)
     sparse_backend: Literal["auto", "torch", "spconv"]  # a matter of speed; auto: the faster one that is installed
+    sparse_precision: Literal["fp32", "fp16", "bf16"]  # of the sparse encoder on a GPU; bf16 is not in spconv
     base_channels: int = limits(low=1, high=2048)  # of the sparse encoder's first convolution
     # stages of the sparse encoder: widths of their convolutions
     encoder_channels: tuple[tuple[int, ...], ...] = limits(low=1, high=2048, entries=(1, 16))

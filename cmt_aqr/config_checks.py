@@ -125,6 +125,8 @@ def _check_sparse_backend(config: Config) -> Found:
             "'torch' does not alias voxels as spconv does, but model.lidar.out_of_range is 'alias'; use 'spconv' or "
             "'auto', or out_of_range 'drop'",
         )
+    if lidar is not None and lidar.sparse_precision == "bf16" and lidar.sparse_backend == "spconv":
+        yield "model.lidar.sparse_precision", "spconv has no bf16 kernels; use fp16 or fp32, or sparse_backend 'auto'"
 
 
 def _check_compile(config: Config) -> Found:

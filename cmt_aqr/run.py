@@ -16,7 +16,7 @@ from cmt_aqr.data.index import FrameIndex
 from cmt_aqr.data.loader import Loader, make_loader
 from cmt_aqr.data.sample import Batch
 from cmt_aqr.data.sampling import TrainingSampler
-from cmt_aqr.devices import HostCopy
+from cmt_aqr.devices import HostCopy, to_device
 from cmt_aqr.files import atomic_path
 from cmt_aqr.losses.criterion import Criterion
 from cmt_aqr.models.compiled import CompiledDetector
@@ -339,6 +339,7 @@ def make_denoising_queries(run: Run, batch: Batch, positions: range, max_boxes: 
     settings = run.config.model.denoising
     if settings.num_dn == 0:
         return None
+    noise = denoising_noise(run.config.seed, run.step, positions, settings.num_dn)
     return make_denoising(
         batch.targets,
         num_queries=run.config.model.num_queries,
@@ -346,7 +347,7 @@ def make_denoising_queries(run: Run, batch: Batch, positions: range, max_boxes: 
         point_range=run.config.model.point_range,
         settings=DenoisingSettings(settings.max_groups, settings.noise_scale, settings.positive_threshold),
         max_boxes=max_boxes,
-        noise=denoising_noise(run.config.seed, run.step, positions, settings.num_dn),
+        noise=to_device(noise, run.rank_info.device),
     )
 
 

@@ -72,7 +72,7 @@ def frames_of_models(options: argparse.Namespace) -> Iterator[ShownFrame]:
                 raise ConfigError([f"--colour trust: {detector.name} has no AQR (model.aqr is null); use outcome"])
     detectors = named_apart(detectors)
     failures = [None, *choose_failures(options.failure, None, sensors_of(config.model))]
-    prepare_data(config, talk=True)
+    prepare_data(config, verbose=True)
     index = open_split(config.data, options.split or config.data.val_split)
     has_truth = has_boxes(index)
     if options.colour == "outcome" and not has_truth:

@@ -37,13 +37,15 @@ def latency_table(
     frame = host_frame(bundle, device)
     pipeline = make_pipeline(about, bundle, device, compiled=compiled)
     given = (frame.get("images"), [frame["points"]] if "points" in frame else None, frame.get("lidar2img"))
-    base = measure(lambda: pipeline(*given), device, repeats=repeats)
+    base = measure(lambda: pipeline(*given), device, repeats=repeats, profiled=True)
     yield table_line("compiled pipeline" if compiled else "pipeline", base, base)
     buffers = {name: x.clone() for name, x in inputs.items()}
-    yield table_line(about["form"], measure(HostCall(model, frame, buffers), device, repeats=repeats), base)
+    ours = measure(HostCall(model, frame, buffers), device, repeats=repeats, profiled=True)
+    yield table_line(about["form"], ours, base)
     if device.type == "cuda":
         replayed = HostCall(capture_program(model, buffers), frame, buffers)
-        yield table_line(f"{about['form']}, one CUDA graph", measure(replayed, device, repeats=repeats), base)
+        graph = measure(replayed, device, repeats=repeats, profiled=True)
+        yield table_line(f"{about['form']}, one CUDA graph", graph, base)
 
 
 def host_frame(bundle: Source, device: torch.device) -> dict[str, Tensor]:

@@ -89,7 +89,12 @@ def test_a_part_has_its_own_frames_noise_and_dropout(tmp_path):
 
 def test_the_frames_of_the_second_of_two_processes(tmp_path, monkeypatch):
     positions = []
-    monkeypatch.setattr("cmt_aqr.run.denoising_noise", lambda *arguments: positions.append(arguments[2]))
+
+    def record_positions(_seed, _step, frames, num_dn):
+        positions.append(frames)
+        return torch.zeros(len(frames), num_dn, 3)
+
+    monkeypatch.setattr("cmt_aqr.run.denoising_noise", record_positions)
     monkeypatch.setattr("cmt_aqr.run.make_denoising", lambda *_, **__: None)
     run = make_run(tmp_path, "training.accumulation=2", "training.batch_size=8")
     run.rank_info = RankInfo(rank=1, world_size=2, device=CPU.device)

@@ -72,6 +72,20 @@ def test_every_shipped_model_builds(path):
 def test_evaluation_is_in_float32_as_shipped(path):
     config = load_config(path)
     assert config.evaluation.precision == "fp32" and not config.model.activation_checkpointing
+    assert config.model.lidar is None or config.model.lidar.sparse_precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
+)
+def test_the_precision_of_the_sparse_encoder_is_its_own_key(name, dtype):
+    config = shipped("synthetic_tiny", f"model.lidar.sparse_precision={name}")
+    assert on_meta(config).lidar_branch.encoder.precision == dtype
+
+
+def test_spconv_has_no_bf16():
+    with pytest.raises(ConfigError, match="sparse_precision: spconv has no bf16 kernels; use fp16 or fp32, or"):
+        shipped("synthetic_tiny", "model.lidar.sparse_precision=bf16", "model.lidar.sparse_backend=spconv")
 
 
 def test_activation_checkpointing_reaches_the_decoder():
