@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=550, help="seconds after which the run is stopped")
     parser.add_argument("-n", type=int, default=8, help="processes")
     parser.add_argument("--commit", default=None, help="the commit's name, where the folder is not a git repository")
+    parser.add_argument("--times", type=Path, help="outcomes of an earlier run: its slowest tests begin first")
     parser.add_argument("--all", action="store_true", help="also run what has passed or was skipped before")
     arguments = parser.parse_args()
     wanted = collect()
@@ -35,7 +36,7 @@ def main() -> int:
     finished = {} if arguments.all else read_outcomes(arguments.outcomes)
     rest = [test for test in wanted if finished.get(test, {}).get("outcome") not in ("passed", "skipped")]
     if rest:
-        run(rest, arguments)
+        run(slowest_first(rest, read_outcomes(arguments.times) if arguments.times else {}), arguments)
     return report(wanted, read_outcomes(arguments.outcomes), arguments)
 
 
@@ -60,9 +61,15 @@ def collect() -> list[str]:
     return names
 
 
+def slowest_first(tests: list[str], outcomes: dict[str, dict]) -> list[str]:
+    """The tests in the order of their times, longest first, those without a time before all."""
+    return sorted(tests, key=lambda test: -outcomes.get(test, {"seconds": float("inf")})["seconds"])
+
+
 def run(tests: list[str], arguments: argparse.Namespace) -> None:
     """Run the tests, at most ``arguments.limit`` seconds."""
-    command = [*PYTEST, *tests, "-q", "-n", str(arguments.n), "--dist", "worksteal"]
+    # One test at a time: with longer lists a process is left alone with several slow ones in the end.
+    command = [*PYTEST, *tests, "-q", "-n", str(arguments.n), "--dist", "load", "--maxschedchunk", "1"]
     command += ["--outcomes", str(arguments.outcomes.resolve())]
     # References on the CPU: without a limit every process would use all cores, and the run takes three times as long.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
