@@ -52,11 +52,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows in the order of the forward pass, and what only one side has."""
+    """All rows in the order of the forward pass, and what only one side has; ``factor``: of all limits."""
 
     rows: list[Row]
     only_a: list[str] = field(default_factory=list)
     only_b: list[str] = field(default_factory=list)
+    factor: float = 1.0
 
     @property
     def first_stage(self) -> str | None:
@@ -80,8 +81,9 @@ def compare(a: Source, b: Source, *, factor: float = 1.0) -> Comparison:
             f"has {', '.join(b.names[:3]) or 'none'}"
         )
     pairings = Pairings(a, b, factor)
-    rows = [compare_one(name, a, b, limit_of(name, a, b, factor), pairings.of(name)) for name in both]
-    return Comparison(rows, [name for name in a.names if name not in b], [name for name in b.names if name not in a])
+    rows = [compare_one(name, a, b, factor, pairings.of(name)) for name in both]
+    only_a, only_b = [name for name in a.names if name not in b], [name for name in b.names if name not in a]
+    return Comparison(rows, only_a, only_b, factor)
 
 
 def ordered(names: Iterable[str]) -> list[str]:
@@ -90,10 +92,10 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: place.get(stage_of(name), len(place)))
 
 
-def limit_of(name: str, a: Source, b: Source, factor: float) -> float | None:
-    """Largest absolute difference that is no error; None where the manifest gives none."""
+def limit_of(name: str, a: Source, b: Source, factor: float) -> float:
+    """Largest absolute difference that is no error: the manifest's, else a share of A's largest value."""
     limit = a.entry(name).get("tolerance", {}).get(b.precision)
-    return None if limit is None else factor * limit
+    return factor * (DEFAULT_LIMIT * largest(a[name]) if limit is None else limit)
 
 
 class Pairings:
@@ -124,14 +126,14 @@ class Pairings:
         if stage_of(keys[0]) != "boxes" or scores not in self._a or scores not in self._b or not len(pairing.rows_a):
             return pairing
         kept = [self._a[scores].double(), self._b[scores].double()]
-        limit = limit_of(scores, self._a, self._b, self._factor) or DEFAULT_LIMIT
+        limit = limit_of(scores, self._a, self._b, self._factor)
         lost = []
         for score, only in zip(kept, (pairing.only_a, pairing.only_b), strict=True):
             lost.append(only[score[only] > score.min() + 2 * limit])
         return Pairing(pairing.rows_a, pairing.rows_b, *lost, pairing.names_a, pairing.names_b)
 
 
-def compare_one(name: str, a: Source, b: Source, limit: float | None, pairing: Pairing | None) -> Row:
+def compare_one(name: str, a: Source, b: Source, factor: float, pairing: Pairing | None) -> Row:
     """Compare one tensor that both have."""
     shape, exact = tuple(a[name].shape), is_exact(a[name])
     is_paired = pairing is not None and (len(a[name]), len(b[name])) == (len(pairing.names_a), len(pairing.names_b))
@@ -139,10 +141,7 @@ def compare_one(name: str, a: Source, b: Source, limit: float | None, pairing: P
     left, right = aligned(name, a, b, pairing)
     is_name = is_paired and name in row_names_of(name)
     unpaired = len(pairing.only_a) + len(pairing.only_b) if is_name else 0
-    if exact:
-        limit = 0.0
-    elif limit is None:
-        limit = DEFAULT_LIMIT * largest(left)
+    limit = 0.0 if exact else limit_of(name, a, b, factor)
     if left.shape != right.shape:
         problem = shape_problem(name, left, right, max(limit, DEFAULT_LIMIT * largest(left)))
         return Row(name, shape, None, limit, exact, problem=problem)

@@ -21,7 +21,7 @@ def format_report(comparison: Comparison, a: Source, b: Source, causes: dict[str
         causes: name of a tensor -> words.
     """
     lines = [f"A: {describe_source(a)}", f"B: {describe_source(b)}"]
-    lines += [f"limits: {describe_limits(a, b)}; integers are equal", ""]
+    lines += [f"limits: {describe_limits(a, b, comparison.factor)}; integers are equal", ""]
     lines += table(comparison)
     lines += missing(comparison, a, b)
     past = [row for row in comparison.rows if row.is_past]
@@ -49,16 +49,17 @@ def describe_source(source: Source) -> str:
     return f"{source.path} ({', '.join(filter(None, parts))})"
 
 
-def describe_limits(a: Source, b: Source) -> str:
+def describe_limits(a: Source, b: Source, multiplier: float) -> str:
     """Where the limits come from."""
+    times = "" if multiplier == 1 else f", times {multiplier:g} (--factor)"
     factor = a.manifest.get("tolerance_factor")
     if factor is None:
-        return "1e-5 of the largest value"
+        return a.manifest.get("tolerance_source", "1e-5 of the largest value") + times
     precision = "bf16" if b.precision == "bf16" else "float32"
     error = f"the error of {precision} against float64"
     if a.manifest["tolerance_source"] != "measured":
         error = f"a typical error of {precision} (export float64 and float32 to measure this model's own)"
-    return f"{factor} times {error}" + (", times 2^-26" if b.precision == "float64" else "")
+    return f"{factor} times {error}" + (", times 2^-26" if b.precision == "float64" else "") + times
 
 
 def table(comparison: Comparison) -> list[str]:

@@ -286,6 +286,19 @@ def test_gradients_of_an_attention_that_has_none_are_refused(tmp_path, capsys):
     assert not (tmp_path / "bundle").exists()
 
 
+def test_the_factor_counts_where_no_manifest_gives_limits(tmp_path, capsys):
+    x = torch.arange(1.0, 101)
+    for name, factor in (("a", 1), ("b", 1 + 1e-6)):
+        save_file({"tokens/values": x * factor}, tmp_path / f"{name}.safetensors")
+    files = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    assert main(["compare", *files]) == 0
+    assert "limits: 1e-5 of the largest value; integers" in capsys.readouterr().out
+    assert main(["compare", *files, "--factor", "0.01"]) == 1
+    assert "limits: 1e-5 of the largest value, times 0.01 (--factor); integers" in capsys.readouterr().out
+    assert main(["compare", str(FOLDER), str(FOLDER), "--factor", "2"]) == 0
+    assert "against float64, times 2^-26, times 2 (--factor); integers" in capsys.readouterr().out
+
+
 def test_the_reference_may_be_less_exact(capsys):
     """Two bundles in float32: both sides are read from that file."""
     assert main(["compare", str(FOLDER), str(FOLDER), "--reference", "float32", "--precision", "float32"]) == 0
