@@ -27,6 +27,7 @@ from cmt_aqr.models.image import ImageBranch
 from cmt_aqr.models.lidar import LidarBranch
 from cmt_aqr.models.position import bev_cell_centres, camera_rays, pixel_corners, ray_depths, sine_embedding
 from cmt_aqr.models.queries import embedded_points, project_to_pixels
+from cmt_aqr.models.voxels import VoxelBatch
 from cmt_aqr.predictions import DenoisingQueries, Predictions
 from cmt_aqr.tokens import Queries
 from cmt_aqr.transformer_layers import KEY, VALUE
@@ -74,17 +75,22 @@ def run_branches(detector: Detector, frame: Frame, made: Tensors) -> tuple[Tenso
     """Images and points -> camera maps, BEV map, as ``encode_images`` and ``encode_points`` make them."""
     pv_maps = bev_map = None
     if detector.lidar_branch is not None:
-        bev_map = run_lidar(detector.lidar_branch, frame.points, made)
+        bev_map = run_lidar(detector.lidar_branch, run_voxels(detector.lidar_branch, frame.points, made), made)
     if detector.image_branch is not None:
-        pv_maps = run_images(detector.image_branch, frame.images.flatten(0, 1), made)
-        pv_maps = made["images/pv_maps"] = pv_maps.unflatten(0, frame.images.shape[:2])
+        made["images/input"] = detector.image_branch.prepare(frame.images.flatten(0, 1))
+        pv_maps = run_images(detector.image_branch, made["images/input"], frame.images.shape[:2], made)
     return pv_maps, bev_map
 
 
-def run_lidar(branch: LidarBranch, points: list[Tensor], made: Tensors) -> Tensor:
-    """Points -> BEV map."""
+def run_voxels(branch: LidarBranch, points: list[Tensor], made: Tensors) -> VoxelBatch:
+    """Points, one (P, 5) a sample -> voxels."""
     voxels = branch.voxelize(points)
     made["voxels/coords"], made["voxels/features"] = voxels.coords_bzyx, voxels.features
+    return voxels
+
+
+def run_lidar(branch: LidarBranch, voxels: VoxelBatch, made: Tensors) -> Tensor:
+    """Voxels -> BEV map (B, C, rows, cols)."""
     made["lidar/encoder"] = branch.encoder(voxels)
     maps = branch.backbone(made["lidar/encoder"])
     made |= {f"lidar/second.{level}": x for level, x in enumerate(maps)}
@@ -92,12 +98,12 @@ def run_lidar(branch: LidarBranch, points: list[Tensor], made: Tensors) -> Tenso
     return made["lidar/bev_map"]
 
 
-def run_images(branch: ImageBranch, images: Tensor, made: Tensors) -> Tensor:
-    """Images (N, H, W, 3) -> camera maps (N, C, h, w)."""
-    made["images/input"] = branch.prepare(images)
-    maps = branch.backbone(made["images/input"])
+def run_images(branch: ImageBranch, images: Tensor, views: Sequence[int], made: Tensors) -> Tensor:
+    """Normalised images (B * V, 3, H, W) -> camera maps (B, V, C, h, w); ``views``: B, V."""
+    maps = branch.backbone(images)
     made |= {f"images/backbone.{level}": x for level, x in enumerate(maps)}
-    return branch.neck(maps)[0]
+    made["images/pv_maps"] = branch.neck(maps)[0].unflatten(0, views)
+    return made["images/pv_maps"]
 
 
 def run_head(

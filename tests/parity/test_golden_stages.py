@@ -1,4 +1,7 @@
-"""Stages of ``python -m cmt_aqr.golden export`` in float64 are those of the original, where its files have them."""
+"""Stages of ``python -m cmt_aqr.golden export`` in float64 are those of the original: rows of the large ones.
+
+test_recorded.py compares whole stages; of the large ones the files of the repository hold some rows each.
+"""
 
 import json
 
@@ -10,7 +13,8 @@ from cmt_aqr.golden.stages import Frame, run_boxes, run_head
 from cmt_aqr.predictions import BOX_BRANCHES, CLASS_BRANCH
 from tests.parity.golden import load_golden
 from tests.parity.head_case import HeadCase
-from tests.parity.test_head import CASES
+
+CASES = (("head_eval_small", ""), ("lidar_image_small", "lidar/"), ("lidar_image_small", "image/"))
 
 
 @pytest.mark.parametrize(("name", "prefix"), CASES)

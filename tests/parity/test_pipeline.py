@@ -19,11 +19,9 @@ from cmt_aqr.data.image_transforms import (
     transform_image,
 )
 from cmt_aqr.data.readers import read_image, read_points, read_sweeps
+from tests.parity.exported_cases import image_branch
 from tests.parity.golden import REPOSITORY, Golden, load_golden
 
-# Original normalisation, BGR (Quirk Q16), applied here only to undo it.
-MEAN = np.array([103.530, 116.280, 123.675])
-STD = np.array([57.375, 57.120, 58.395])
 FLOAT64 = 1e-12
 FLOAT32 = 5e-6
 
@@ -127,18 +125,18 @@ def test_evaluation_pixels(golden, frame):
 
 
 def test_normalised_pixels(golden, frame):
-    """What the network sees after normalisation and padding is a function of our uint8 image alone."""
+    """What the image branch makes of our pixels, and the golden export writes, in float64: BGR, padded with zeros."""
+    branch = image_branch(load_golden("image_branch"))
     for preset in sorted(name.split("/")[0] for name in golden.names if name.endswith("/final/shape")):
         draw = _evaluation_draw(golden, preset)
         _check_matrix(golden, f"{preset}/lidar2img", draw)
         assert (golden[f"{preset}/pad_shape"] == golden[f"{preset}/final/shape"]).all()
-        images = _transform(frame["views"], draw)[..., ::-1]
-        final = np.zeros((len(images), *golden[f"{preset}/final/shape"]))
-        final[:, : images.shape[1], : images.shape[2]] = (images - MEAN) / STD
-        for v in range(len(images)):
+        for v, view in enumerate(frame["views"]):
+            final = branch.prepare(torch.from_numpy(_transform([view], draw)))[0].movedim(0, -1)
+            assert list(final.shape) == golden[f"{preset}/final/shape"].tolist()
             rows, cols = (golden[f"{preset}/final/{axis}"][v].astype(int) for axis in ("rows", "cols"))
             stage = "pixels after normalising and padding (float32 there)"
-            golden.check(stage, final[v, rows, cols], golden[f"{preset}/final/values"][v], FLOAT32)
+            golden.check(stage, final[rows, cols], golden[f"{preset}/final/values"][v], FLOAT32)
 
 
 def test_training_draws_and_matrices(golden):
