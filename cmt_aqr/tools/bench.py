@@ -11,18 +11,18 @@
 ``data`` measures, on one thread and after a warm-up, the parts of a sample: the images of one frame to the network's
 input for both official sizes, beside a plain pipeline with the original's steps (decode, float32, resize, crop,
 normalise, pad, transpose); ten LiDAR sweeps read and brought into one frame; voxelisation. Times are of the CPU and the
-best of the repeats: on a shared machine the others measure the neighbours.
+best of the repeats: on a shared machine slower ones measure what else runs there.
 
 ``attention`` times, on a GPU, the cross-attention with the bias, with gradients of the weights and the scale, beside
 attention without a bias and beside other ways to add one, with peak memory and the error against float64.
 
 ``sparse`` times, on a GPU where there is one, the sparse encoder of the r50 preset by spconv and by PyTorch.
 
-``end2end`` times images and points in, boxes out, stage by stage too, beside the same weights computed in the
-original's manner: eager, spconv, a dense float mask, or unbiased attention without AQR. With ``--frames`` it goes
-through the validation split, and with ``--checkpoint`` the differences of the boxes mean something.
+``end2end`` times a detector from images and points to boxes, as a whole and stage by stage, beside the same weights
+computed in the original's manner: eager, spconv, a dense float mask, or unbiased attention without AQR. ``--frames``
+measures on the validation split; the differences of the boxes are meaningful with ``--checkpoint`` only.
 
-``train`` times training steps beside the original's manner on one made-up batch; ``loader`` the loading of batches.
+``train`` times training steps on one made-up batch, beside the original's manner; ``loader`` times the data loader.
 
 ``scaling`` times, on a GPU, the attention while one size grows, and the LiDAR branch against the number of points.
 
@@ -44,9 +44,9 @@ AXES = (*SCALING, "points")
 
 def _add_configured(commands: argparse._SubParsersAction) -> None:
     """The commands that take a configuration."""
-    end2end = commands.add_parser("end2end", help="images and points in, boxes out")
+    end2end = commands.add_parser("end2end", help="a detector from images and points to boxes")
     train = commands.add_parser("train", help="training steps")
-    loader = commands.add_parser("loader", help="batches of the training split")
+    loader = commands.add_parser("loader", help="loading batches of the training split")
     scaling = commands.add_parser("scaling", help="cost against queries, tokens, batch, ..., on a GPU")
     for command in (end2end, train, loader, scaling):
         command.add_argument("config", help="YAML file, or the name of one in configs/")
@@ -55,13 +55,13 @@ def _add_configured(commands: argparse._SubParsersAction) -> None:
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
         command.add_argument("--cloud", help="a LiDAR file of nuScenes, .bin (default: a made-up scanner)")
         command.add_argument(
-            "--batch-sizes", nargs="+", type=int, default=[1], metavar="N", help="frames (default: %(default)s)"
+            "--batch-sizes", nargs="+", type=int, default=[1], metavar="N", help="frames a batch (default: %(default)s)"
         )
         command.add_argument("--repeats", type=int, default=repeats, help="timed calls (default: %(default)s)")
-        command.add_argument("--ways", nargs="+", choices=ways, help="lines of the table (default: all that fit)")
-        command.add_argument("--no-stages", dest="stages", action="store_false", help="the whole only, not its parts")
+        command.add_argument("--ways", nargs="+", choices=ways, help="lines of the table (default: all that apply)")
+        command.add_argument("--no-stages", dest="stages", action="store_false", help="do not time single stages")
         command.add_argument(
-            "--no-profile", dest="profiled", action="store_false", help="leave out how long the GPU is busy"
+            "--no-profile", dest="profiled", action="store_false", help="do not measure how long the GPU is busy"
         )
     end2end.add_argument("--checkpoint", help="weights (default: random ones)")
     end2end.add_argument(
@@ -69,12 +69,10 @@ def _add_configured(commands: argparse._SubParsersAction) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="go through N frames of the validation split",
+        help="measure on N frames of the validation split (default: one made-up batch)",
     )
     end2end.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp16", help="default: %(default)s")
-    end2end.add_argument(
-        "--no-compile", dest="compile", action="store_false", help="our stages as they are, uncompiled"
-    )
+    end2end.add_argument("--no-compile", dest="compile", action="store_false", help="do not compile our stages")
     scaling.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="default: all")
     loader.add_argument("--workers", nargs="+", type=int, default=[0, 4, 16], help="default: %(default)s")
     loader.add_argument("--batches", type=int, default=20, help="timed batches (default: %(default)s)")
@@ -97,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sparse = commands.add_parser("sparse", help="the sparse encoder by spconv and by PyTorch")
     sparse.add_argument("--cloud", help="a LiDAR file of nuScenes, .bin (default: a random cloud)")
-    sparse.add_argument("--batch-size", type=int, default=1, help="frames (default: %(default)s)")
-    sparse.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
+    sparse.add_argument("--batch-size", type=int, default=1, help="frames a batch (default: %(default)s)")
+    sparse.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     sparse.add_argument("--repeats", type=int, default=5, help="runs of each part (default: %(default)s)")
     _add_configured(commands)
     data.add_argument("--repeats", type=int, default=15, help="runs of each part (default: %(default)s)")
@@ -180,7 +178,7 @@ def configured_lines(options: argparse.Namespace) -> Iterator[str]:
 
 
 def training_options(options: argparse.Namespace) -> TrainingOptions:
-    """What the command line asks of ``train``."""
+    """Options of ``train`` from the command line."""
     return TrainingOptions(
         cloud=options.cloud,
         batch_sizes=tuple(options.batch_sizes),
@@ -192,7 +190,7 @@ def training_options(options: argparse.Namespace) -> TrainingOptions:
 
 
 def inference_options(options: argparse.Namespace) -> Options:
-    """What the command line asks of ``end2end``."""
+    """Options of ``end2end`` from the command line."""
     return Options(
         checkpoint=options.checkpoint,
         cloud=options.cloud,
@@ -251,7 +249,7 @@ def plain_images(index: FrameIndex, frame: Frame, size: tuple[int, int]) -> np.n
 
 
 def best_time(run: Callable[[], object], repeats: int) -> float:
-    """CPU seconds of the fastest of ``repeats`` runs, after one that warms up."""
+    """CPU seconds of the fastest of ``repeats`` runs, after one run to warm up."""
     run()
     times = []
     for _ in range(repeats):

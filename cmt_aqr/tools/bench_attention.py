@@ -33,7 +33,9 @@ class DeviceError(UserError):
 
 @dataclass
 class Problem:
-    """Leaves of one shape: q (B, M, Q, D), k, v (B, M, K, D) in DTYPE; weights (B, Q, 2), scale (1,) float32.
+    """Inputs of one shape: q (B, M, Q, D), k, v (B, M, K, D) in DTYPE; weights (B, Q, 2), scale (1,) float32.
+
+    All of them are leaves of the backward pass.
 
     ``padded`` holds k and v padded with zeros to whole blocks, as the detector pads its tokens.
     """
@@ -66,7 +68,7 @@ class Row:
 
 
 def attention_lines(shapes: tuple[int, ...]) -> Iterator[str]:
-    """What was measured on, then the table of every chosen shape, as Markdown; every line once it is known."""
+    """The machine, then a table for every chosen shape, as Markdown; each line is yielded as soon as it is known."""
     if not torch.cuda.is_available():
         raise DeviceError("bench attention needs a CUDA GPU, and there is none")
     yield f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}, {HEADS} heads of {HEAD_DIM}\n"
@@ -105,7 +107,7 @@ def shape_rows(problem: Problem) -> Iterator[Row]:
 
 
 def make_problem(shape: AttentionShape) -> Problem:
-    """Random content, windows with the geometry of nuScenes; memory laid out as linear projections leave it."""
+    """Random content, windows from nuScenes' calibration; memory layout as after linear projections."""
     batch_size, num_queries = shape.batch_size, shape.num_queries
     layout = fusion_layout(shape.bev, shape.cameras, cell_size=shape.cell_size)
     windows = make_windows(
@@ -142,7 +144,7 @@ Way = tuple[str, Callable[[], Tensor], tuple[Tensor, ...], bool]
 
 
 def ways(problem: Problem) -> list[Way]:
-    """Name, function, leaves of the backward pass, whether the bias is in it."""
+    """For each way: its name, function, leaves of the backward pass, and whether it adds the bias."""
     p = problem
     tokens, bias_leaves = (p.q, p.k, p.v), (p.weights, p.scale)
     schedule = plan(p.windows)
@@ -210,7 +212,7 @@ def measure_row(
     problem: Problem,
     reference: Tensor,
 ) -> Row:
-    """Time, memory and error of one way; a way that the GPU cannot run says so."""
+    """Time, memory and error of one way; where the GPU cannot run it, a row that gives the reason."""
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -236,7 +238,7 @@ def measure_row(
 def lowrank_rows(problem: Problem, reference: Tensor) -> Iterator[Row]:
     """Low-rank factors at both energies: their SVD, and the attention with them (forward only)."""
     bias = AttentionBias(problem.windows, problem.bias().values.detach())
-    factorise(bias, ENERGIES[0])  # the first SVD sets up its library
+    factorise(bias, ENERGIES[0])  # the first SVD initialises the library
     for energy in ENERGIES:
         svd = event_time(lambda energy=energy: factorise(bias, energy))
         factors = factorise(bias, energy)

@@ -1,4 +1,4 @@
-"""Frames for the benches: made up in the size of a configuration, or those of its validation split."""
+"""Frames for the benches: made up with the sizes of a configuration, or those of its validation split."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -18,8 +18,8 @@ from cmt_aqr.data.sampling import EvaluationSampler
 from cmt_aqr.tools.attention_cases import nuscenes_lidar2img
 from cmt_aqr.tools.bench_sparse import random_cloud, ten_sweeps
 
-NUM_BOXES = 35  # of a frame of nuScenes
-BEV_SHARE = 0.45  # half the side of the square of boxes, in sides of the point range
+NUM_BOXES = 35  # about as many as in a frame of nuScenes
+BEV_SHARE = 0.45  # boxes lie in a square around the LiDAR; half its side as a share of the point range's side
 
 
 def made_up_batch(config: Config, batch_size: int, *, cloud: str | None = None, seed: int = 0) -> Batch:
@@ -50,7 +50,7 @@ def made_up_batch(config: Config, batch_size: int, *, cloud: str | None = None, 
 
 
 def random_points(count: int, point_range: Sequence[float], *, seed: int = 0) -> Tensor:
-    """Points (count, 5) as dense at any count: those of the made-up scanner again and again, a little further on."""
+    """Points (count, 5): those of the made-up scanner, repeated, each time at another place."""
     generator = torch.Generator().manual_seed(seed)
     clouds, total = [], 0
     while total < count:

@@ -1,4 +1,4 @@
-"""Images and points in, boxes out: time, busy share, memory and error of a detector, computed in several ways."""
+"""Inference from images and points to boxes, computed in several ways: time, busy time of the GPU, memory and error."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ from cmt_aqr.tools.bench_measure import Measured, describe_machine, measure, num
 from cmt_aqr.tools.bench_original import in_original_manner
 from cmt_aqr.tools.bench_shapes import INFERENCE_WAYS
 
-# Boxes that count in a comparison, and how far away the like of one is looked for.
+# Boxes with at least this score are compared, with the nearest box of their class within this many metres.
 SURE_SCORE, NEAR_M = 0.1, 1.0
 
 
@@ -34,12 +34,12 @@ class Options:
     """What is measured.
 
     Attributes:
-        checkpoint: weights; None: fresh ones, whose boxes say little about errors.
+        checkpoint: weights; None: random ones, whose boxes say little about errors.
         cloud: a LiDAR file (.bin) for made-up frames; None: a made-up scanner.
-        frames: frames of the validation split to go through; 0: one made-up batch again and again.
+        frames: frames of the validation split to measure on; 0: one made-up batch, repeated.
         precision: of autocast in all ways: `fp32`, `bf16` or `fp16`.
-        compiled: whether our pipelines are; False is for a first look on a CPU.
-        ways: of `INFERENCE_WAYS`; those that differ in AQR alone are left out for a model without it.
+        compiled: whether our pipelines are compiled; False is for a first look on a CPU.
+        ways: of `INFERENCE_WAYS`; ways that differ only in AQR are left out for a model without it.
         stages: whether the stages are timed one by one, too.
         profiled: whether some calls are profiled for the busy time of the GPU.
     """
@@ -58,7 +58,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Difference:
-    """Boxes of a way against those of float32 in eager mode: centres (cm), scores, and how many have no like."""
+    """Boxes of a way against those of float32 in eager mode: centres (cm), scores, and how many have no match."""
 
     centre: float
     score: float
@@ -67,7 +67,7 @@ class Difference:
 
 
 def inference_lines(config: Config, device: torch.device, options: Options) -> Iterator[str]:
-    """What was measured on, a table for each batch size, then the stages of batch size 1, as Markdown.
+    """The machine, a table for each batch size, then the stages of batch size 1, as Markdown.
 
     Every line is yielded once it is known.
     """
@@ -101,7 +101,7 @@ def batch_lines(
     with phase(f"reference in float32, batch {batch_size}"):
         expected = reference_detections(detector, config, device, inputs)
     yield f"batch {batch_size}\n"
-    yield "| | median, ms | p99, ms | frames/s | GPU busy, ms | peak, MiB | centre, cm | score | without its like |"
+    yield "| | median, ms | p99, ms | frames/s | GPU busy, ms | peak, MiB | centre, cm | score | without a match |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for way in ways(config, options.ways):
         name = INFERENCE_WAYS[way]
@@ -118,7 +118,7 @@ def batch_lines(
 
 
 class Cycle:
-    """Calls a detector with one batch after the other."""
+    """Calls a detector with one batch after the other, and begins again after the last one."""
 
     def __init__(self, detect: Detect, inputs: Sequence[Inputs]) -> None:
         self._detect, self._inputs, self._next = detect, inputs, 0
@@ -167,7 +167,7 @@ def without_aqr(detector: Detector) -> Detector:
 
 
 def eager(model: nn.Module, config: Config, device: torch.device, precision: str) -> Detect:
-    """The detector as it is, one operation after the other."""
+    """The detector in eager mode, one operation after the other."""
     decoding = decoding_of(config)
     return partial(detect_eagerly, model, device=device, precision=PRECISIONS[precision], decoding=decoding)
 
@@ -206,7 +206,7 @@ def compare(found: Sequence[Detections], expected: Sequence[Detections]) -> Diff
 
 
 def cells(measured: Measured, difference: Difference | None, batch_size: int) -> str:
-    """The cells of a line behind its name."""
+    """The cells of a line after its name."""
     values = [number(measured.median, 2), number(measured.p99, 2), number(1e3 * batch_size / measured.median)]
     values += [number(measured.busy, 2), number(measured.peak, 0)]
     if difference is None:

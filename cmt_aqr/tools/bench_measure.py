@@ -1,4 +1,4 @@
-"""Wall time, busy share of the GPU and peak memory of something that is called again and again."""
+"""Wall time, busy time of the GPU and peak memory of a function that is called repeatedly."""
 
 import os
 import statistics
@@ -12,13 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 
 MEBIBYTE = 2**20
 WARM_UP_CALLS = 3
-# Calls that are profiled for the busy share: the profiler slows the host, so they are not timed.
+# Calls that are profiled for the busy time: the profiler slows the host, so they are not timed.
 PROFILED_CALLS = 5
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds of a call; on a GPU also ``busy``, ms of a call, if profiled, and ``peak``, MiB of all allocated."""
+    """Milliseconds of each call; on a GPU also ``busy`` ms of a call, where profiled, and ``peak`` MiB allocated."""
 
     median: float
     p99: float
@@ -29,12 +29,12 @@ class Measured:
 def measure(
     call: Callable[[], object], device: torch.device, *, repeats: int, profiled: bool, waits: bool = True
 ) -> Measured:
-    """Wall time of calls; on a GPU also what it did meanwhile.
+    """Wall time of calls; on a GPU also its busy time and peak memory.
 
     Args:
         profiled: whether a few more calls are profiled for the busy time.
-        waits: a call ends when its results are there; False: the next one begins when the call returns, as in a loop
-            that waits for the GPU inside its steps.
+        waits: True: a call ends when the GPU has finished; False: when it returns, for calls that wait for the GPU
+            themselves.
     """
     for _ in range(WARM_UP_CALLS):
         call()
@@ -57,7 +57,7 @@ def measure(
 
 
 def busy_time(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of a call in which the GPU runs or copies anything, however many streams do."""
+    """Milliseconds of a call in which the GPU computes or copies on at least one stream."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED_CALLS):
             call()

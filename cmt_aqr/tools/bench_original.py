@@ -1,4 +1,4 @@
-"""The detector computed as the original programs compute it, with the same weights: what the benches compare with."""
+"""A detector computed as the original programs compute it, with the same weights: the baseline of the benches."""
 
 import copy
 from dataclasses import replace
@@ -36,8 +36,8 @@ def in_original_manner(detector: Detector, *, with_aqr: bool) -> Detector:
 class MaskedRouter(nn.Module):
     """AQR's bias as a float mask (B * M, Q, K) that every layer builds and adds to the scores of all its heads.
 
-    *Source*: the design documents' `attn_mask` of ``nn.MultiheadAttention``; what it computes with ``need_weights``
-    except for the mean of the weights over the heads, which is thrown away there.
+    *Source*: what ``nn.MultiheadAttention`` computes for an `attn_mask` with ``need_weights``, without the mean of the
+    attention weights over the heads, which the decoder does not read.
     """
 
     def __init__(self, router: BiasRouter) -> None:
@@ -70,7 +70,7 @@ class MaskedRouter(nn.Module):
 
 
 def masked_attention(bias: AttentionBias) -> Attend:
-    """softmax(q k^T / sqrt(D) + mask) v with everything written out: scores, mask and shares of the size M x Q x K."""
+    """softmax(q k^T / sqrt(D) + mask) v with all in memory: scores, mask and attention weights, each M x Q x K."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch_size, heads = q.shape[:2]

@@ -23,7 +23,7 @@ NUM_POINTS = (50_000, 100_000, 200_000, 350_000, 1_000_000)
 
 @dataclass
 class Cost:
-    """Microseconds and MiB of a size; ``plain``: FlashAttention-2 without a bias, forward and forward + backward."""
+    """Microseconds and MiB at one size; ``plain``: FlashAttention-2 without a bias, forward and forward + backward."""
 
     size: int
     forward: float
@@ -33,7 +33,7 @@ class Cost:
 
 
 def scaling_lines(config: Config, axes: tuple[str, ...]) -> Iterator[str]:
-    """What was measured on, then one table an axis, as Markdown; every line once it is known.
+    """The machine, then one table for each axis, as Markdown; each line is yielded as soon as it is known.
 
     Args:
         config: of the LiDAR branch.
@@ -98,7 +98,7 @@ def point_costs(config: Config) -> Iterator[Cost]:
 
 
 def table(axis: str, costs: Iterable[Cost]) -> Iterator[str]:
-    """A line a size; the exponent is that of a power law through this line and the one before: 1 is linear."""
+    """A line for each size; the exponent is that of a power law through this line and the one before: 1 is linear."""
     yield f"| {axis} | forward, us | exponent | to plain | forward + backward, us | exponent | to plain | memory, MiB |"
     yield "|---|---|---|---|---|---|---|---|"
     before = None

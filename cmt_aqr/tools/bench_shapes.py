@@ -1,4 +1,4 @@
-"""Sizes and variants that are measured; plain numbers and words, so that help can show them without PyTorch."""
+"""Sizes and variants that are measured; plain numbers and words, so that --help shows them without loading PyTorch."""
 
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,7 @@ class AttentionShape:
         bev: rows, columns of the BEV grid.
         cameras: views, rows, columns.
         cell_size: metres along x, y of a BEV cell.
-        clusters: the learned queries lie around so many places of the scene; 0: anywhere.
+        clusters: the learned queries lie around this many places in the scene; 0: anywhere.
         windows: sizes in cells of the windows in the BEV grid and in the cameras.
     """
 
@@ -48,7 +48,7 @@ ATTENTION_SHAPES = (
 
 
 def _grown(factor: float) -> AttentionShape:
-    """So many times the tokens of R50, by finer cells."""
+    """R50 with this many times its tokens, by finer cells."""
     side = factor**0.5
     rows, cols = round(128 * side), round(128 * side)
     return replace(
@@ -56,7 +56,7 @@ def _grown(factor: float) -> AttentionShape:
     )
 
 
-# What grows, and the shapes with its values: each from the r50 preset, all else left alone.
+# What grows, and the shapes with its values: each is the r50 preset with one size changed.
 SCALING: dict[str, dict[int, AttentionShape]] = {
     "queries": {count: replace(R50, num_queries=count) for count in (300, 600, 900, 1800, 3600)},
     "tokens": {shape.num_tokens: shape for shape in map(_grown, (1, 2.5, 5, 10))},

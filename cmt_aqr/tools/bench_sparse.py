@@ -38,7 +38,7 @@ class Row:
 
 
 def sparse_lines(path: str | None, *, batch_size: int, repeats: int, threads: int) -> Iterator[str]:
-    """What was measured on, then the tables of evaluation and training mode, as Markdown; every line once it is known.
+    """The machine, then tables of evaluation and training mode, as Markdown; each line as soon as it is known.
 
     Args:
         path: a LiDAR file of nuScenes (.bin), taken ten times with the step of a moving car; None: a random cloud.
@@ -117,7 +117,7 @@ def rows(device: torch.device, voxels: VoxelBatch, *, is_training: bool, repeats
 def fixed_rows(
     name: str, encoder: SparseEncoder, voxels: VoxelBatch, expected: Tensor | None, repeats: int
 ) -> Iterator[Row]:
-    """Fixed sizes with a quarter of head room: launched one by one, and on a GPU as a CUDA graph."""
+    """Fixed sizes with a quarter of headroom: launched kernel by kernel, and on a GPU as a CUDA graph."""
     padded = pad_voxels(voxels, VOXELS["max_voxels"] * voxels.batch_size)
     capacities = Capacities(encoder.measure_rows(voxels)).rows
 
@@ -135,7 +135,7 @@ def fixed_rows(
 
 
 def measure(name: str, run: Callable[[], Tensor], encoder: SparseEncoder, expected: Tensor | None, repeats: int) -> Row:
-    """Time, peak memory beyond what was there, and error of a call."""
+    """Time, peak memory beyond what was allocated before, and error of a call."""
     on_gpu = next(encoder.parameters()).is_cuda
 
     def forward() -> Tensor:
@@ -162,7 +162,7 @@ def error_of(run: Callable[[], Tensor], expected: Tensor | None) -> float | None
 
 
 def median_time(run: Callable[[], object], repeats: int, *, on_gpu: bool) -> float:
-    """Milliseconds: wall time with the GPU waited for, median; on a CPU the least time of this process."""
+    """Milliseconds: median wall time including the wait for the GPU; on a CPU the least CPU time of this process."""
     clock = time.perf_counter if on_gpu else time.process_time
     times = []
     for _ in range(repeats + (3 if on_gpu else 0)):

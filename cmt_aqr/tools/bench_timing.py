@@ -21,7 +21,7 @@ def warm_up(call: Callable[[], object]) -> None:
 
 
 def capture(call: Callable[[], object], *, inner: int = 1) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of ``inner`` calls, after calls that warm up; RuntimeError for a call that cannot be captured."""
+    """A CUDA graph of ``inner`` calls, captured after a warm-up; RuntimeError for a call that cannot be captured."""
     warm_up(call)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -57,7 +57,7 @@ def event_time(call: Callable[[], object]) -> float:
 
 
 def extra_memory(call: Callable[[], object]) -> float:
-    """Peak MiB during a call beyond what was allocated before; its results count. The call runs twice."""
+    """Peak MiB during a call beyond what was allocated before, its results included. The call runs twice."""
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Training steps and the loader: time, samples a second, busy share, memory."""
+"""Training steps and the loader: time, samples a second, busy time of the GPU, memory."""
 
 import os
 import statistics
@@ -27,7 +27,7 @@ from cmt_aqr.tools.bench_shapes import TRAINING_WAYS
 from cmt_aqr.training.distributed import RankInfo
 from cmt_aqr.training.optim import set_training_mode, step_if_finite
 
-# Steps of the schedule: the learning rate must be one of a run, however few steps are measured.
+# Steps of the schedule: the learning rate must be that of a long run, however few steps are measured.
 NUM_STEPS = 10_000
 COLUMNS = (
     "first step, s",
@@ -62,7 +62,7 @@ class TrainingOptions:
 
 
 def training_lines(config: Config, device: torch.device, options: TrainingOptions) -> Iterator[str]:
-    """What was measured on, then a table for each batch size, as Markdown; every line once it is known."""
+    """The machine, then a table for each batch size, as Markdown; each line is yielded as soon as it is known."""
     if device.type == "cpu":
         keep_freed_memory()  # as train.py does
     yield f"{config.name}, {describe_machine(device)}, {config.training.precision}\n"
@@ -84,7 +84,7 @@ def default_ways(config: Config, device: torch.device) -> tuple[str, ...]:
 
 
 def way_line(way: str, config: Config, device: torch.device, batch: Batch, options: TrainingOptions) -> str:
-    """The line of one way to train, with its first step from cold."""
+    """The line of one way to train, with the time of its first step, which includes compilation."""
     title = f"{TRAINING_WAYS[way]}, batch {len(batch)}"
     with tempfile.TemporaryDirectory() as folder:
         with phase(f"{title}: first step, compiles where it is compiled"):
@@ -126,7 +126,7 @@ def make_original_run(config: Config, device: torch.device, work_dir: Path) -> R
 
 
 class TrainingStep:
-    """The step of train.py on one batch, again and again; what it waits for in the next step it does not wait for."""
+    """The step of train.py, repeated on one batch; like that one, it does not wait for the device to finish."""
 
     def __init__(self, run: Run, batch: Batch) -> None:
         self.run, self.batch = run, batch
@@ -134,7 +134,7 @@ class TrainingStep:
 
     @property
     def loss(self) -> float:
-        """That of the last step, waited for."""
+        """Loss of the last step; waits for the device."""
         return self._loss.wait()[0].item()
 
     def __call__(self) -> None:
@@ -157,7 +157,7 @@ class TrainingStep:
 
 
 def part_times(step: TrainingStep, device: torch.device, repeats: int) -> list[float]:
-    """Median milliseconds of `PARTS`; the GPU is waited for at their ends, so their sum is more than a step."""
+    """Median milliseconds of `PARTS`; each ends with a wait for the GPU, so their sum is more than a step."""
     model, criterion, optimizer = step.run.ddp_model, step.run.criterion, step.run.optimizer
     stamps: list[float] = []
 
@@ -185,7 +185,7 @@ def part_times(step: TrainingStep, device: torch.device, repeats: int) -> list[f
 
 
 def loader_lines(config: Config, *, workers: tuple[int, ...], num_batches: int) -> Iterator[str]:
-    """Frames a second that the training loader yields with so many workers, once its first batch is there."""
+    """Frames a second of the training loader after its first batch, for several numbers of workers."""
     index = open_split(config.data, config.data.train_split)
     size = config.training.batch_size
     yield f"{config.name}: {len(index)} frames, batches of {size}, {os.cpu_count()} CPU cores\n"

@@ -21,9 +21,10 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def draw_weights(variants: Mapping[str, dict], path: Path, *, title: str) -> Path:
-    """Boxes of w_lidar and w_camera: under each failure, then of the clean frames by class, distance and condition.
+    """Box plots of w_lidar and w_camera: for each failure, then for the clean frames by class, distance and condition.
 
-    A box reaches from the first to the third quarter with a line at the median, whiskers from 5 to 95 %.
+    A box reaches from the first to the third quartile with a line at the median, whiskers from the 5th to the 95th
+    percentile.
     """
     clean = next(iter(variants.values()))["weights"]
     panels = {
@@ -75,7 +76,7 @@ def _draw_groups(axis: Axes, groups: Mapping[str, Mapping[str, dict]]) -> None:
 
 
 def draw_attention(variants: Mapping[str, dict], path: Path, *, title: str) -> Path:
-    """Per variant and layer: mass on each sensor and in its windows, with and without the bias, and the change."""
+    """By variant and decoder layer: share of the attention on each sensor and in its windows, and the bias's effect."""
     shown = {name: variant["attention_by_layer"] for name, variant in variants.items() if variant["attention_by_layer"]}
     figure = _figure(11, 1.4 + 2.1 * max(len(shown), 1))
     axes = np.atleast_2d(figure.subplots(max(len(shown), 1), 3, squeeze=False, sharey="col"))

@@ -1,4 +1,4 @@
-"""A failing sensor in a picture: a camera and the scene from above, before on the left and after on the right."""
+"""Pictures of a failing sensor: a camera and the scene from above, before on the left and after on the right."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ def camera_panel(image: np.ndarray, boxes: Tensor | None, lidar2img: Tensor, *, 
 
 
 def bev_panel(points: np.ndarray, boxes: Tensor | None, *, width: int) -> np.ndarray:
-    """Points (P, >= 3) and boxes (G, 9) seen from above, forward is up; two thirds as high as wide, in pixels."""
+    """Points (P, >= 3) and boxes (G, 9) seen from above, forward is up; the panel is two thirds as high as wide."""
     panel = BevPanel(width, REACH)
     panel.draw_rings()
     panel.draw_points(points[:, :3])

@@ -11,7 +11,7 @@ from cmt_aqr.viz.paint import Colour, Text
 # Metres above the LiDAR between which the colour of a point changes.
 HEIGHT_RANGE = (-3.0, 3.0)
 RING_STEP = 10
-# Velocity arrows show the way of this many seconds; slower objects have none.
+# A velocity arrow is as long as the way of this many seconds; objects slower than this, in m/s, have none.
 ARROW_SECONDS = 1.0
 ARROW_MIN_SPEED = 0.5
 
@@ -42,7 +42,7 @@ class BevPanel:
             self._write(f"{radius} m", u - 12, v - 9)
 
     def draw_points(self, points: np.ndarray) -> None:
-        """Points (P, >=3) as squares of 2 x 2 pixels: one alone is too faint where they are few. The highest on top."""
+        """Points (P, >=3) as squares of 2 x 2 pixels, since single pixels are too faint; the highest are on top."""
         points = points[np.argsort(points[:, 2], kind="stable")]
         cells = np.floor(self.pixels(points[:, :2]) + 0.5).astype(np.int64)
         colours = height_colours(points[:, 2])
@@ -52,7 +52,7 @@ class BevPanel:
             self.image[own[shown, 1], own[shown, 0]] = colours[shown]
 
     def draw_ego(self) -> None:
-        """An arrow head at the LiDAR, and the way that it drives."""
+        """An arrow head at the LiDAR that points in the direction of travel."""
         self._write("direction of travel: up", self.side / 2 + 105, 4, align="right")
         shape = np.array([[0, 2.2], [1.1, -1.6], [0, -0.8], [-1.1, -1.6]])
         for half in (shape[[0, 1, 2]], shape[[0, 2, 3]]):
@@ -80,7 +80,7 @@ class BevPanel:
                 self._draw_arrow(front[i], front[i] + tip[i] - centre[i], colour)
 
     def draw_height_bar(self) -> None:
-        """Colour scale of the points, in the left lower corner."""
+        """Colour scale of the points, in the lower left corner."""
         height, top, left = 120, self.side - 140, 14
         values = np.linspace(HEIGHT_RANGE[1], HEIGHT_RANGE[0], height)
         self.image[top : top + height, left : left + 14] = height_colours(values)[:, None]
@@ -92,11 +92,11 @@ class BevPanel:
             self._write(f"{value:+.0f} m" if value else "0 m", left + 16, v)
 
     def note(self, text: str, line: int = 0) -> None:
-        """A remark in the right lower corner; line 0 is the lowest."""
+        """A remark in the lower right corner; line 0 is the lowest."""
         self._write(text, self.side - 6, self.side - 32 - 25 * line, align="right")
 
     def finish(self, failed: str | None = None) -> np.ndarray:
-        """Write the texts, and what failed in the LiDAR; returns the panel (side, side, 3)."""
+        """Write the texts, and what failed in the LiDAR if it did; returns the panel (side, side, 3)."""
         if failed:
             self.texts.append(paint.failed_plate("LiDAR", failed))
             paint.frame(self.image, paint.FAILED)
@@ -118,6 +118,6 @@ def height_colours(height: np.ndarray) -> np.ndarray:
     """Metres above the LiDAR (N,) -> RGB (N, 3) uint8, blue low to yellow high."""
     low, high = HEIGHT_RANGE
     level = np.round(255 * np.clip((height - low) / (high - low), 0, 1)).astype(np.uint8)
-    # The darkest fifth of the map would vanish on the ground of the panel.
+    # The darkest fifth of the colour map could not be told from the background of the panel.
     table = cv2.applyColorMap(np.linspace(55, 255, 256).astype(np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)
     return table[level, 0, ::-1]

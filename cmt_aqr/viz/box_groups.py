@@ -13,14 +13,15 @@ from cmt_aqr.classes import CAMERAS, CLASSES
 from cmt_aqr.viz.paint import CLASS_COLOURS, GREY, WHITE, Colour
 
 ColourBy = Literal["class", "outcome", "trust"]
-# A detection hits an object of its class whose centre is so near on the ground, metres: nuScenes' rule for its errors.
+# A detection hits an object of its class when their centres are closer than this on the ground, in metres: the
+# distance at which nuScenes measures its true-positive errors.
 HIT_DISTANCE = 2.0
 
 # Okabe and Ito's colours, told apart by colour-blind people.
 HIT: Colour = (86, 180, 233)
 FALSE_ALARM: Colour = (230, 110, 20)
 MISSED: Colour = (240, 228, 66)
-# Ends of the scale of trust; the middle is white.
+# Ends of the colour scale of trust; its middle is white.
 TRUST_CAMERA: Colour = (230, 110, 20)
 TRUST_LIDAR: Colour = (60, 160, 235)
 
@@ -30,13 +31,13 @@ class Style:
     """What is drawn of a frame, and how.
 
     Attributes:
-        score_threshold: detections below are left out.
-        max_boxes: of the detections the best so many, of the ground truth the nearest.
+        score_threshold: detections with a lower score are left out.
+        max_boxes: most detections, which are those with the best scores, and most objects, which are the nearest.
         colour_by: "class"; "outcome": hits, false alarms and missed objects; "trust": from cameras to LiDAR, by the
             weights of AQR.
         cameras: names of the views.
-        failed: camera, or "lidar", -> what failed there, in a few words; its panel is framed.
-        is_tall: the scene from above below the views, which are smaller, instead of beside them.
+        failed: camera, or "lidar", -> what failed there, in a few words; its panel gets a frame.
+        is_tall: the scene from above is below the views instead of beside them, and the views are smaller.
     """
 
     score_threshold: float = 0.3
@@ -49,13 +50,13 @@ class Style:
 
 @dataclass(frozen=True)
 class BoxGroup:
-    """Boxes to draw in one manner, nearest last so that they cover what is behind them.
+    """Boxes that are drawn in one style, the nearest last so that they cover what is behind them.
 
     Attributes:
         boxes: (N, 9) float64.
         colours: of each box.
-        captions: of each box; empty for none.
-        ranks: whose caption is drawn first where there is room for one only: the lowest; empty: the largest.
+        captions: of each box; an empty text for a box without one.
+        ranks: where captions would overlap, the one of the lowest rank is drawn; empty: that of the largest box.
         is_dashed: thin and dashed instead of solid and filled.
     """
 
@@ -99,7 +100,7 @@ def match_outcomes(detections: Detections, targets: Targets, distance: float = H
 
 
 def trust_colours(weights: np.ndarray) -> list[Colour]:
-    """Colours of weights (N, 2) of LiDAR and cameras: half their difference from -1 (cameras) to 1; grey where NaN."""
+    """Colours of weights (N, 2) by (w_lidar - w_camera) / 2, from -1 (cameras) to 1 (LiDAR); grey where NaN."""
     colours = []
     for difference in (weights[:, 0] - weights[:, 1]) / 2:
         if np.isnan(difference):

@@ -17,7 +17,7 @@ class PictureWriter:
             processes, which see some of the frames each, are those of one.
         score_threshold: detections below are not drawn.
         has_truth: False: the frames are not annotated; there is no ground truth to draw.
-        problem: why no more pictures are drawn; None while all is well.
+        problem: why no more pictures are drawn; None as long as there is no problem.
     """
 
     folder: Path

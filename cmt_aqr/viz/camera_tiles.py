@@ -14,7 +14,7 @@ from cmt_aqr.viz.paint import Text
 
 # Metres in front of a camera where boxes are cut off.
 NEAR = 0.2
-# Pixels of text; a picture of 2700 pixels is shown at 1600, where 18 become 10.5.
+# Height of text in pixels: when a picture 2700 pixels wide is shown at 1600, 18 become 10.5.
 CAPTION_SIZE, NAME_SIZE = 18, 21
 
 _EDGES = np.array([
@@ -52,7 +52,7 @@ def camera_tile(
     tile = image.copy()
     if zoom != 1:
         tile = cv2.resize(image, size, interpolation=cv2.INTER_AREA if zoom < 1 else cv2.INTER_CUBIC)
-    # Pixel centres are integers: (u + 0.5) zooms, not u.
+    # Pixel centres are integers, so it is u + 0.5 that scales with the size, not u.
     across, down = size[0] / image.shape[1], size[1] / image.shape[0]
     scaling = np.array([[across, 0, across / 2 - 0.5], [0, down, down / 2 - 0.5], [0, 0, 1]])
     to_tile = np.eye(4)
@@ -94,7 +94,7 @@ def project_box_edges(boxes: np.ndarray, lidar2img: np.ndarray, near: float = NE
 
 
 def _draw_boxes(tile: np.ndarray, group: BoxGroup, lidar2img: np.ndarray) -> list[Text]:
-    """Draw one group of boxes; returns the labels that it would like, the best first."""
+    """Draw one group of boxes; returns their labels, the most important first."""
     height, width = tile.shape[:2]
     lines, owner = project_box_edges(group.boxes, lidar2img)
     heading, heading_owner = _heading_lines(group.boxes, lidar2img)
@@ -149,7 +149,7 @@ def _homogeneous_pixels(points: np.ndarray, lidar2img: np.ndarray) -> np.ndarray
 
 
 def _without_overlap(labels: list[Text], plate: Text, shape: tuple[int, ...]) -> list[Text]:
-    """The labels that fit, first come first served, moved inside the image."""
+    """The labels that do not overlap an earlier one, moved inside the image."""
     taken = [paint.text_box(plate)]
     kept = []
     for label in labels:

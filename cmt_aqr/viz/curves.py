@@ -1,4 +1,4 @@
-"""Curves of training runs from the lines of their logs: loss, learning rate, scores, and what AQR's probe found."""
+"""Curves of training runs from the lines of their logs: loss, learning rate, scores, and what AQR's probe measured."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
@@ -13,10 +13,10 @@ from matplotlib.lines import Line2D
 
 Lines = Sequence[Mapping]
 
-# Okabe and Ito's colours, told apart by colour-blind people, and for more than six runs other strokes.
+# Okabe and Ito's colours, told apart by colour-blind people; more than six runs also differ in their line styles.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _STROKES = ("-", "--", "-.")
-# Logged losses that a smoothed one is the mean of.
+# Number of neighbouring logged losses whose mean is the smoothed loss.
 SMOOTHED = 9
 
 
@@ -73,14 +73,14 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def curves_figure(runs: Mapping[str, Lines], title: str = "") -> Figure:
-    """A panel for everything that one of the runs has logged; the runs by name, in order, a colour each.
+    """A panel for each metric that at least one run has logged; ``runs``: name -> log, each with a colour of its own.
 
     Raises:
         ValueError: none of the logs has a line of training, evaluation or probe.
     """
     panels = [panel for panel in _PANELS if any(_has(lines, panel.metric) for lines in runs.values())]
     if not panels:
-        raise ValueError("no log has anything to draw")
+        raise ValueError("no log has a line of training, evaluation or probe")
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(11.5, 0.9 + 2.9 * rows), dpi=140, layout="constrained")

@@ -1,4 +1,4 @@
-"""A bar for every failure: what is left of the clean score."""
+"""Bar chart of the scores under sensor failures, beside those without a failure."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -16,7 +16,7 @@ _MARK = 26
 
 
 class _Entry(NamedTuple):
-    """A mark, dashed or filled in one colour or in several from left to right, and its words."""
+    """A mark and its words; the mark is dashed, or filled with one colour or with several from left to right."""
 
     words: str
     colours: tuple[Colour, ...]
@@ -24,7 +24,7 @@ class _Entry(NamedTuple):
 
 
 def title_bar(title: str, counts: str, width: int) -> np.ndarray:
-    """The title, and below it what is drawn; (TITLE_HEIGHT, width, 3)."""
+    """The title, and below it how many boxes are drawn; (TITLE_HEIGHT, width, 3)."""
     bar = np.full((TITLE_HEIGHT, width, 3), paint.BACKGROUND, np.uint8)
     paint.write_texts(bar, [Text(title, 6, 4, size=25, bold=True), Text(counts, 6, 38, paint.GREY, size=21)])
     return bar

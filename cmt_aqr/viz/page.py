@@ -1,7 +1,7 @@
 """One self-contained HTML page: frames to click through, tables of scores, charts; it loads nothing from anywhere.
 
 Pictures are embedded as JPEG or PNG, so the file can be mailed or opened from a disk. Without JavaScript the frames
-stand below each other.
+are shown below each other.
 """
 
 import base64
@@ -17,9 +17,9 @@ import numpy as np
 from cmt_aqr.files import atomic_path
 from cmt_aqr.viz.pictures import PictureError
 
-# Frames beyond are left out, evenly: a page of 100 is about 30 MB.
+# Most frames in a page; of more, as many are taken, evenly spread. A page of 100 is about 30 MB.
 MAX_FRAMES = 100
-# Of the pictures in a page; files beside it have 92.
+# JPEG quality of the pictures in a page; picture files have 92.
 JPEG_QUALITY = 80
 
 
@@ -40,7 +40,7 @@ class PageFrame:
 
 @dataclass(frozen=True)
 class PageTable:
-    """A table: its title, head and rows; cells of columns beyond the first are numbers, aligned right."""
+    """A table: its title, header and rows; all columns but the first hold numbers, aligned right."""
 
     title: str
     head: Sequence[str]
@@ -73,7 +73,7 @@ def picture_file(path: Path) -> bytes:
         raise PictureError(f"{path}: the picture cannot be read: {error.strerror}") from error
     bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
     if bgr is None:
-        raise PictureError(f"{path}: is no picture that can be decoded; remove the file")
+        raise PictureError(f"{path}: not a picture that can be decoded; remove the file")
     return page_jpeg(bgr[..., ::-1])
 
 
@@ -96,7 +96,7 @@ def write_page(
 
     Args:
         path: of the file; its folder is made.
-        title: above all.
+        title: of the page.
         notes: sentences below the title.
 
     Raises:
@@ -141,7 +141,7 @@ def _table(table: PageTable) -> str:
     return f"<h2>{html.escape(table.title)}</h2><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-# The policy in the head forbids a browser to load anything that is not in the file.
+# The policy in the head keeps a browser from loading anything that is not in the file.
 _PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>

@@ -1,4 +1,4 @@
-"""Brush strokes for the pictures: anti-aliased segments, dashes, translucent polygons, text.
+"""Drawing primitives for the pictures: anti-aliased segments, dashes, translucent polygons, text.
 
 Pixel coordinates are (u right, v down), integers at pixel centres. Pictures are uint8 RGB arrays (H, W, 3), painted in
 place.
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
 
-# One hue per class, told apart on photographs and on the dark ground of the BEV panel.
+# One hue per class, told apart on photographs and on the dark background of the BEV panel.
 CLASS_COLOURS: dict[str, Colour] = {
     "car": (255, 176, 0),
     "truck": (255, 94, 58),
@@ -32,7 +32,7 @@ CLASS_COLOURS: dict[str, Colour] = {
 WHITE: Colour = (255, 255, 255)
 GREY: Colour = (150, 156, 166)
 BACKGROUND: Colour = (17, 19, 24)
-# Frame and words of a panel whose sensor failed.
+# Colour of the frame and the words on a panel whose sensor failed.
 FAILED: Colour = (255, 90, 60)
 
 # cv2 draws with fixed-point coordinates: this many fractional bits.
@@ -40,7 +40,7 @@ _SHIFT = 4
 
 
 class Text(NamedTuple):
-    """A line of text; ``(u, v)`` is its left upper corner, or the right upper one when ``align`` is "right"."""
+    """A line of text; ``(u, v)`` is its upper left corner, or the upper right one when ``align`` is "right"."""
 
     text: str
     u: float
@@ -86,7 +86,7 @@ def dashes(lines: np.ndarray, dash: float = 7.0, gap: float = 5.0) -> np.ndarray
     for start, end in lines:
         length = float(np.hypot(*(end - start)))
         count = max(1, round((length + gap) / (dash + gap)))
-        # The gaps keep their length share, the dashes stretch to fit.
+        # Dashes and gaps keep their ratio and are stretched so that a whole number of them fits.
         period = 1 / (count - gap / (dash + gap))
         first = np.arange(count) * period
         last = np.minimum(first + period * dash / (dash + gap), 1)
@@ -117,12 +117,12 @@ def frame(image: np.ndarray, colour: Colour, thickness: int = 6) -> None:
 
 
 def failed_plate(name: str, failed: str) -> Text:
-    """The name of a panel with what failed there, for its left upper corner."""
+    """The name of a panel with what failed there, for its upper left corner."""
     return Text(f"{name}   FAILED: {failed}", 0, 0, (0, 0, 0), FAILED, size=21, bold=True)
 
 
 def write_texts(image: np.ndarray, texts: Sequence[Text]) -> None:
-    """Write lines of text, each on its own ground when it has one."""
+    """Write lines of text, each on its own background when it has one."""
     if not texts:
         return
     canvas = Image.fromarray(image)
@@ -136,7 +136,7 @@ def write_texts(image: np.ndarray, texts: Sequence[Text]) -> None:
 
 
 def text_box(text: Text) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom in pixels of a line of text with its ground."""
+    """Left, top, right, bottom in pixels of a line of text with its background."""
     width = _font(text.size, text.bold).getlength(text.text) + 6
     left = text.u - width if text.align == "right" else text.u
     return left, text.v, left + width, text.v + round(1.25 * text.size) + 2

@@ -1,7 +1,7 @@
 """Pictures of one frame: the camera views with projected 3D boxes, and the scene from above.
 
-Detections are solid, with class and score; ground truth is thin and dashed, or takes the part of the detections when
-there are none. Pictures are about 2700 pixels wide; their text is legible when they are shown at 1600.
+Detections are solid, with class and score; ground truth is thin and dashed, or solid when there are no detections.
+Pictures are about 2700 pixels wide; their text is legible when they are shown at 1600.
 """
 
 import os
@@ -20,9 +20,9 @@ from cmt_aqr.viz.box_groups import BoxGroup, Style, choose_boxes
 from cmt_aqr.viz.camera_tiles import camera_tile
 from cmt_aqr.viz.legend import legend, title_bar
 
-# Pixels of a view; in a tall picture, of which two lie side by side.
+# Width of a view in pixels; in a tall picture, because two of those are shown side by side.
 TILE_WIDTH, TALL_TILE_WIDTH = 640, 450
-# The scene from above is at least so many pixels wide and high.
+# The scene from above is at least this many pixels wide and high.
 MIN_SIDE = 720
 GAP = 6
 # Metres from the LiDAR to the border of the bird's-eye panel.

@@ -1,4 +1,4 @@
-"""Where single queries attend, with the bias of AQR and without: from above and in the camera, with their windows."""
+"""Where single queries attend, with AQR's bias and without: from above and in a camera, with the queries' windows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ class GridMap:
     """The attention of one query in one grid, mean over heads and layers.
 
     Attributes:
-        plain: (rows, cols) without the bias, of all attention of the query.
-        biased: with it.
-        window: row, column of the first cell, and those after the last; None without a window.
+        plain: (rows, cols) share of the query's whole attention that each cell has, without the bias.
+        biased: the same with the bias.
+        window: first row and column, end row and column (exclusive); None without a window.
     """
 
     plain: np.ndarray
@@ -45,7 +45,7 @@ class QueryMap:
     """One query: caption, box (9), the map of the BEV grid with its origin and cells in metres, and that of a camera.
 
     Attributes:
-        view: number of the camera with the window, or else with the most attention.
+        view: number of the camera that has the window; without a window, of the one with the most attention.
     """
 
     caption: str
@@ -100,7 +100,7 @@ def heat(shares: np.ndarray, top: float) -> np.ndarray:
 
 
 def _scene(one: QueryMap, shares: np.ndarray, top: float, points: np.ndarray) -> np.ndarray:
-    """The cells of the BEV map around the box, with points, box and window, forward is up."""
+    """The cells of the BEV map around the box, with points, box and window; forward is up."""
     panel = BevPanel(round(2 * REACH * SIDE / CROP), REACH)
     rows, cols = shares.shape
     (left, low), (width, height) = one.origin, one.cell_size
@@ -124,7 +124,7 @@ def _scene(one: QueryMap, shares: np.ndarray, top: float, points: np.ndarray) ->
 
 
 def _view(one: QueryMap, shares: np.ndarray, top: float, images: Tensor, lidar2img: Tensor) -> np.ndarray:
-    """The camera with its cells painted over it, box and window."""
+    """The camera's image with its cells painted over it, the box and the window."""
     image = images[one.view].numpy()
     zoom = min(VIEW_WIDTH / image.shape[1], SIDE / image.shape[0])
     size = (round(image.shape[1] * zoom), round(image.shape[0] * zoom))

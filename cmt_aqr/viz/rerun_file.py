@@ -1,6 +1,6 @@
 """Frames as a ``.rrd`` file for the Rerun viewer: points, boxes and calibrated cameras in one scene, frame by frame.
 
-The package rerun-sdk is an optional extra, imported here alone. The scene is the LiDAR frame, metres.
+The package rerun-sdk is an optional extra; only this module imports it. The scene is in the LiDAR frame, metres.
 """
 
 import re
@@ -55,7 +55,7 @@ class Recording:
         self._stream.log("scene", rerun.ViewCoordinates.RIGHT_HAND_Z_UP, static=True)
 
     def add(self, frame: ShownFrame, style: Style) -> None:
-        """Add a frame as the next of the time line."""
+        """Add a frame as the next step of the timeline."""
         rerun, stream = self._rerun, self._stream
         stream.set_time("frame", sequence=self._number)
         self._number += 1
@@ -74,7 +74,7 @@ class Recording:
                 self._log_camera(f"scene/cameras/{name}", image, matrix)
 
     def finish(self) -> Path:
-        """Write what is left; returns the file."""
+        """Write what is buffered and close the file; returns its path."""
         self._stream.flush()
         self._stream.disconnect()
         return self._path

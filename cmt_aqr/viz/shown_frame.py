@@ -1,4 +1,4 @@
-"""One frame with what one detector, or two, found in it: a picture of it."""
+"""One frame with what one or two detectors found in it, and the pictures of it."""
 
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class ShownFrame:
-    """Everything to be seen of one frame.
+    """Everything that is shown of one frame.
 
     Attributes:
         name: of its file, without the suffix.

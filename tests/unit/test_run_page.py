@@ -95,7 +95,7 @@ def test_what_fails_is_printed_and_does_not_end_a_run(tmp_path, capsys):
     with RunLog(tmp_path, is_main=True, resume_step=100, tensorboard=False) as log:
         assert keep_page(tmp_path, "t", log) is None
     line = capsys.readouterr().out
-    assert line.startswith("no report.html of this run: ") and "is no picture that can be decoded" in line
+    assert line.startswith("no report.html of this run: ") and "not a picture that can be decoded" in line
     assert keep_page(tmp_path, "t", RunLog(tmp_path, is_main=False)) is None
 
 

@@ -69,7 +69,7 @@ def test_a_log_without_probe_and_evaluation_has_no_panels_for_them():
     lines = [line for line in log() if line["kind"] == "train"]
     assert len(curves_figure({"a": lines}).axes) == 4  # three, and an empty place
     assert sum(axis.get_visible() for axis in curves_figure({"a": lines}).axes) == 3
-    with pytest.raises(ValueError, match="no log has anything to draw"):
+    with pytest.raises(ValueError, match="no log has a line of training, evaluation or probe"):
         curves_figure({"a": []})
 
 

@@ -96,7 +96,7 @@ def test_a_page_holds_so_many_frames_and_says_so(tmp_path):
 
 def test_sentences(tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8 no picture")
-    with pytest.raises(PictureError, match=r"bad\.jpg: is no picture that can be decoded; remove the file"):
+    with pytest.raises(PictureError, match=r"bad\.jpg: not a picture that can be decoded; remove the file"):
         picture_file(tmp_path / "bad.jpg")
     with pytest.raises(PictureError, match=r"none\.jpg: the picture cannot be read: No such file"):
         picture_file(tmp_path / "none.jpg")
