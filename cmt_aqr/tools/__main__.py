@@ -1,4 +1,4 @@
-"""python -m cmt_aqr.tools: the small programs, one a line."""
+"""python -m cmt_aqr.tools: a list of the small programs, one on each line."""
 
 import sys
 

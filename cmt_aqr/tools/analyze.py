@@ -28,9 +28,11 @@ def _parser() -> argparse.ArgumentParser:
         "--failure", action="append", default=[], metavar="NAME[:LEVEL]", help="also under this failure"
     )
     parser.add_argument("--failures", metavar="SUITE", help="also under all of multicorrupt, mome or all")
-    parser.add_argument("--failure-seed", type=int, default=0, help="of the failures' random numbers (default: 0)")
+    parser.add_argument("--failure-seed", type=int, default=0, help="seed of the failures' random numbers (default: 0)")
     parser.add_argument("--frames", type=int, default=20, help="frames, evenly spread over the split (default: 20)")
-    parser.add_argument("--score", type=float, default=0.1, help="queries below are left out (default: 0.1)")
+    parser.add_argument(
+        "--score", type=float, default=0.1, help="queries with a lower score are left out (default: 0.1)"
+    )
     parser.add_argument("--split", help="default: data.val_split")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
     parser.add_argument("--out", type=Path, help="output folder (default: runs/<name>/analysis)")
@@ -63,13 +65,13 @@ from cmt_aqr.training.checkpoint import load_into, load_weights
 from cmt_aqr.viz.analysis_figures import draw_attention, draw_weights
 
 SENSORS = ("lidar", "camera")
-# Borders of the groups by distance from the LiDAR, metres.
+# Limits of the groups by distance from the LiDAR, metres.
 DISTANCES = (0, 10, 20, 30, 40, 55)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def query_rows(inspection: Inspection) -> dict[str, np.ndarray]:
-    """Per query of one frame: class and score of its best class, distance of its box (m), weights (Q, 2)."""
+    """Of each query of one frame: its best class and the score of it, distance of its box (m), weights (Q, 2)."""
     predictions = inspection.predictions
     logits = torch.cat([predictions.logits(task)[-1, 0] for task in range(len(predictions.tasks))], dim=-1)
     classes = torch.tensor([label for members in predictions.classes for label in members], device=logits.device)
@@ -83,7 +85,7 @@ def query_rows(inspection: Inspection) -> dict[str, np.ndarray]:
 
 
 def attention_rows(inspection: Inspection, is_object: np.ndarray) -> list[dict[str, list[float]]]:
-    """Per layer the means over the objects of one frame, sensors in their order."""
+    """For each layer the means over the objects of one frame, sensors in the order of the tokens."""
     chosen = torch.from_numpy(is_object).to(inspection.weights.device)
     rows = []
     for layer in inspection.layers:
@@ -94,7 +96,7 @@ def attention_rows(inspection: Inspection, is_object: np.ndarray) -> list[dict[s
 
 
 def summary(values: np.ndarray) -> dict[str, float | int | None]:
-    """Number, mean and quantiles of the finite values; None where there are none."""
+    """Count, mean and quantiles of the finite values; None where there are no finite values."""
     values = values[np.isfinite(values)]
     if not len(values):
         return {"count": 0, "mean": None} | {f"q{round(100 * q):02d}": None for q in QUANTILES}
@@ -121,7 +123,7 @@ def grouped(rows: dict[str, np.ndarray], conditions: np.ndarray) -> dict[str, di
 
 def condition_of(description: str) -> str:
     """Night, rain, both or neither, from a scene's description as nuScenes and the synthetic world write it."""
-    # Whole words: a train is no rain.
+    # Whole words: a train does not mean rain.
     patterns = {"night": r"\bnight\b", "rain": r"\brain(y|ing)?\b"}
     found = [name for name, pattern in patterns.items() if re.search(pattern, description, re.IGNORECASE)]
     return " and ".join(found) or "day, dry"
@@ -161,7 +163,7 @@ def analyze(
 
 
 def run(options: argparse.Namespace) -> int:
-    """Load, look, write; returns the exit status."""
+    """Load the model, analyse the frames, write the results; returns the exit status."""
     if options.frames < 1:
         raise ConfigError([f"--frames: must be at least 1, got {options.frames}"])
     config = load_config(options.config, options.set)

@@ -12,16 +12,16 @@ from cmt_aqr.rotations import rotation_matrix
 from cmt_aqr.synthetic import calibration
 
 POINT_RANGE = (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)
-NUM_QUERIES = 900  # learned ones; what a case has more are denoising queries
+NUM_QUERIES = 900  # learned queries; any more in a case are denoising queries
 NUM_OBJECTS = 40  # that denoising queries gather around
 SPREAD = 0.01  # standard deviation around an object, of the whole range
-# How much samples of a batch are turned against each other, radians.
+# By how much the samples of a batch are rotated against each other, radians.
 TURN = 0.02
 PUBLISHED = WindowSettings({"lidar": 5, "camera": 8})
 
 
 def nuscenes_lidar2img(image_size: tuple[int, int]) -> Tensor:
-    """LiDAR frame -> pixels (6, 4, 4) of nuScenes' cameras, resized to this width, rows cut off at the bottom.
+    """LiDAR frame -> pixels (6, 4, 4) of nuScenes' cameras, resized to this width, cropped at the bottom.
 
     Args:
         image_size: height, width in pixels.
@@ -47,7 +47,8 @@ def fusion_layout(
 ) -> TokenLayout:
     """A BEV grid of rows and cols, then camera grids of views, rows and cols; None leaves one out.
 
-    The BEV grid begins at the corner of the point range; without a ``cell_size`` in metres along x, y it fills it.
+    The BEV grid begins at the lower corner of the point range. ``cell_size`` is in metres along x, y; without it the
+    grid fills the range.
     """
     grids = []
     if bev is not None:
@@ -68,12 +69,12 @@ def make_windows(
     seed: int = 0,
     settings: WindowSettings = PUBLISHED,
 ) -> QueryWindows:
-    """Windows of random reference points: learned ones, and, beyond 900, such around 40 objects as denoising makes.
+    """Windows of random reference points: 900 learned ones, and the others around 40 objects as denoising makes them.
 
     Every sample of the batch has its own calibration. Views beyond the six of nuScenes repeat them.
 
     Args:
-        num_clusters: the learned points lie around so many places; 0: they are uniform.
+        num_clusters: the learned points lie around this many places; 0: they are uniform.
     """
     generator = torch.Generator().manual_seed(seed)
     num_learned = min(num_queries, NUM_QUERIES)

@@ -1,6 +1,6 @@
-"""docs/config.md from the schema: every key with what it takes, what it means, and its name in the original program.
+"""docs/config.md from the schema: each key with its values, its meaning, and its name in the original program.
 
-The meaning of a key is the comment at its field in ``cmt_aqr/config.py``, after it or in the lines above it.
+The meaning of a key is the comment of its field in ``cmt_aqr/config.py``, after the field or in the lines above it.
 """
 
 import ast
@@ -17,7 +17,7 @@ from cmt_aqr import config
 from cmt_aqr.errors import UserError
 from cmt_aqr.yaml_reader import show_key, suggest
 
-# Our key -> the key in the configuration files of CMT (mmdetection3d). "(= 10)": a default of its code, in no file.
+# Our key -> the key in the configuration files of CMT (mmdetection3d). "(= 10)": a default in its code, not in a file.
 OFFICIAL = {
     "data.root": "data_root",
     "data.train_split": "data.train.ann_file",
@@ -123,7 +123,7 @@ them there, then run `python -m cmt_aqr.tools.configs doc`.
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key of the schema: dotted name, what it takes in words, and what it means."""
+    """A key of the schema: dotted name, its values in words, and its meaning."""
 
     name: str
     takes: str
@@ -147,7 +147,7 @@ def page(schema: type = config.Config, official: Mapping[str, str] = types.Mappi
 
 
 def explain(name: str) -> str:
-    """What one key means, what the keys of a block mean, or those whose names end so (``lr``).
+    """The meaning of a key, of all keys of a block, or of the keys whose names end like this (``lr``).
 
     Raises:
         UserError: there is no such key; names the one that was probably meant.
@@ -220,7 +220,7 @@ def comments(source: str) -> dict[str, dict[str, str]]:
 
 
 def _cell(text: str) -> list[str]:
-    """A cell of a Markdown table and the bar after it."""
+    """A cell of a Markdown table and the vertical bar after it."""
     return [text.replace("|", "\\|"), "|"] if text else ["|"]
 
 
@@ -229,7 +229,7 @@ def _join(*parts: str) -> str:
 
 
 def _kind(hint: Any, is_plural: bool = False) -> str:
-    """What a type takes, in words."""
+    """The values of a type, in words."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     end = "s" if is_plural else ""
     if origin in (typing.Union, types.UnionType):

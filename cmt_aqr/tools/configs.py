@@ -1,11 +1,11 @@
-"""The configuration files as a set: the ablation's files, a new key in all files, and the page about all keys.
+"""Keep the configuration files together: the ablation's files, a new key in all files, and the page about all keys.
 
-    python -m cmt_aqr.tools.configs ablation            # write configs/ablation/*.yaml as patches.yml says
+    python -m cmt_aqr.tools.configs ablation            # write configs/ablation/*.yaml from patches.yml
     python -m cmt_aqr.tools.configs ablation --check    # only compare; exit status 2 where they differ
     python -m cmt_aqr.tools.configs add model.dropout 0.1 --comment "of self-attention"
     python -m cmt_aqr.tools.configs doc                 # write docs/config.md from cmt_aqr/config.py; also --check
 
-Comments and layout stay. Files are written when all of them are right, else none is.
+Comments and layout are kept. Either all files are written, or, where one would be wrong, none.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("key", help="dotted, such as model.lidar.sparse_backend")
     add.add_argument("value", help="as YAML, such as 0.1, '[1, 2]' or '{a: 1, b: 2}' for a block of keys")
     add.add_argument("--after", metavar="KEY", help="put it after this key (default: as in cmt_aqr/config.py)")
-    add.add_argument("--comment", default="", help="text of a comment after the value")
+    add.add_argument("--comment", default="", help="comment to write after the value")
     doc = commands.add_parser(
         "doc", help="write docs/config.md", description="Write the page about all keys from cmt_aqr/config.py."
     )
@@ -74,7 +74,7 @@ def ablation_texts(patches: str, texts: Mapping[str, str], source: str = PATCHES
         source: begins every problem.
 
     Raises:
-        ConfigError: an entry has other keys, or starts from nothing.
+        ConfigError: an entry has other keys, or starts from an unknown configuration.
     """
     made: Texts = {}
     for name, entry in tree_of(patches).items():
@@ -112,16 +112,16 @@ def read_texts(folder: Path) -> tuple[Texts, str]:
     if not paths or not (folder / PATCHES).is_file():
         raise ConfigError([f"{folder}: expected a folder with configurations and {PATCHES}: run in the repository"])
     for path in (*paths, folder / PATCHES):
-        read_yaml(path)  # says what is wrong with the YAML
+        read_yaml(path)  # raises the error of a damaged YAML file
     texts = {path.relative_to(folder).with_suffix("").as_posix(): _read(path) for path in paths}
     return texts, _read(folder / PATCHES)
 
 
 def changed_ablation(folder: Path) -> Texts:
-    """Files of the ablation that differ from what their entries give, by path below the folder.
+    """New text of the ablation's files that differ from their entries, by path below the folder.
 
     Raises:
-        ConfigError: a file has no entry, or an entry makes no configuration.
+        ConfigError: a file has no entry, or an entry does not give a valid configuration.
     """
     texts, patches = read_texts(folder)
     made = ablation_texts(patches, texts, str(folder / PATCHES))
@@ -131,7 +131,7 @@ def changed_ablation(folder: Path) -> Texts:
 
 
 def check_ablation(folder: Path) -> None:
-    """Raise ConfigError for every file of the ablation that is not what its entry gives."""
+    """Raise ConfigError that lists every file of the ablation that differs from its entry."""
     _refuse(folder, changed_ablation(folder))
 
 
@@ -156,7 +156,7 @@ def with_new_key(
     """Every file with a new key.
 
     Args:
-        folder: the configurations; the ablation's files are made anew.
+        folder: the configurations; the ablation's files are generated again.
         key: dotted; a field of the schema in ``cmt_aqr/config.py``.
         value: as YAML.
         after: dotted; the key to put it after. Default: the field before it in the schema.
@@ -166,8 +166,8 @@ def with_new_key(
         Changed files by path below the folder, and names of files whose block is null.
 
     Raises:
-        ConfigError: the key is no field of the schema or is there already, the value is wrong, or a file cannot be
-            edited as text.
+        ConfigError: the key is not a field of the schema or is in a file already, the value is wrong, or a file cannot
+            be edited as text.
     """
     keys = tuple(key.split("."))
     before = _fields_before(keys, after)
@@ -211,7 +211,7 @@ def _fields_before(keys: Keys, after: str | None) -> list[str]:
 
 
 def _has_block(tree: Any, keys: Keys, source: str) -> bool:
-    """Whether the block around a key is there; False where it is null."""
+    """Whether the block that holds a key is there; False where it is null."""
     for depth, key in enumerate(keys[:-1]):
         if tree is None:
             return False
@@ -224,7 +224,7 @@ def _has_block(tree: Any, keys: Keys, source: str) -> bool:
 
 
 def _add_to_patches(patches: str, texts: Texts, keys: Keys, value: str, before: list[str], comment: str) -> str:
-    """Entries that make a block where they start from null give it the new key too."""
+    """Add the key to the entries that set a block which is null in the file they start from."""
     entries = tree_of(patches)
     for name, entry in entries.items():
         base = f"ablation/{entry['from']}" if entry["from"] in entries else entry["from"]
@@ -235,7 +235,7 @@ def _add_to_patches(patches: str, texts: Texts, keys: Keys, value: str, before: 
 
 
 def _check_added(old: str, new: str, keys: Keys, value: str, source: str) -> None:
-    """The new text is the old one and the key, and no problem comes with it."""
+    """Check that the new text is the old one with the key, and that the key brings no problem."""
     expected = tree_of(old)
     get(expected, keys[:-1])[keys[-1]] = parse_yaml(value)
     if tree_of(new) != expected:

@@ -12,7 +12,7 @@ from cmt_aqr.yaml_reader import read_yaml
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing that is compared."""
+    """One of the settings that are compared."""
 
     name: str  # of its folder and its line in the table
     config: str  # YAML file, or the bare name of one in configs
@@ -31,16 +31,16 @@ class Plan:
 
     @property
     def jobs(self) -> list[tuple[Variant, int]]:
-        """Variants and seeds, the first seed of all variants first: a plan that is cut off can be compared."""
+        """Variants and seeds, the first seed of all variants first, so that the results of a part can be compared."""
         most = max(len(variant.seeds) for variant in self.variants)
         return [(v, v.seeds[i]) for i in range(most) for v in self.variants if i < len(v.seeds)]
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan and check it and all its configurations.
+    """Read a plan, and check it and all its configurations.
 
     Raises:
-        ConfigError: what is wrong in it.
+        ConfigError: lists what is wrong in it.
     """
     plan = build(Plan, read_yaml(path), str(path), CHECKS, {})
     for variant in plan.variants:

@@ -1,4 +1,4 @@
-"""The table that compares the variants of a plan, from the results that are there."""
+"""The table that compares the variants of a plan, from the results of its finished runs."""
 
 import json
 import math
@@ -19,7 +19,7 @@ Scores = dict[str, float]
 
 
 def comparison_table(plan: Plan, out: Path, metric: str) -> str:
-    """A Markdown table: a line a condition and variant.
+    """A Markdown table with a line for each condition and variant.
 
     Args:
         metric: ``NDS`` or ``mAP``.

@@ -18,7 +18,7 @@ from cmt_aqr.failure_report import REPORT_FILE
 from cmt_aqr.tools.experiment_plan import Plan, Variant, settings_of
 
 REPOSITORY = Path(__file__).parents[2]
-# Seconds that a run has to save itself after a signal.
+# Seconds that a run has to save a checkpoint after a signal.
 GRACE = 30.0
 STOPPED = 130  # exit status of train.py after a signal
 
@@ -29,9 +29,9 @@ class Progress:
 
     Attributes:
         deadline: of `time.monotonic`; None: none.
-        is_stopped: set when no run may start any more.
-        failed: names of the runs that ended with an error, with their last line.
-        left: runs that were stopped or not begun.
+        is_stopped: set when no more runs may start.
+        failed: names of the runs that ended with an error, with the last line that they printed.
+        left: runs that were stopped or not started.
     """
 
     deadline: float | None
@@ -42,11 +42,11 @@ class Progress:
 
 
 def run_plan(plan: Plan, out: Path, slots: Sequence[int | None], *, limit: float | None) -> int:
-    """Run what is not finished; 0 where all is finished then, 130 where runs are left, 2 where one failed.
+    """Run what is not finished; returns 0 when all runs are finished, 130 when some are left, 2 when one failed.
 
     Args:
-        slots: one run at a time on each: the number of its GPU, None for the CPU.
-        limit: seconds after which runs are stopped, resumable.
+        slots: each has one run at a time, on the GPU of this number; None: on the CPU.
+        limit: seconds after which all runs are stopped; they can be resumed.
     """
     for script in ("train.py", "test.py"):
         if not (REPOSITORY / script).is_file():
@@ -76,12 +76,12 @@ def run_plan(plan: Plan, out: Path, slots: Sequence[int | None], *, limit: float
 
 
 def run_folder(out: Path, variant: Variant, seed: int) -> Path:
-    """Where a run keeps what it makes."""
+    """The folder of a run."""
     return out / variant.name / f"seed_{seed}"
 
 
 def result_file(plan: Plan, folder: Path) -> Path:
-    """What exists when a run is finished."""
+    """The file that exists once a run is finished."""
     return folder / "test" / (REPORT_FILE if plan.failures else METRICS_FILE)
 
 
@@ -93,12 +93,13 @@ def commands(plan: Plan, out: Path, variant: Variant, seed: int) -> list[list[st
     test = ["test.py", variant.config, "--checkpoint", str(folder / "latest.pt"), "--out", str(folder / "test")]
     for failure in plan.failures:
         test += ["--failures" if failure in SUITES else "--failure", failure]
-    kept = [entry for entry in settings if not entry.startswith(("data.drop_", "data.failures"))]  # of training alone
+    # Keys of training only.
+    kept = [entry for entry in settings if not entry.startswith(("data.drop_", "data.failures"))]
     return [[sys.executable, *train], [sys.executable, *test, *kept]]
 
 
 def _work(plan: Plan, out: Path, slot: int | None, waiting: queue.SimpleQueue, progress: Progress) -> None:
-    """Run jobs until there are none, or the time is over."""
+    """Run jobs until there are no more, or the time is up."""
     while not _is_over(progress):
         try:
             variant, seed = waiting.get_nowait()
@@ -126,7 +127,7 @@ def _work(plan: Plan, out: Path, slot: int | None, waiting: queue.SimpleQueue, p
 
 
 def _run(command: list[str], output: Path, slot: int | None, progress: Progress) -> int:
-    """Run one command line, stop it in time; returns its exit status."""
+    """Run one command line and stop it when the time is up; returns its exit status."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "" if slot is None else str(slot)}
     with output.open("a") as stream:
         process = subprocess.Popen(

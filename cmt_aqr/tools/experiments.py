@@ -1,12 +1,12 @@
-"""Many trainings and their tests, side by side on all GPUs, and the table that compares them.
+"""Train and test many variants, side by side on all GPUs, and compare them in a table.
 
     python -m cmt_aqr.tools.experiments run PLAN.yml --out runs/ablation --limit 1500
     python -m cmt_aqr.tools.experiments report PLAN.yml --out runs/ablation
 
 A plan names variants: a configuration, changed keys, seeds, and sensor failures to test under.
 `configs/ablation/plan.yml` is one. ``run`` takes a free GPU for each variant and seed in turn, trains, tests, and keeps
-everything in OUT/VARIANT/seed_N. What is finished is not done again, and what was stopped is resumed, so a long plan
-can be cut into pieces with ``--limit``. ``report`` prints a Markdown table: the mean over seeds, and the difference
+everything in OUT/VARIANT/seed_N. Finished runs are not repeated and stopped ones are resumed, so a long plan can be
+run in pieces with ``--limit``. ``report`` prints a Markdown table: the mean over seeds, and the difference
 from the plan's reference over the seeds that both have, with its 95 % interval (Student's t).
 """
 
@@ -28,9 +28,11 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, report):
         command.add_argument("plan", type=Path, help="YAML file")
         command.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    run.add_argument("--gpus", type=int, help="how many to use (default: all; 0: the CPU)")
+    run.add_argument("--gpus", type=int, help="how many GPUs to use (default: all; 0: the CPU)")
     run.add_argument("--runs-per-gpu", type=int, default=2, help="at a time (default: %(default)s)")
-    run.add_argument("--limit", type=float, metavar="SECONDS", help="then stop all runs; the same command resumes them")
+    run.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="stop all runs after this time; the same command resumes them"
+    )
     report.add_argument("--metric", choices=("NDS", "mAP"), default="NDS", help="default: %(default)s")
     return parser
 

@@ -5,12 +5,12 @@
     python -m cmt_aqr.tools.export configs/cmt_aqr_r50_800x320.yaml --checkpoint latest.pt --to onnx
 
 pt2 is the whole detector, points and images to boxes, with the sparse encoder in PyTorch. onnx is everything after the
-sparse encoder, in float32 with the dense attention. All sizes are fixed, one frame a call; the frame of --data, or a
-made-up one, says how many rows are kept for points, voxels and cells, with a quarter more than it needs.
+sparse encoder, in float32 with the dense attention. All sizes are fixed, and a call takes one frame. The frame of
+--data, or a made-up one, decides how many rows are reserved for points, voxels and cells: a quarter more than it needs.
 
 Inputs, outputs and sizes are in the metadata of the file; cmt_aqr/deployment.py explains them. examples/cpp loads a
-package. python -m cmt_aqr.tools.run_export computes what a file gives for a bundle of python -m cmt_aqr.golden, whose
-compare shows how far the numbers are from the detector's.
+package. python -m cmt_aqr.tools.run_export runs a file on the inputs of a bundle of python -m cmt_aqr.golden, and that
+program's compare shows how far the results are from the detector's.
 """
 
 import argparse
@@ -34,11 +34,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, help="weights of train.py, or .safetensors")
     parser.add_argument("--to", required=True, choices=("pt2", "onnx"), help="what to write")
     parser.add_argument("--package", action="store_true", help="pt2: compile it with AOTInductor, for C++ and Python")
-    parser.add_argument("--output", type=Path, metavar="PATH", help="file to write (default: name of CONFIG, here)")
+    parser.add_argument(
+        "--output", type=Path, metavar="PATH", help="file to write (default: the name of CONFIG, in this folder)"
+    )
     parser.add_argument("--stages", action="store_true", help="also return positions, windows, weights and heads")
     frame = parser.add_mutually_exclusive_group()
-    frame.add_argument("--data", type=Path, metavar="ROOT", help="data set in nuScenes format, for the sizes")
-    frame.add_argument("--points", type=whole_number(1), default=300_000, help="of the made-up frame (default: 300000)")
+    frame.add_argument(
+        "--data", type=Path, metavar="ROOT", help="data set in nuScenes format, whose frame decides the sizes"
+    )
+    frame.add_argument(
+        "--points", type=whole_number(1), default=300_000, help="points of the made-up frame (default: 300000)"
+    )
     parser.add_argument("--token", help="sample of --data (default: the first one of data.val_split)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where pt2 will run (default: cpu)")
@@ -69,7 +75,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript")
 
 
 class DeploymentError(UserError):
-    """A detector that cannot be written in the form asked for."""
+    """A detector that cannot be written in the requested format."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the file and say what it holds; returns 0."""
+    """Write the file and print what it holds; returns 0."""
     config = load_config(options.config, options.set)
     check(config, options)
     device = choose_device(options.device)
@@ -122,10 +128,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check(config: Config, options: argparse.Namespace) -> None:
-    """Refuse what cannot be written.
+    """Check that the detector can be written as requested.
 
     Raises:
-        DeploymentError: one sentence with the reason.
+        DeploymentError: it cannot; one sentence with the reason.
     """
     if options.token is not None and options.data is None:
         raise DeploymentError("--token names a sample of a data set: add --data ROOT")
@@ -145,7 +151,7 @@ def check(config: Config, options: argparse.Namespace) -> None:
 
 
 def check_onnx(config: Config, options: argparse.Namespace) -> None:
-    """What only ONNX refuses."""
+    """The checks of --to onnx alone."""
     if options.package or options.device != "cpu":
         other = "--package" if options.package else f"--device {options.device}"
         raise DeploymentError(f"{other} belongs to --to pt2; an ONNX file is the same for every device")
@@ -155,7 +161,7 @@ def check_onnx(config: Config, options: argparse.Namespace) -> None:
 
 
 def check_program(config: Config, options: argparse.Namespace) -> None:
-    """What only pt2 refuses."""
+    """The checks of --to pt2 alone."""
     for key, value, instead in (("sparse_backend", "spconv", "torch"), ("out_of_range", "alias", "drop")):
         if config.model.lidar is not None and getattr(config.model.lidar, key) == value:
             raise DeploymentError(
@@ -226,12 +232,12 @@ def kind_of(x: Tensor) -> str:
 
 
 def explain(name: str) -> str:
-    """What an output is; outputs of --stages are explained in golden/catalogue.py."""
+    """The meaning of an output; outputs of --stages are explained in golden/catalogue.py."""
     return f": {OUTPUTS[name]}" if name in OUTPUTS else ""
 
 
 def write_onnx(graph: torch.export.ExportedProgram, outputs: list[str], about: dict[str, str], path: Path) -> None:
-    """Translate to ONNX; the exporter's own remarks are about its insides."""
+    """Translate to ONNX, without the exporter's own messages, which concern its internals."""
     for name in ("onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):

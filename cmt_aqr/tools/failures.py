@@ -1,10 +1,10 @@
-"""The sensor failures: a list, the page about them, and pictures of a frame before and after each.
+"""List the sensor failures, write the page about them, and draw a frame before and after each.
 
     python -m cmt_aqr.tools.failures list
     python -m cmt_aqr.tools.failures page                # docs/failures.md from the functions' docstrings; also --check
     python -m cmt_aqr.tools.failures pictures --dataroot data/nuscenes --version v1.0-mini --split mini_val --out FOLDER
 
-Pictures show the hardest level of a failure, in the front camera and from above, with a seed for which it happens.
+Pictures show the hardest level of each failure, in the front camera and from above, with a seed for which it occurs.
 """
 
 import argparse
@@ -56,9 +56,9 @@ from cmt_aqr.errors import report_errors
 from cmt_aqr.files import atomic_path, write_bytes
 from cmt_aqr.viz.before_after import bev_panel, camera_panel, side_by_side
 
-# Pixels across a panel, and the quality of the JPEG.
+# Width of a panel in pixels, and the quality of the JPEG.
 WIDTH, QUALITY = 400, 65
-# Seeds that are tried until a failure that happens by chance happens.
+# Seeds that are tried until a random failure occurs.
 MAX_SEEDS = 200
 
 
@@ -72,7 +72,7 @@ def levels(case: Case) -> str:
 
 
 def functions(case: Case) -> list[Callable]:
-    """What a case calls."""
+    """The functions that a case calls."""
     parts = (case.image, case.sweep, case.points, case.calibration, case.delay)
     return [part for part in parts if part is not None]
 
@@ -103,7 +103,7 @@ def parse_all(name: str) -> list[Failure]:
 
 
 def prose(function: Callable) -> str:
-    """A docstring without its list of arguments, one paragraph a block."""
+    """A docstring without its list of arguments, each paragraph on one line."""
     text = re.sub(r"\n\n(Args|Returns):\n(    .*\n?)+", "\n", inspect.getdoc(function) + "\n")
     text = re.sub(r":func:`([^`]+)`", r"`\1`", text)
     blocks = [" ".join(block.split()) for block in text.split("\n\n") if block.strip()]
@@ -114,7 +114,7 @@ def draw_failure(index: FrameIndex, number: int, name: str) -> np.ndarray:
     """One frame before and after the hardest usual level of a failure.
 
     Raises:
-        DataError: the failure cannot happen to this frame.
+        DataError: the failure cannot occur in this frame.
     """
     failure = parse_failure(name)[-1]
     if failure.definition.delay and len(SensorFiles(index, num_sweeps=0).history(index.frame(number))) == 1:
@@ -135,7 +135,7 @@ def _sample(index: FrameIndex, number: int, failure: Failure | None, seed: int) 
 
 
 def _differs(clean: Sample, failing: Sample, failure: Failure) -> bool:
-    """Whether all that a failure is about has happened, in the front camera."""
+    """Whether everything that a failure affects has changed, of the images the front one."""
     case = failure.definition
     shown = [torch.equal(clean.images[0], failing.images[0])] if case.image or "camera" in case.delayed else []
     if "lidar" in case.sensors:
@@ -147,7 +147,7 @@ def _differs(clean: Sample, failing: Sample, failure: Failure) -> bool:
 
 def _picture(clean: Sample, failing: Sample, failure: Failure) -> np.ndarray:
     case, rows = failure.definition, []
-    # Where data and boxes no longer fit each other, or what is in a box is gone, the boxes show it.
+    # Boxes are drawn where they show the failure: data and boxes do not match, or objects have vanished from boxes.
     shows_boxes = case.calibration or case.delay or failure.case in ("object_failure", "spatial")
     boxes = clean.targets.boxes if shows_boxes else None
     if "camera" in case.sensors:
@@ -160,7 +160,7 @@ def _picture(clean: Sample, failing: Sample, failure: Failure) -> np.ndarray:
 
 
 def draw_all(options: argparse.Namespace) -> None:
-    """Write a picture of every failure; says which cannot be shown with this frame."""
+    """Write a picture of every failure; prints which of them cannot be shown with this frame."""
     with tempfile.TemporaryDirectory() as temporary:
         index = load_index(dataroot=options.dataroot, version=options.version, split=options.split, cache_dir=temporary)
         number = len(index) // 2
@@ -187,7 +187,7 @@ def _write_jpeg(picture: np.ndarray, path: Path) -> Path:
 
 
 def write_page(options: argparse.Namespace) -> None:
-    """Write docs/failures.md, or refuse one that differs."""
+    """Write docs/failures.md; with --check raise an error where it differs."""
     is_same = options.page.is_file() and options.page.read_text(encoding="utf-8") == page()
     if options.check and not is_same:
         raise ConfigError([f"{options.page}: is not what the docstrings give; run {COMMAND} page"])
@@ -234,8 +234,8 @@ python -m cmt_aqr.tools.failures list
 ```
 
 One run tests every frame clean and under all failures, and ends with one table: NDS, mAP, the resistance RA = NDS /
-clean NDS and the drop against clean. `failures.json` has all metrics, `failures.png` the scores as bars; a folder a
-failure holds its submission, metrics and the picture of one frame. A name without a level means all its levels
+clean NDS and the drop against clean. `failures.json` has all metrics, `failures.png` the scores as bars, and a folder
+for each failure its submission, metrics and the picture of one frame. A name without a level means all its levels
 (`stuck_*` and `frozen_*`: 50 %).
 
 MultiCorrupt's score mRA is the mean of RA over severities, then over corruptions. `snow` acts on cameras only here
@@ -246,17 +246,18 @@ MultiCorrupt's score mRA is the mean of RA over severities, then over corruption
   its own sensor frame, before sweeps are merged. Failures of *arrays* act where their definition says. Lengths in
   pixels are pixels of the file: 31 taps of motion blur are a smaller part of a nuScenes image (1600 x 900) than of a
   synthetic one.
-- All numbers come from (seed, case, sample token, file), `--failure-seed` (default 0). A frame fails alike in any
-  batch, order, number of workers and of processes, and a milder loss of points is part of a harder one. The published
-  programs draw from other generators.
-- Ground truth and calibration stay as they are, except under `calibration_noise`, which changes what the network is
-  told.
+- Random numbers depend on (seed, case, sample token, file) alone; the seed is `--failure-seed` (default 0). A frame
+  fails in the same way whatever the batch, the order and the number of workers and processes, and the points that a
+  milder level removes are among those that a harder one removes. The published programs use other random generators.
+- Ground truth and calibration do not change, except under `calibration_noise`, which changes the calibration that the
+  network is given.
 - A late sensor shows the earlier frame as it was recorded, with its own sweeps; the first key frame of a scene is
   never late.
-- In training: `data.failures`, a list of `{case: fog, probability: 0.2}`, each drawn by itself for every sample after
-  objects are pasted and before augmentation. Pasted objects have no ring index, so `beams` goes by elevation there.
+- In training: `data.failures`, a list of `{case: fog, probability: 0.2}`, each drawn independently for every sample,
+  after objects are pasted and before augmentation. Pasted objects have no ring index, so `beams` uses the elevation of
+  points there.
 
-The pictures are of the synthetic world, the hardest level of each failure. nuScenes' licence (CC BY-NC-SA) does not
+The pictures show the synthetic world under the hardest level of each failure. nuScenes' licence (CC BY-NC-SA) does not
 allow its pictures here; `python -m cmt_aqr.tools.failures pictures --dataroot DATA --version v1.0-mini --split
 mini_val --out FOLDER` makes them from your own copy.
 """

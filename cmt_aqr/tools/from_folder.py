@@ -1,19 +1,19 @@
 """Turn a folder of your own recordings (images, clouds, one JSON) into a data set in nuScenes' format.
 
-    python -m cmt_aqr.tools.from_folder --example my_data      # writes three small frames, to see what is expected
+    python -m cmt_aqr.tools.from_folder --example my_data      # writes three small frames as an example
     python -m cmt_aqr.tools.from_folder my_data data/own
     python train.py CONFIG --set data.root=data/own data.version=v1.0-own data.train_split=own_train ...
 
-frames.json of the folder holds
+frames.json in the folder holds
 
     cameras  channel (CAM_FRONT ... CAM_BACK_RIGHT, all six) -> intrinsic (3 x 3), lidar2cam (4 x 4)
-    frames   a list, in any order, of: scene (a name), split (a name, the same in all of a scene), time (seconds),
-             points (file), images (channel -> file; views that are missing are left out),
-             ego2global (4 x 4, optional: where the LiDAR was; without it velocities are those against the vehicle),
+    frames   a list, in any order, of: scene (a name), split (a name, the same in a whole scene), time (seconds),
+             points (file), images (channel -> file; without an entry the view is missing),
+             ego2global (4 x 4, optional: pose of the LiDAR; without it velocities are relative to the vehicle),
              boxes (a list of: class, center [x, y, z], size [length, width, height], yaw, track (a name, optional))
 
-Points are float32 rows x, y, z, intensity (0 to 255), in metres, x to the right, y ahead, z up; boxes are in the same
-frame, yaw counter-clockwise from x. Boxes of one track in one scene are one object, which gives it a velocity.
+Points are float32 rows x, y, z, intensity (0 to 255), in metres, x to the right, y forward, z up; boxes are in the
+same frame, yaw counter-clockwise from x. Boxes of one track in one scene are one object, whose velocity follows.
 """
 
 import argparse
@@ -61,7 +61,7 @@ from cmt_aqr.yaml_reader import suggest
 
 # Columns of nuScenes' files: the last one is the ring index.
 FILE_COLUMNS = 5
-# Of the calibrations of the synthetic world, which are replaced.
+# Sensors of the synthetic world's calibration, which is replaced.
 ANY_SIZE = (1600, 900)
 
 
@@ -90,7 +90,7 @@ def convert(source: Path, out: Path, version: str) -> dict[str, int]:
     """Write the data set; returns the number of rows of each table.
 
     Raises:
-        FolderError: one sentence on what is wrong in the folder; nothing is kept.
+        FolderError: one sentence on what is wrong in the folder; nothing is written then.
     """
     content = _read(source)
     cameras = _get(content, "cameras", source / FRAMES_FILE, dict)
@@ -126,7 +126,7 @@ class _Writer:
             (root / "samples" / folder).mkdir(parents=True)
 
     def add(self, number: int, frame: Any) -> None:
-        """One frame: its files, its rows, its boxes."""
+        """Add one frame: its files, its rows, its boxes."""
         where = f"{self.file}: frame {number}"
         if not isinstance(frame, dict):
             raise FolderError(f"{where} is {frame!r}, expected an object")
@@ -278,7 +278,7 @@ class _Writer:
 
 
 def _chained(rows: list[dict]) -> list[dict]:
-    """The rows with tokens of the one before and the one after, in this order."""
+    """The rows, each with the tokens of the one before and the one after it."""
     for row in rows:
         row |= {"prev": "", "next": ""}
     for earlier, later in pairwise(rows):

@@ -1,4 +1,4 @@
-"""What cmt_aqr.tools.from_folder reads, by example."""
+"""An example of the folder that cmt_aqr.tools.from_folder reads."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ class FolderError(UserError):
 
 
 def write_example(folder: Path) -> None:
-    """Three frames half a second apart: a car that drives ahead, grey images, nuScenes' cameras."""
+    """Write three frames half a second apart: a car that drives ahead, grey images, nuScenes' cameras."""
     if folder.exists():
         raise FolderError(f"{folder} exists already: name another folder, or remove it")
     rng = np.random.default_rng(0)

@@ -1,12 +1,12 @@
-"""Official CMT weights, or weights of an image backbone -> a .safetensors file of this package.
+"""Convert official CMT weights, or weights of an image backbone, to a .safetensors file of this package.
 
     python -m cmt_aqr.tools.import_checkpoint official.pth weights.safetensors --config configs/cmt_r50_800x320.yaml
     python -m cmt_aqr.tools.import_checkpoint resnet50.pth start.safetensors --config ... --backbone
 
-The first form takes every tensor of a detector; test.py --checkpoint reads the result. The second form takes the image
-backbone only, from files of torchvision, of mmdet (nuImages) or of FCOS3D (VoVNet); training.init_from reads the
-result. Tensors that are missing, left over or of another shape are listed; then nothing is written and the exit status
-is 2. Files that need code to be run are refused.
+The first form converts every tensor of a detector, for test.py --checkpoint. The second form converts the image
+backbone only, from files of torchvision, of mmdet (nuImages) or of FCOS3D (VoVNet), for training.init_from. If tensors
+are missing, left over or of another shape, they are listed, nothing is written and the exit status is 2. Files that
+would have to run code to be loaded are refused.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("auto", "spconv1", "spconv2"),
         default="auto",
         help="layout of the sparse weights: spconv1 (z, y, x, in, out), spconv2 (out, z, y, x, in), or auto (default): "
-        "told by the shapes, where those fit both ways by the file's version marks",
+        "found from the shapes or, where these fit both, from the version that the file records",
     )
     return parser
 
@@ -70,7 +70,7 @@ from cmt_aqr.training.checksum import METADATA, add_checksum
 
 ENCODER = "lidar_branch.encoder."
 BACKBONE = "image_branch.backbone."
-# What stands before a backbone's own names: in CMT and FCOS3D files, in files of mmdet, in files of torchvision.
+# Prefixes of a backbone's names: in files of CMT and FCOS3D, of mmdet, of torchvision.
 BACKBONE_PREFIXES = ("img_backbone.", "backbone.", "")
 # Counters of batch norm: nothing reads them here, and older files lack them.
 COUNTER = ".num_batches_tracked"
@@ -82,9 +82,9 @@ class Imported:
 
     Attributes:
         weights: tensors under our names, with our shapes and dtypes.
-        missing: our names that nothing in the file goes to.
-        unexpected: the file's names that have no place in the model.
-        misshapen: our name with the file's shape and ours, as text.
+        missing: our names without a tensor in the file.
+        unexpected: the file's names without a counterpart in the model.
+        misshapen: our names of tensors of another shape, with the file's shape and ours, as text.
         skipped: the file's names that are left out on purpose.
         notes: sentences for the report.
     """
@@ -113,12 +113,12 @@ def import_detector(state: Mapping[str, Tensor], own: Mapping[str, Tensor], *, s
     """All tensors of an official detector.
 
     Args:
-        state: official names; its ``_metadata``, where it has some, may tell the sparse layout.
+        state: official names; its ``_metadata``, where it has any, may give the sparse layout.
         own: state dict of our detector, for names, shapes and dtypes; it may be on the meta device.
         sparse_layout: "spconv1", "spconv2", or "auto" for :func:`find_sparse_layout`.
 
     Raises:
-        CheckpointError: two names become one, or the sparse layout cannot be told.
+        CheckpointError: two names become one, or the sparse layout cannot be found out.
     """
     result = Imported()
     official: dict[str, str] = {}
@@ -154,15 +154,15 @@ def to_spconv2(weight: Tensor) -> Tensor:
 def find_sparse_layout(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> str:
     """Layout of the sparse weights of a file: "spconv1" or "spconv2".
 
-    Shapes decide, for hardly any convolution has as many channels as its kernel has cells. Where all weights fit both
-    ways, the version 2 that the original leaves in a state dict's ``_metadata`` decides, as it does there.
+    The shapes decide, because hardly any convolution has as many channels as its kernel has cells. Where all weights
+    fit both layouts, the version in the state dict's ``_metadata`` decides, as in the original: 2 is spconv 2.
 
     Args:
         state: official names.
         expected: official name of every sparse weight -> our shape (out, z, y, x, in).
 
     Raises:
-        CheckpointError: weights of both layouts in one file, or nothing that tells the layout.
+        CheckpointError: one file has weights of both layouts, or nothing in it tells the layout.
     """
     fits_1 = {name for name, shape in expected.items() if to_spconv2(state[name]).shape == shape}
     fits_2 = {name for name, shape in expected.items() if state[name].shape == shape}
@@ -213,7 +213,7 @@ def import_backbone(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> I
 
 
 def _in_backbone(name: str, prefix: str) -> str | None:
-    """Our name of a backbone's tensor, None for a name that is no backbone's."""
+    """Our name of a backbone's tensor; None for a name of something else."""
     if not name.startswith(prefix):
         return None
     try:
@@ -223,18 +223,18 @@ def _in_backbone(name: str, prefix: str) -> str | None:
 
 
 def empty_state(config: ModelConfig) -> dict[str, Tensor]:
-    """State dict of the detector of a configuration, on the meta device: names, shapes and dtypes without memory.
+    """State dict of a configuration's detector on the meta device: names, shapes and dtypes without memory.
 
-    Without AQR, which no official file has.
+    AQR is left out, because no official file has it.
     """
     with torch.device("meta"):
         return build_detector(replace(config, init="official", aqr=None)).state_dict()
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a .safetensors file so that ``path`` is at all times either the old file or the whole new one.
+    """Write a .safetensors file atomically: ``path`` is always either the old file or the complete new one.
 
-    Its metadata carry a checksum of the whole file.
+    Its metadata hold a checksum of the whole file.
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
@@ -250,7 +250,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def format_report(result: Imported) -> str:
-    """What was found, and every misfit by name."""
+    """What was converted, and every misfit by name."""
     lines = [f"{len(result.weights)} tensors fit"]
     lines += result.notes
     if result.skipped:

@@ -1,4 +1,4 @@
-"""Frames as one checkpoint, or two, see them: the work of ``tools.visualize model``."""
+"""Frames with the detections of one checkpoint, or of two: the work of ``tools.visualize model``."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ from cmt_aqr.viz.shown_frame import Answer, ShownFrame
 
 @dataclass(frozen=True)
 class LoadedDetector:
-    """A checkpoint, ready to look at frames."""
+    """The detector of a checkpoint, ready for inference."""
 
     name: str
     config: Config
@@ -97,7 +97,7 @@ def shown_frame(
     answers: dict[str, Answer],
     clean: SensorData,
 ) -> ShownFrame:
-    """One frame under one failure; ``clean`` are its data without."""
+    """One frame under one failure; ``clean``: its data without the failure."""
     data = SensorData(sample.images, sample.points, sample.lidar2img)
     token, about = sample.token, "" if failure is None else f"   {failure.name}: {failure.definition.about}"
     end = "" if failure is None else f"_{failure.file_name}"
@@ -129,7 +129,7 @@ def own_model(config: Config, path: Path) -> Config:
 
 
 def named_apart(detectors: Sequence[LoadedDetector]) -> list[LoadedDetector]:
-    """Detectors called A and B with the end of their paths; one alone keeps its path."""
+    """Detectors named A and B with the end of their paths; a single one is named by its path."""
     if len(detectors) == 1:
         return list(detectors)
     ends = ["/".join(Path(detector.name).parts[-2:]) for detector in detectors]
@@ -137,7 +137,7 @@ def named_apart(detectors: Sequence[LoadedDetector]) -> list[LoadedDetector]:
 
 
 def chosen_frames(index: FrameIndex, tokens: Sequence[str] | None, count: int) -> list[int]:
-    """Frame numbers of the tokens asked for, or so many spread over the split.
+    """Frame numbers of the given tokens, or of ``count`` frames spread over the split.
 
     Raises:
         EvaluationError: a token is not in the split.

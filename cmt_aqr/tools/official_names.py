@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 # (official name as a regular expression that must match the whole name, our name). The first match counts; a name
-# that no row matches is an error. Names that are equal on both sides still have their row.
+# that no row matches is an error. Names that are the same on both sides have a row, too.
 RENAMES = (
     # LiDAR branch
     (r"pts_middle_encoder\.(.+)", r"lidar_branch.encoder.\1"),

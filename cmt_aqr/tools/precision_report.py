@@ -1,10 +1,10 @@
-"""What reduced precision does to every stage of a detector, as a Markdown table.
+"""Measure the error of reduced precision in every stage of a detector, as a Markdown table.
 
     python -m cmt_aqr.tools.precision_report configs/cmt_aqr_r50_800x320.yaml
 
-A fresh detector looks at one made-up frame in float32 (IEEE arithmetic) and again under autocast. "tf32" is float32
-with TF32 convolutions, which is PyTorch's default on a GPU. A stage's error in the whole detector contains that of all
-stages before it; alone it is given their float32 results.
+A detector with random weights computes one made-up frame in float32 (IEEE arithmetic) and again under autocast. "tf32"
+is float32 with TF32 convolutions, which is PyTorch's default on a GPU. The error of a stage in the whole detector
+contains that of all stages before it; "alone", the stage is given their float32 results.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def make_frame(config: Config, device: torch.device, *, num_points: int = NUM_PO
 
 @torch.no_grad()
 def settle_norms(detector: Detector, frame: Frame) -> None:
-    """Give batch norms the statistics of the frame, so that maps have the size of trained ones; then eval mode."""
+    """Give batch norms the statistics of the frame, so that values are as large as when trained; sets eval mode."""
     norms = [module for module in detector.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -153,7 +153,7 @@ def run_stages(detector: Detector, frame: Frame, given: dict | None = None) -> d
 
 
 def tensors(made: dict) -> dict[str, Tensor]:
-    """What is compared, by the name of its row; of the decoder and the heads the last layer."""
+    """The tensors that are compared, by the name of their row; of decoder and heads only the last layer."""
     predictions = made["heads"]
     tasks = range(len(predictions.tasks))
     codes = torch.cat([predictions.codes(task)[-1] for task in tasks])
@@ -194,7 +194,7 @@ def measure(config: Config, device: torch.device, precisions: Sequence[str]) -> 
 
 
 def compare(exact: dict[str, Tensor], whole: dict[str, Tensor], alone: dict[str, Tensor]) -> list[Error]:
-    """One line a stage; of centres (..., 2) the error is a distance."""
+    """One line for each stage; for centres (..., 2) the error is a distance."""
     errors = []
     for name, expected in exact.items():
         difference, own = whole[name] - expected, alone[name] - expected
@@ -207,7 +207,7 @@ def compare(exact: dict[str, Tensor], whole: dict[str, Tensor], alone: dict[str,
 
 
 def format_tables(tables: dict[str, list[Error]]) -> str:
-    """Markdown; below each table what it means for the centres of boxes."""
+    """Markdown tables; a sentence below each says what it means for the centres of boxes."""
     lines = []
     for name, errors in tables.items():
         lines += [

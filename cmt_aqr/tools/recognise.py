@@ -1,4 +1,4 @@
-"""What a file of weights probably is, from the names of its tensors."""
+"""Recognise what a file of weights probably is, from the names of its tensors."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ OFFICIAL = {
 
 
 def recognise(names: Iterable[str]) -> tuple[str, str]:
-    """The kind of a file, ``own``, ``detector``, ``backbone`` or ``unknown``, and what it looks like in words."""
+    """The kind of a file (``own``, ``detector``, ``backbone`` or ``unknown``), and what it seems to be, in words."""
     names = list(names)
     if any(name.startswith(OWN) for name in names):
         return "own", "weights with the names of this project"
@@ -30,7 +30,7 @@ def recognise(names: Iterable[str]) -> tuple[str, str]:
 
 
 def _backbone_of(names: list[str]) -> str | None:
-    # Not anywhere in a name: the sparse encoder has an encoder_layer1.
+    # At the start of a name only, because the sparse encoder has an encoder_layer1.
     if any(
         name.startswith(("layer1.0.conv1.", "backbone.layer1.0.conv1.", "img_backbone.layer1.0.")) for name in names
     ):

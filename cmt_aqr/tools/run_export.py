@@ -1,12 +1,12 @@
-"""Run what tools.export wrote on the inputs of a bundle, and write its results under the bundle's names.
+"""Run a file that tools.export wrote on the inputs of a bundle, and write its results under the bundle's names.
 
     python -m cmt_aqr.golden export configs/cmt_aqr_r50_800x320.yaml bundle --checkpoint latest.pt
     python -m cmt_aqr.tools.export configs/cmt_aqr_r50_800x320.yaml --checkpoint latest.pt --to onnx --stages
     python -m cmt_aqr.tools.run_export cmt_aqr_r50_800x320.onnx bundle onnx.npz
     python -m cmt_aqr.golden compare bundle onnx.npz
 
---time N also calls a program or package N times, and beside it the compiled pipeline of evaluation with the weights of
-the bundle, and prints both latencies.
+--time N also calls a program or package N times, and the compiled pipeline of evaluation with the weights of the
+bundle as often, and prints both latencies.
 
 ONNX runs in onnxruntime on the CPU; programs and packages run in torch, on the device they were written for.
 """
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(path: Path, folder: Path, out: Path, repeats: int | None) -> int:
-    """Run, write and say how many boxes there are; with ``repeats`` measure; returns 0."""
+    """Run the file, write its results and print the number of boxes; with ``repeats`` also measure; returns 0."""
     if out.suffix != ".npz":
         raise RunError(f"{out}: the name must end with .npz, which golden compare reads")
     if not path.is_file():
@@ -97,7 +97,7 @@ def run(path: Path, folder: Path, out: Path, repeats: int | None) -> int:
 
 
 def read_inputs(bundle: Source, about: dict[str, str], path: Path) -> dict[str, Tensor]:
-    """The inputs of the model, of the sizes and on the device that it was written for.
+    """The inputs of the model, in the sizes and on the device that it was written for.
 
     Raises:
         RunError: the bundle lacks one, or has it in another size.
@@ -121,7 +121,7 @@ def read_inputs(bundle: Source, about: dict[str, str], path: Path) -> dict[str, 
 
 
 def name_outputs(found: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Outputs under the names of a bundle: of the boxes only those that count."""
+    """Outputs under the names of a bundle; of the fixed number of boxes only the valid ones."""
     kept = found["is_kept"][0]
     named = {f"boxes/{name}.0": found[name][0][kept] for name in ("queries", "labels", "scores", "boxes")}
     named |= {name: x for name, x in found.items() if name not in OUTPUTS}
@@ -159,7 +159,7 @@ def load_onnx(path: Path) -> tuple[Run, dict[str, str]]:
 
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no common class of their own
+    except Exception as error:  # its errors have no common base class
         raise RunError(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from None
     names = [output.name for output in session.get_outputs()]
 

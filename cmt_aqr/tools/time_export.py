@@ -1,4 +1,4 @@
-"""How long a file of tools.export takes for a frame, beside the compiled pipeline of evaluation."""
+"""Latency of a file of tools.export for one frame, beside that of the compiled pipeline of evaluation."""
 
 from collections.abc import Callable, Iterator
 
@@ -26,9 +26,9 @@ def latency_table(
     Args:
         model: the file as a function.
         about: its metadata.
-        inputs: of the model, at its sizes and on its device.
+        inputs: of the model, in its sizes and on its device.
         bundle: frame and weights.
-        compiled: whether the pipeline is; False is for a first look on a CPU.
+        compiled: whether the pipeline is compiled; False is for a first look on a CPU.
     """
     device = torch.device(about["device"])
     yield f"{about['config']}, {describe_machine(device)}, {about['precision']}, batch 1\n"
@@ -70,7 +70,7 @@ def make_pipeline(about: dict[str, str], bundle: Source, device: torch.device, *
 
 
 class HostCall:
-    """A program from a frame in host memory to boxes in host memory."""
+    """Calls a program with a frame in host memory and returns boxes in host memory."""
 
     def __init__(self, model: Run, frame: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
         self._model, self._frame, self._buffers = model, frame, buffers

@@ -1,12 +1,12 @@
-"""What a configuration trains and what it leaves alone: a table by module, proven by one optimizer step.
+"""Show which modules a configuration trains and which it freezes, and verify it by one optimizer step.
 
     python -m cmt_aqr.tools.verify_frozen cmt_aqr_r50_800x320
     python -m cmt_aqr.tools.verify_frozen CONFIG --set training.freeze='[image_branch]' --device cuda
 
-The step is one of train.py's on a made-up frame, with fresh weights. SHA-256 of every parameter and buffer is taken
-before and after it. The promise of a configuration: what training.freeze names keeps every bit, statistics of batch
-norms included; batch norms of training.norm_eval keep their statistics; every other parameter has changed, at the
-learning rate and weight decay that training.lr_mult and decay_mult give it. Exit status 1 where it does not hold.
+The step is one of train.py's on a made-up frame, with random weights. The SHA-256 of every parameter and buffer is
+computed before and after it. Modules that training.freeze names must keep every bit, statistics of batch norms
+included; batch norms of training.norm_eval must keep their statistics; every other parameter must change, with the
+learning rate and weight decay that training.lr_mult and decay_mult give it. Exit status 1 where this does not hold.
 """
 
 import argparse
@@ -57,16 +57,16 @@ SINGLE_FRAME = ("training.batch_size=1", "training.accumulation=1", "training.pr
 
 @dataclass(frozen=True)
 class Fact:
-    """What is true of one parameter, or of the running statistics of one batch norm.
+    """What was found about one parameter, or about the running statistics of one batch norm.
 
     Attributes:
         name: dotted.
         group: trainable, learning rate, weight decay.
         norm: mode of the batch norm that it belongs to, or -.
-        count: numbers that could be trained; 0 for statistics.
+        count: trainable numbers; 0 for statistics.
         before: digest of its values.
         after: the same after the step.
-        broken: what was promised and is not so; empty where all is well.
+        broken: how it differs from the configuration, in words; empty where it does not.
     """
 
     name: str
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def verify(config: Config, rank_info: RankInfo, *, num_points: int) -> int:
-    """Take one step, print the table and what is wrong; returns the exit status."""
+    """Take one step, print the table and what differs from the configuration; returns the exit status."""
     torch.manual_seed(config.seed)
     run = build_run(config, rank_info, Path("runs") / config.name)
     run.steps_per_epoch = 100  # some schedules have no single step
@@ -123,7 +123,7 @@ def made_up_batch(config: Config, num_points: int) -> Batch:
 
 
 def step(run: Run, batch: Batch) -> None:
-    """A training step as train.py takes it, but for the scaler and what is logged."""
+    """A training step as train.py takes it, without the gradient scaler and without logging."""
     training = run.config.training
     set_training_mode(run.model, (*training.freeze, *training.norm_eval))
     set_rates(run)
@@ -170,7 +170,7 @@ def compare(run: Run, before: dict[str, str], after: dict[str, str]) -> list[Fac
 
 
 def _broken_parameter(name: str, group: dict | None, same: bool, training: TrainingConfig) -> str:
-    """What is wrong with a parameter; the factors are looked up here again, not taken from the optimizer."""
+    """How a parameter differs from the configuration; the factors are computed again, not read from the optimizer."""
     if name.startswith(tuple(training.freeze)) and training.freeze:
         if group is not None:
             return "training.freeze names it, and the optimizer holds it"
@@ -194,7 +194,7 @@ def _mode(module: nn.Module) -> str:
 
 
 def format_table(facts: Sequence[Fact]) -> str:
-    """A row for each module whose parameters are all treated alike; others are divided into their parts."""
+    """A row for each module whose parameters are all treated in the same way; other modules are split into parts."""
     rows = [("module", "parameters", "trainable", "lr", "decay", "batch norm", "before", "after")]
     rows += list(_rows("", list(facts)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

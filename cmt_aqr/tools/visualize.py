@@ -1,4 +1,4 @@
-"""Draw frames of a nuScenes-format data set, with ground truth and detections; or the curves and the page of a run.
+"""Draw frames of a nuScenes-format data set with ground truth and detections, or the curves and the page of a run.
 
     python -m cmt_aqr.tools.visualize --dataroot data/nuscenes --version v1.0-mini --split mini_val --out pictures
     python -m cmt_aqr.tools.visualize ... --submission work/eval/submission.json --score 0.4 --tokens 3e8750f3...
@@ -6,10 +6,10 @@
     python -m cmt_aqr.tools.visualize curves runs/a runs/b --out curves.png
     python -m cmt_aqr.tools.visualize page runs/a
 
-Frames: one picture each, <number>_<token>.jpg, the camera views and the scene from above, and report.html with all of
-them to click through. model: the same with the detections of a checkpoint, or of two side by side, also under failing
-sensors. curves: loss, learning rate, scores and AQR's probe from the logs of one run or several. page: report.html of a
-training or a test, which train.py and test.py write, too.
+Frames: a picture of each, <number>_<token>.jpg, with the camera views and the scene from above, and report.html with
+all of them to click through. model: the same with the detections of a checkpoint, or of two side by side, also under
+sensor failures. curves: loss, learning rate, scores and AQR's probe from the logs of one or more runs. page:
+report.html of a training or test, which train.py and test.py also write.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def write_frames(frames: Iterable[ShownFrame], style: Style, options: argparse.N
     """Draw frames one after another, then the page of all; returns the files.
 
     Raises:
-        UserError: a frame cannot be read, or a file not be written.
+        UserError: a frame cannot be read, or a file cannot be written.
     """
     recording = None if options.rerun is None else Recording(options.rerun)
     written, pages, outcomes = [], [], {}
@@ -120,10 +120,10 @@ def print_paths(paths: Sequence[Path]) -> int:
 
 
 def curves_of_runs(runs: Sequence[Path], out: Path, title: str) -> Path:
-    """Draw the curves of work dirs or log files, named by what tells their paths apart.
+    """Draw the curves of work dirs or log files, each named by the part of its path that differs from the others.
 
     Raises:
-        LogError: a log is missing, damaged or has nothing to draw.
+        LogError: a log is missing, damaged or without a line that can be drawn.
         PictureError: the picture cannot be written.
     """
     if out.suffix.lower() not in (".png", ".svg"):
@@ -141,7 +141,7 @@ def curves_of_runs(runs: Sequence[Path], out: Path, title: str) -> Path:
 
 
 def names_of_runs(files: Sequence[Path]) -> list[str]:
-    """The folder of each log, with as many folders above it as tell all of them apart, and the file where it must."""
+    """The folder of each log, with as many parent folders as make the names differ, and the file name if needed."""
     parts = [file.parent.parts for file in files]
     depth = 1
     while depth < max(map(len, parts)) and len({own[-depth:] for own in parts}) < len(set(parts)):
@@ -183,7 +183,7 @@ def frames_of_data(index: FrameIndex, options: argparse.Namespace) -> Iterator[S
 
 
 def _chosen_frames(index: FrameIndex, options: argparse.Namespace) -> list[int]:
-    """Frame numbers of the tokens asked for, or every n-th of the split."""
+    """Frame numbers of the given tokens, or of every n-th frame of the split."""
     if not options.tokens:
         return list(range(0, len(index), options.every))[: options.count]
     number_of = {token: number for number, token in enumerate(index.tokens)}

@@ -1,4 +1,4 @@
-"""The command lines of ``tools.visualize``, apart from it and without PyTorch, whose import takes seconds."""
+"""The command lines of ``tools.visualize``; a separate module, so that --help need not import PyTorch."""
 
 import argparse
 import sys
@@ -27,12 +27,14 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     """Options of everything that draws frames."""
     parser.add_argument("--out", required=True, type=Path, help="folder for the pictures and report.html")
     parser.add_argument("--tokens", nargs="+", metavar="TOKEN", help="sample tokens to draw instead of --count frames")
-    parser.add_argument("--score", type=float, default=0.3, help="leave out detections below (default 0.3)")
+    parser.add_argument(
+        "--score", type=float, default=0.3, help="leave out detections with a lower score (default 0.3)"
+    )
     parser.add_argument(
         "--max-boxes",
         type=whole_number(1),
         default=100,
-        help="of the detections the best, of the truth the nearest (default 100)",
+        help="most detections (the best) and most ground-truth boxes (the nearest) of a frame (default 100)",
     )
     parser.add_argument("--format", choices=("jpg", "png"), default="jpg", help="default: jpg")
     parser.add_argument(
@@ -62,17 +64,26 @@ def _frames_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--sweeps", type=whole_number(0), default=0, help="previous LiDAR sweeps added to the key frame's (default 0)"
     )
-    parser.add_argument("--velocity-file", metavar="JSON", help="velocities of annotations, for single frames")
-    parser.add_argument("--index-dir", help="keep the index of the split here; default: build it anew")
+    parser.add_argument(
+        "--velocity-file",
+        metavar="JSON",
+        help="file with the velocities of the annotations, for data sets of single frames",
+    )
+    parser.add_argument("--index-dir", help="folder to keep the index of the split in (default: build it again)")
     return parser
 
 
 def _model_parser() -> argparse.ArgumentParser:
     parser = _plain("model")
     parser.add_argument("config", help="YAML file of the checkpoint and the data, or its name in configs/")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="of train.py, or .safetensors weights")
     parser.add_argument(
-        "--compare", type=Path, metavar="CHECKPOINT", help="a second one beside it, of its own model; same frames"
+        "--checkpoint", required=True, type=Path, help="checkpoint of train.py, or .safetensors weights"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a second checkpoint on the same frames, drawn beside the first; it may be of another model",
     )
     _add_drawing(parser)
     parser.add_argument("--count", type=whole_number(1), default=6, help="frames, spread over the split (default 6)")
@@ -91,9 +102,9 @@ def _model_parser() -> argparse.ArgumentParser:
         help="draw where the queries of the N best detections attend, with AQR's bias and without (default 3)",
     )
     parser.add_argument(
-        "--failure", action="append", default=[], metavar="NAME[:LEVEL]", help="each frame also under this failure"
+        "--failure", action="append", default=[], metavar="NAME[:LEVEL]", help="also draw each frame under this failure"
     )
-    parser.add_argument("--failure-seed", type=int, default=0, help="of the failures' random numbers (default: 0)")
+    parser.add_argument("--failure-seed", type=int, default=0, help="seed of the failures' random numbers (default: 0)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
     return parser

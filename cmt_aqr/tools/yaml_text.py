@@ -1,7 +1,7 @@
-"""Editing YAML as text, so that comments and layout stay: set values, add a key.
+"""Edit YAML as text, so that comments and layout are kept: set values, add a key.
 
-PyYAML's nodes say at which line and column each key and value stands; only those places change. Every edit is checked:
-what the new text reads as must be the old tree with the intended change.
+PyYAML's nodes give the line and column of each key and value; only those places change. Every edit is checked: the new
+text must be read as the old tree with the intended change.
 """
 
 import copy
@@ -20,7 +20,7 @@ Keys = tuple[str, ...]
 
 
 def tree_of(text: str) -> Any:
-    """What a text reads as; a text that was read before costs nothing."""
+    """The tree that a text is read as; cached, because the same texts are read repeatedly."""
     return copy.deepcopy(_parsed(text))
 
 
@@ -83,7 +83,7 @@ def add_key(text: str, keys: Keys, value: str, *, before: Sequence[str], comment
 
 
 def block_text(text: str, keys: Keys) -> str:
-    """The block of keys at a key, as a text of its own."""
+    """The block of keys below a key, as a separate text."""
     block = _compose(text)
     for key in keys:
         name, block = next(entry for entry in block.value if entry[0].value == key)
@@ -106,7 +106,7 @@ def _compose(text: str) -> yaml.MappingNode:
 
 
 def _end(name: yaml.Node, value: yaml.Node) -> int:
-    """The line after an entry's last; a block's own end mark lies after the comments that follow it."""
+    """The line after the last one of an entry; PyYAML's end mark of a block lies after the comments that follow it."""
     if isinstance(value, yaml.ScalarNode) or value.flow_style or not value.value:
         return max(name.end_mark.line, value.end_mark.line) + 1
     last = value.value[-1]
