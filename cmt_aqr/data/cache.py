@@ -1,4 +1,4 @@
-"""Cache files that several processes may want at once: one lock, atomic replacement, fingerprints of the inputs."""
+"""Cache files that several processes may need at once: a lock, atomic replacement, fingerprints of the inputs."""
 
 import hashlib
 import logging
@@ -17,7 +17,7 @@ _HASH_BLOCK = 1 << 22
 
 @contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
-    """Hold `path`.lock while the block runs; other processes log that they wait. The lock ends with its holder.
+    """Hold `path`.lock while the block runs; other processes log that they wait. It is freed when its process ends.
 
     Raises:
         DataError: the folder cannot be written, or its file system has no locks.

@@ -1,9 +1,9 @@
-"""Cutting an object database out of the frames of a split: says how large it will be, and continues after a stop.
+"""Build an object database from the frames of a split: prints how large it will be, and continues after a stop.
 
 The files grow in a folder of their own, which is renamed when they are complete. `objects.npz` describes the objects of
-the first frames and is replaced, whole, every SAVED_EVERY frames, after the bytes it speaks of have reached the disk.
-What follows those bytes in `points.bin` and `patches.bin` came from frames that it does not count: a build that
-continues cuts it off and reads those frames again.
+the first frames and is replaced atomically every SAVED_EVERY frames, after the bytes that it describes are on the disk.
+Bytes after those in `points.bin` and `patches.bin` belong to later frames: a build that continues removes them and
+reads those frames again.
 """
 
 import os
@@ -24,9 +24,9 @@ from cmt_aqr.data.sample import DataError
 from cmt_aqr.files import atomic_path
 from cmt_aqr.progress import make_bar, phase, write_line
 
-# Frames between two states from which a build can continue.
+# Frames between two saved states from which a build can continue.
 SAVED_EVERY = 500
-# A split of at least so many frames is worth a word on its size, estimated from so many of them.
+# The size is printed for splits of at least this many frames, estimated from this many of them.
 LARGE, NUM_PROBED = 100, 16
 # The growing files, as GtDatabase reads them: float32 rows, and JPEGs.
 DATA_FILES = ("points.bin", "patches.bin")
@@ -59,7 +59,7 @@ class _Contents:
         self.num_frames += 1
 
     def save(self, folder: Path, files: Sequence[BinaryIO]) -> None:
-        """Make the objects so far last, whatever happens to the process or the machine."""
+        """Write the objects so far to the disk, where they survive a crash of the process or the machine."""
         for file in files:
             file.flush()
             os.fsync(file.fileno())
@@ -78,8 +78,8 @@ class _Contents:
 def write_database(frames: Dataset, folder: Path, num_workers: int) -> None:
     """Write the objects of all frames to `folder`, which appears when it is complete.
 
-    Only one process may write at a time. What an earlier call left in `folder`.unfinished is used: the frames must be
-    the same.
+    Only one process may write at a time. A build that an earlier call left in `folder`.unfinished is continued; the
+    frames must be the same.
 
     Args:
         frames: has a length; yields a frame's objects as a list of `FrameObject`, or a DataError.
@@ -114,7 +114,7 @@ def write_database(frames: Dataset, folder: Path, num_workers: int) -> None:
 
 
 def estimate_size(frames: Dataset) -> float:
-    """Bytes of the objects of all frames, from a few that are spread over them; broken ones count as empty."""
+    """Bytes of the objects of all frames, estimated from a few frames spread over them; broken ones count as empty."""
     count = min(NUM_PROBED, len(frames))
     probed = [frames[(2 * i + 1) * len(frames) // (2 * count)] for i in range(count)]
     objects = [one for frame in probed if not isinstance(frame, DataError) for one in frame]
@@ -122,7 +122,7 @@ def estimate_size(frames: Dataset) -> float:
 
 
 def _load(growing: Path) -> _Contents:
-    """What an interrupted build left; nothing where that is damaged."""
+    """The contents that an interrupted build left; empty where they are damaged."""
     try:
         with np.load(growing / "objects.npz", allow_pickle=False) as arrays:
             contents = _Contents(

@@ -1,4 +1,4 @@
-"""Frames of an index -> Samples: the sensors that are used are read and augmented."""
+"""Turn frames of an index into Samples: the sensors that are used are read and augmented."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,13 +35,13 @@ from cmt_aqr.data.scene_transforms import (
 
 # Frames drawn in place of an empty one before the data set is called empty.
 MAX_REPLACEMENTS = 100
-# Keeps the draw of replacements apart from the draws of augmentation, whose last number is an attempt.
+# Separates the random numbers of replacements from those of augmentation, whose last seed number is an attempt.
 _REPLACEMENT_STREAM = 2**31
 
 
 @dataclass(frozen=True)
 class TrainingAugmentation:
-    """Everything random that training does to a sample; None switches a step off.
+    """All random steps that training applies to a sample; None switches a step off.
 
     Attributes:
         seed: of all draws; a sample's draws are a function of (seed, epoch, frame, position in the epoch) alone.
@@ -127,10 +127,10 @@ class FrameDataset(Dataset[Sample]):
         return sample
 
     def _training_sample(self, key: SampleKey, augmentation: TrainingAugmentation) -> Sample:
-        """The augmented frame; where it ends without a box and these are skipped, the first drawn one that has a box.
+        """The augmented frame; if it is left without a box and those are skipped, the first drawn frame with a box.
 
-        A replacement is any frame of the split, all equally likely, augmented anew: a function of the seed and of the
-        key alone, so that it is the same in every worker and process, and after a resume.
+        A replacement is any frame of the split, all equally likely, with an augmentation of its own. It depends on the
+        seed and the key alone, so that it is the same in every worker and process, and after a resume.
 
         Raises:
             DataError: bad files, or no frame with a box in `MAX_REPLACEMENTS` draws.

@@ -1,4 +1,4 @@
-"""A frame of the index as a sample: without sensor data, and with its views at the network's size."""
+"""A frame of the index as a sample: first without sensor data, then with its views at the network's size."""
 
 from collections.abc import Iterable
 from dataclasses import replace

@@ -28,7 +28,7 @@ from cmt_aqr.data.sample import DataError
 from cmt_aqr.geometry import transform_points
 
 FORMAT_VERSION = 3
-# A patch smaller than this on either side is not worth pasting (the original's threshold, pixels).
+# A patch with a side shorter than this is not pasted (the original's threshold, pixels).
 MIN_PATCH_SIZE = 10
 # Sweep points closer than this in both |x| and |y| are not part of an object, metres (the original's, *Quirk F34*).
 CLOSE_RADIUS = 1.0
@@ -42,7 +42,7 @@ class GtDatabase:
     """Objects of a split, ready to be pasted.
 
     Attributes:
-        folder: where points and patches lie.
+        folder: of the points and patches.
         labels: (N,) int64.
         boxes: (N, 9) float32, LiDAR frame of the frame they were cut from.
         point_offsets: (N + 1,) int64, in points.
@@ -74,7 +74,7 @@ class GtDatabase:
         return decode(self._read("patches.bin", start, stop))
 
     def _read(self, name: str, start: int, stop: int) -> bytearray:
-        # Opened anew each time: no file handle has to be sent to a worker process.
+        # Opened for each read, so that no file handle has to be sent to a worker process.
         with open(self.folder / name, "rb") as file:
             file.seek(start)
             data = bytearray(file.read(stop - start))
@@ -92,13 +92,13 @@ def open_gt_database(
     min_points: int = 5,
     num_workers: int = 0,
 ) -> GtDatabase:
-    """Open the database of a training split, cutting it out of the frames first where there is none.
+    """Open the database of a training split; where there is none, build it from the frames first.
 
     Safe to call from several processes: one builds, the others wait. A build that was interrupted continues.
 
     Args:
         index: training split.
-        cache_dir: folder of the database's folder.
+        cache_dir: parent folder of the database.
         num_sweeps: previous sweeps added to a key frame's points, as in the training samples.
         with_patches: cut image patches too (needs the cameras).
         min_points: objects with fewer points are left out (*Source*: CMT configs, `filter_by_min_points`).
@@ -194,7 +194,7 @@ def project_boxes(boxes: Tensor, lidar2img: Tensor, image_size: tuple[int, int])
 
 
 class _FrameObjects(Dataset):
-    """The objects of each frame as (label, box, points, JPEG bytes), or the DataError met on the way."""
+    """The objects of each frame as (label, box, points, JPEG bytes), or the DataError that reading it raised."""
 
     def __init__(self, index: FrameIndex, num_sweeps: int, with_patches: bool, min_points: int):
         self._index = index

@@ -17,7 +17,7 @@ from cmt_aqr.classes import CLASSES
 from cmt_aqr.data.gt_database import GtDatabase, points_of_boxes, project_boxes
 from cmt_aqr.data.sample import Sample
 
-# Objects per class that a frame is filled up to, as in the original configs.
+# Number of objects of each class up to which objects are pasted into a frame, as in the original configs.
 ORIGINAL_COUNTS = MappingProxyType(
     {
         "car": 2,
@@ -32,12 +32,12 @@ ORIGINAL_COUNTS = MappingProxyType(
         "traffic_cone": 2,
     }
 )
-# Share of a patch in the pasted pixels, the rest is what was there before (`mixup_rate` of the original configs).
+# Share of a patch in the pasted pixels, the rest is the image (`mixup_rate` of the original configs).
 ORIGINAL_MIX = 0.5
 
 
 def bev_overlap(boxes: Tensor, others: Tensor) -> Tensor:
-    """Which boxes overlap seen from above: separating-axis test of rotated rectangles, touching counts.
+    """Which boxes overlap seen from above: separating-axis test of rotated rectangles; boxes that touch overlap.
 
     Args:
         boxes: (N, 9).
@@ -62,7 +62,7 @@ def bev_overlap(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 class GtSampler:
-    """Fills a frame up to a number of objects per class from a database."""
+    """Pastes objects of a database into frames, up to a number of objects for each class."""
 
     def __init__(self, database: GtDatabase, *, counts: Mapping[str, int] = ORIGINAL_COUNTS, mix: float = ORIGINAL_MIX):
         """Set up.
@@ -139,10 +139,10 @@ class GtSampler:
     def _paste_patches(
         self, boxes: Tensor, chosen: Sequence[int], lidar2img: Tensor, views: Sequence[np.ndarray]
     ) -> None:
-        """Blend the objects' patches into the views, from far to near; the frame's own objects cover none of them.
+        """Blend the objects' patches into the views, from far to near; the frame's own objects do not cover them.
 
-        The original draws the frame's own objects again, in the same order of depth, but its crops of them are views of
-        the image that it paints: each is blended with itself, which changes nothing. *Quirk F34*.
+        The original draws the frame's own objects again, in the same order of depth, but its crops of them share the
+        memory of the image that it paints: each is blended with itself, which changes nothing. *Quirk F34*.
         """
         patches = [self._database.patch(i) for i in chosen]
         for matrix, view in zip(lidar2img, views, strict=True):

@@ -81,7 +81,7 @@ def draw_image_augmentation(
 
 
 def fixed_image_draw(*, image_size: tuple[int, int], final_size: tuple[int, int]) -> ImageDraw:
-    """The draw of test time: fill the final size, keep the bottom rows and the middle columns.
+    """The fixed transformation of evaluation: fill the final size, keep the bottom rows and the middle columns.
 
     Args:
         image_size: (height, width) of the images on disk.
@@ -103,8 +103,8 @@ def fixed_image_draw(*, image_size: tuple[int, int], final_size: tuple[int, int]
 def image_matrix(draw: ImageDraw) -> Tensor:
     """Pixels on disk -> pixels of the network's input.
 
-    The resize factor enters un-truncated, although the pixels were resized to whole numbers, and rounded to float32:
-    both as in the original, whose matrices this reproduces bit for bit where nothing is rotated.
+    The resize factor is the exact one, although pixels are resized to whole numbers, rounded to float32: both as in the
+    original, whose matrices this reproduces bit for bit where nothing is rotated.
 
     Args:
         draw: the augmentation.
@@ -142,8 +142,8 @@ def transform_image(image: np.ndarray, draw: ImageDraw, out: np.ndarray) -> None
     """
     left, top, right, bottom = draw.crop
     if _is_halved_within(image, draw):
-        # Every pixel is the mean of its own 2 x 2, so that the crop alone can be resized, straight to its place. By
-        # another factor it would get other phases of the interpolation than the whole image.
+        # At half size every pixel is the mean of its own 2 x 2 pixels, so the crop alone can be resized, directly into
+        # the output. By another factor the interpolation would have other phases than for the whole image.
         part = image[2 * top : 2 * bottom, 2 * left : 2 * right]
         inside = cv2.resize(part, (right - left, bottom - top), dst=out, interpolation=cv2.INTER_LINEAR)
     else:
@@ -171,7 +171,7 @@ def _is_halved_within(image: np.ndarray, draw: ImageDraw) -> bool:
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The image in a size (width, height); itself when it has that size."""
+    """The image resized to (width, height); the image itself when it has that size."""
     if image.shape[:2] == (size[1], size[0]):
         return image
     return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)

@@ -1,11 +1,11 @@
 """The index: everything a split's samples need from the nuScenes tables, in one file that opens fast.
 
-File: one zlib stream of JSON a frame, in the order of the frames; then one of the header (format, settings,
-fingerprint of the tables, tokens and classes of the frames, where each begins); then the header's offset and a mark,
-16 bytes. Frames are written one by one and read on demand, so neither needs memory for all of them.
+The file: a zlib stream of JSON for each frame, in the order of the frames; then one of the header (format, settings,
+fingerprint of the tables, tokens and classes of the frames, where each begins); then 16 bytes, the header's offset and
+a signature. Frames are written one by one and read on demand, so neither needs memory for all of them.
 
-The fingerprint holds size, time stamp and SHA-256 of every table read. Equal sizes and time stamps are trusted; where
-a time stamp differs the table is hashed; where the hash differs the index is rebuilt.
+The fingerprint holds size, time stamp and SHA-256 of every table that was read. Equal sizes and time stamps are
+trusted; where a time stamp differs, the table is hashed; where the hash differs, the index is rebuilt.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from cmt_aqr.data.cache import exclusive_lock, fingerprint, new_cache, same_cont
 from cmt_aqr.data.sample import DataError
 from cmt_aqr.progress import phase
 
-# Raise whenever the meaning or layout of the file changes; older files are then rebuilt.
+# To be increased whenever the meaning or layout of the file changes; older files are then rebuilt.
 FORMAT_VERSION = 3
 # The last bytes of a file: where the header begins, and what kind of file it is.
 _END = struct.Struct("<Q8s")
@@ -105,7 +105,7 @@ class Frame:
     annotations: list[str]
 
     def chosen(self, choice: BoxChoice) -> Tensor:
-        """(G,) bool: which boxes a choice takes.
+        """(G,) bool: which boxes a choice selects.
 
         *Source*: mmdet3d `NuScenesDataset.get_ann_info`: `lidar` is its mask without `use_valid_flag`,
         `lidar_or_radar` the one with it (`valid_flag`). *Quirk F33*.
@@ -135,7 +135,7 @@ class Frame:
 
     def to_json(self) -> str:
         """One line of JSON; floats survive exactly."""
-        # `dataclasses.asdict` would copy every number, which takes longer than all else that an index needs.
+        # `dataclasses.asdict` would copy every number, which takes longer than everything else in building an index.
         row = vars(self) | {"sweeps": list(map(vars, self.sweeps)), "cameras": list(map(vars, self.cameras))}
         return json.dumps(row, separators=(",", ":"), allow_nan=False)
 
@@ -250,7 +250,7 @@ def _read_header(path: Path) -> dict:
     """The header of an index file.
 
     Raises:
-        ValueError: the file is none, or damaged.
+        ValueError: the file is not an index file, or damaged.
     """
     with open(path, "rb") as file:
         end = file.seek(0, 2) - _END.size

@@ -1,7 +1,7 @@
-"""JPEG bytes into pixels, and damage that shows in the bytes alone.
+"""Decode JPEG, and find damage that shows in the bytes without decoding.
 
-torchvision's decoder is a quarter faster than OpenCV's and gives the same pixels; its removal is announced, so OpenCV
-is the fallback. Neither reports damage in the middle of a file, after which the rest of the picture is wrong.
+torchvision's decoder is a quarter faster than OpenCV's and gives the same pixels; its removal has been announced, so
+OpenCV is the fallback. Neither reports damage in the middle of a file, after which the rest of the picture is wrong.
 """
 
 import re
@@ -38,7 +38,7 @@ def decode_with_torchvision(data: bytes | bytearray) -> np.ndarray | None:
         data: the whole file.
 
     Returns:
-        (height, width, 3) uint8 RGB, turned upright as its EXIF tag says; None when it is no JPEG.
+        (height, width, 3) uint8 RGB, rotated as its EXIF tag demands; None when the data are not a JPEG.
     """
     if not data:
         return None
@@ -63,11 +63,11 @@ decode = decode_with_torchvision if _has_torchvision else decode_with_opencv
 
 
 def find_damage(data: bytes) -> str | None:
-    """What is wrong with a JPEG, as far as its bytes tell without being decoded.
+    """Damage of a JPEG, as far as it can be seen in the bytes without decoding them.
 
-    Finds a file without end, and in the compressed data of an ordinary (sequential, one scan) JPEG what no encoder
-    writes: a marker in the middle, as overwritten data have by chance every few hundred bytes, and a run of zeros, as
-    a lost disk block leaves. A single wrong byte or a missing piece does not show.
+    Finds a truncated file and, in the compressed data of an ordinary (sequential, one scan) JPEG, what no encoder
+    writes: a marker in the middle, which overwritten data contain by chance every few hundred bytes, and a run of
+    zeros, which a lost disk block leaves. A single wrong byte or a missing piece is not found.
 
     Args:
         data: the whole file.
@@ -91,7 +91,7 @@ def find_damage(data: bytes) -> str | None:
 
 
 def stated_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) that the header of a JPEG states, before any turning upright; None where there is no header."""
+    """(height, width) in the header of a JPEG, before any rotation by its EXIF tag; None where there is no header."""
     for marker, segment, _ in _segments(data):
         if marker in _FRAMES and len(segment) >= 5:
             return int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
@@ -111,9 +111,9 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
 def _scan_start(data: bytes) -> tuple[int | None, bool]:
     """Where the compressed data of a sequential JPEG with one scan begin (else None), and whether it may be all zeros.
 
-    Zero bits are the first code of every Huffman table. Where the AC tables of all components give it to "the block
-    ends here", as tables made for a flat picture do, a flat area becomes zeros. In the usual luminance table it is a
-    coefficient, which no picture repeats for long.
+    Zero bits are the first code of every Huffman table. Where this code means "end of block" in the AC tables of all
+    components, as in tables optimised for a flat picture, a flat area is a run of zeros. In the usual luminance table
+    it is a coefficient, which no picture repeats for long.
     """
     num_components, first_symbols = 0, []
     for marker, segment, position in _segments(data):

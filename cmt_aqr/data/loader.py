@@ -15,7 +15,7 @@ from cmt_aqr.data.sampling import EvaluationSampler, SampleKey, TrainingSampler
 
 
 class _ErrorsAsValues(Dataset):
-    """Returns a `DataError` as a value: the DataLoader would bury its sentence in a worker's traceback."""
+    """Returns a `DataError` as a value, because the DataLoader would hide its sentence in a worker's traceback."""
 
     def __init__(self, dataset: Dataset[Sample]):
         self._dataset = dataset
@@ -34,7 +34,7 @@ def _collate(samples: list[Sample | DataError]) -> Batch | DataError:
 
 @contextmanager
 def explain_killed_worker(advice: str) -> Iterator[None]:
-    """Turn PyTorch's report of a killed worker, which can come at any moment, into a sentence.
+    """Turn PyTorch's error about a killed worker, which can be raised at any moment, into one sentence.
 
     Args:
         advice: what to lower besides data.workers, and what to do next.
@@ -119,10 +119,10 @@ def make_loader(
         dataset: yields Samples, takes `SampleKey`s.
         sampler: order of the keys, of this rank only.
         batch_size: samples a batch, on this rank.
-        num_workers: worker processes, which live until the loader goes; 0 loads in this process.
+        num_workers: worker processes, which live as long as the loader; 0 loads in this process.
         drop_last: leave out a last, smaller batch (training).
         pin_memory: page-locked batches; None: where CUDA is available.
-        prefetch_factor: batches a worker prepares ahead.
+        prefetch_factor: batches that each worker prepares in advance.
 
     Returns:
         The loader. Batches are the same for every `num_workers`. A `DataError` in a worker is raised here with the same

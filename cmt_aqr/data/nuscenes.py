@@ -31,7 +31,7 @@ from cmt_aqr.table_schema import SCHEMA, TableError
 
 # Previous sweeps kept per key frame: what the original's converter keeps, so its loader never had to choose among more.
 MAX_SWEEPS = 10
-# Tables that decide what a frame holds; the devkit reads more, but they do not reach the index.
+# Tables that the contents of a frame depend on; the devkit reads more, but the index does not use them.
 _TABLES = (
     "calibrated_sensor", "category", "ego_pose", "instance", "sample", "sample_annotation", "sample_data", "scene",
     "sensor",
@@ -40,7 +40,7 @@ _TABLES = (
 _MAX_LAG = 60.0
 # Version and split become parts of file names.
 _NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]*")
-# Boxes end as float32; a tenth of a micrometre (and microradian) keeps the index small and loses nothing.
+# Boxes become float32 later, so a tenth of a micrometre (and microradian) keeps the index small and loses nothing.
 _BOX_DECIMALS = 7
 
 
@@ -101,7 +101,7 @@ def load_index(
 
 
 def check_split(dataroot: str | Path, version: str, split: str) -> None:
-    """Read as few tables as it takes to know that a split has scenes.
+    """Check that a split has scenes; reads only the tables that this needs.
 
     Raises:
         DataError: missing folder or table; an unknown split, or one without scenes in this version.
@@ -268,7 +268,7 @@ class _Tables:
         return cameras
 
     def _stand_in(self, channel: str, sample: dict) -> tuple[dict, dict]:
-        """Calibration and size for a view without image: same scene first, then any calibration of the sensor."""
+        """Calibration and size for a view without image: of the same scene, else any calibration of the sensor."""
         key = (channel, sample["scene_token"])
         if key not in self._stand_ins:
             self._stand_ins[key] = self._find_stand_in(channel, sample)

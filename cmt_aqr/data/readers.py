@@ -1,4 +1,4 @@
-"""Sensor files: LiDAR .bin and camera JPEG into tensors, and one sentence for every fault of a file.
+"""Read sensor files, LiDAR .bin and camera JPEG; every fault of a file is an error of one sentence.
 
 Names come from the tables, which keep them below the data root (`table_schema.FILE`). A symbolic link may point
 outside it: data sets are often spread over several disks. Its target must be a regular file.
@@ -20,7 +20,7 @@ from cmt_aqr.data.sample import DataError
 # nuScenes LiDAR files: x, y, z, intensity, ring index, float32 each.
 POINT_SIZE = 5
 _COLUMNS = ("x", "y", "z", "intensity", "ring")
-# Metres, and whatever the intensity's unit is: a larger number is damage, and would dominate everything else.
+# In metres, and in the unit of the intensity: a larger number is damage, and would dominate everything else.
 MAX_VALUE = 1e5
 
 
@@ -44,15 +44,15 @@ def read_points(path: Path) -> Tensor:
     """Read one LiDAR sweep.
 
     Args:
-        path: nuScenes .bin file with at least one point: a real sweep has tens of thousands, an empty file is a copy
-            that failed. (In memory an empty point cloud is legal: it is what remains when no point is in range.)
+        path: nuScenes .bin file with at least one point: a real sweep has tens of thousands, and an empty file is a
+            failed copy. (In memory an empty point cloud is valid: no point may be in range.)
 
     Returns:
         (P, 5) float32: x, y, z in metres in the sensor's frame, intensity 0..255, ring index.
 
     Raises:
-        DataError: missing, empty or no regular file, size that is no multiple of one point, a value that is not finite
-            or larger than `MAX_VALUE`.
+        DataError: a file that is missing, empty or not regular, a size that is not a multiple of one point, a value
+            that is not finite or larger than `MAX_VALUE`.
     """
     data = _read_bytes(path, "LiDAR")
     point_bytes = POINT_SIZE * np.dtype(np.float32).itemsize

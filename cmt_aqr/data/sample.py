@@ -1,8 +1,8 @@
-"""The records that lead from files to the network, and the one error class for bad data.
+"""The records that are passed from the files to the network, and the error class for bad data.
 
-Frames: everything in a `Sample` lives in one LiDAR frame (x right, y forward, z up, metres). Scene augmentation moves
-that frame; `lidar2img`, `lidar2global` and `augmentation` move with it, so they always map from the frame in which
-the points and boxes are written.
+Frames: everything in a `Sample` is in one LiDAR frame (x right, y forward, z up, metres). Scene augmentation moves
+that frame; `lidar2img`, `lidar2global` and `augmentation` move with it, so they always map from the frame of the
+points and boxes.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples side by side; the attributes are those of `Sample` with a leading B, or a list where sizes differ.
+    """Several samples; the attributes are those of `Sample` with a leading axis B, or a list where sizes differ.
 
     Attributes:
         tokens: B sample tokens.
@@ -101,7 +101,7 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Put samples side by side.
+    """Combine samples to a batch.
 
     Args:
         samples: at least one; all with images of one size or all without, all with points or all without.

@@ -1,7 +1,7 @@
 """Which frames an epoch visits, and in which order: class balancing, shuffling, sharding over processes.
 
-A sampler yields `SampleKey`s instead of bare indices: the epoch travels to the worker with every index, so schedules
-and seeds reach workers that live for the whole training, without a race against their prefetching.
+A sampler yields `SampleKey`s instead of bare indices: a worker is told the epoch with every index, so schedules and
+seeds are right even in workers that live for the whole training and load ahead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 
 class SampleKey(NamedTuple):
-    """What a dataset is asked for.
+    """What a dataset is indexed with.
 
     Attributes:
         index: frame in the dataset.
@@ -69,7 +69,7 @@ class TrainingSampler(Sampler[SampleKey]):
 
         Args:
             frame_labels: for every frame the labels it contains, such as `FrameIndex.frame_labels`.
-            class_balanced: resample so that classes get equal shares, anew in every epoch.
+            class_balanced: resample in every epoch so that classes get equal shares.
             seed: of the order.
             rank: of this process.
             world_size: number of processes.

@@ -155,7 +155,7 @@ def filter_targets(targets: Targets, point_range: Sequence[float]) -> Targets:
 
 
 def shuffle_points(points: Tensor, rng: np.random.Generator) -> Tensor:
-    """Points (P, 5) in random order: which ten points a full voxel keeps becomes random."""
+    """Points (P, 5) in random order, so that the ten points that a full voxel keeps are random."""
     return points[torch.from_numpy(rng.permutation(len(points)))]
 
 

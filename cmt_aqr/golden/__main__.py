@@ -34,15 +34,17 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", help="weights of train.py, or .safetensors")
-    weights.add_argument("--seed", type=int, help="random weights that hide nothing (default: seed of CONFIG)")
+    weights.add_argument(
+        "--seed", type=int, help="random weights of this seed, no norm or bias trivial (default: the seed of CONFIG)"
+    )
     frame = parser.add_mutually_exclusive_group()
     frame.add_argument("--data", type=Path, metavar="ROOT", help="data set in nuScenes format")
     frame.add_argument("--random", action="store_true", help="a made-up frame (the default)")
     parser.add_argument("--token", help="sample of --data (default: the first one of data.val_split)")
     parser.add_argument(
-        "--points", type=whole_number(0), default=100_000, help="of the made-up frame (default: 100000)"
+        "--points", type=whole_number(0), default=100_000, help="points of the made-up frame (default: 100000)"
     )
-    parser.add_argument("--boxes", type=whole_number(0), default=20, help="of the made-up frame (default: 20)")
+    parser.add_argument("--boxes", type=whole_number(0), default=20, help="boxes of the made-up frame (default: 20)")
     parser.add_argument(
         "--dtype", nargs="+", choices=PRECISIONS, default=["float64", "float32"],
         help="bf16 is autocast as in evaluation; limits are measured where there is float64 (default: float64 float32)",
@@ -54,7 +56,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a bundle")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a bundle")
 
 
 def add_compare(commands: argparse._SubParsersAction) -> None:
@@ -69,17 +71,17 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="of B: whose limits count, and which file of a folder is read",
+        help="precision of B: it decides which limits apply, and which file is read if B is a folder",
     )
     parser.add_argument(
-        "--reference", choices=PRECISIONS, help="which file of a folder A is read (default: the most exact one)"
+        "--reference", choices=PRECISIONS, help="precision that is read if A is a folder (default: the most exact one)"
     )
     parser.add_argument(
         "--transpose", nargs="+", action="extend", default=[], metavar="NAME=AXES",
         help="B's axes in the order that gives A's, such as lidar/bev_map=0,3,1,2; NAME may hold *",
     )  # fmt: skip
     parser.add_argument("--factor", type=number_above_0, default=1.0, help="multiply all limits (default: 1)")
-    parser.add_argument("--markdown", action="store_true", help="one line a stage, as a Markdown table")
+    parser.add_argument("--markdown", action="store_true", help="print one line for each stage, as a Markdown table")
 
 
 if __name__ == "__main__":
@@ -98,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run a command; each imports what it needs itself, since the packages of ``export`` alone take seconds."""
+    """Run a command; ``export`` is imported late, because the packages that it alone needs take seconds."""
     if options.command == "compare":
         return run_compare(options)
     from cmt_aqr.golden.run_export import run_export
@@ -119,7 +121,7 @@ def run_compare(options: argparse.Namespace) -> int:
 
 
 def find_causes(comparison: Comparison, a: Source, b: Source) -> dict[str, list[str]]:
-    """Words for the tensors past their limits; trying the mistakes needs the model's code, which takes seconds."""
+    """Likely causes of what is past its limit; imported late, because the model's code takes seconds to load."""
     if comparison.first_stage is None:
         return {}
     from cmt_aqr.golden.patterns import likely_causes

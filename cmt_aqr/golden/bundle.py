@@ -1,4 +1,4 @@
-"""Reading named tensors: a folder that export wrote, a .safetensors file, or a .npz file of another program."""
+"""Read named tensors from a folder that export wrote, a .safetensors file, or a .npz file of another program."""
 
 import difflib
 import json
@@ -22,7 +22,7 @@ INPUTS, WEIGHTS = "inputs", "weights"
 
 
 class BundleError(UserError):
-    """A bundle or file that cannot be compared; says which, and why."""
+    """A bundle or file cannot be compared; the message says which, and why."""
 
 
 class Source:
@@ -36,7 +36,7 @@ class Source:
     """
 
     def __init__(self, path: Path, *, precision: str | None = None, transpose: Sequence[str] = ()) -> None:
-        """Open; nothing is read yet but the names.
+        """Open the files and read the names; tensors are read when they are needed.
 
         Args:
             path: folder or file.
@@ -65,7 +65,7 @@ class Source:
         return name in self._places
 
     def __getitem__(self, name: str) -> Tensor:
-        """A tensor on the CPU, its axes in the order asked for."""
+        """A tensor on the CPU, with its axes in the order of ``transpose``."""
         file, key = self._places[name]
         try:
             opened = self._files[file]
@@ -83,7 +83,7 @@ class Source:
         return tensor.permute(axes)
 
     def entry(self, name: str) -> dict[str, Any]:
-        """What the manifest says of a tensor; empty where it says nothing."""
+        """The manifest's entry of a tensor; empty where there is none."""
         return self.manifest.get("tensors", {}).get(name, {})
 
     def _add(self, path: Path, prefix: str) -> None:
@@ -134,7 +134,7 @@ def open_file(path: Path) -> tuple[Any, list[str]]:
     """
     try:
         if path.suffix == ".safetensors":
-            path.stat()  # its own error has no name
+            path.stat()  # the error of safe_open does not name the file
             opened = safe_open(path, framework="pt")
             return opened, list(opened.keys())
         if path.suffix == ".npz":

@@ -19,9 +19,9 @@ from cmt_aqr.nuscenes_tables import read_splits, read_table
 from cmt_aqr.tools.precision_report import make_frame
 from cmt_aqr.training.checkpoint import load_into, load_weights
 
-# Standard deviation of what is added to norms and biases of a fresh detector, so that none of them is 0 or 1.
+# Standard deviation of what is added to norms and biases of a new detector, so that none of them is 0 or 1.
 SPREAD = 0.2
-# Standard deviation of the weight generator's last layer times sqrt(C): weights over all of [-1, 1].
+# Standard deviation of the weight generator's last layer times sqrt(C), so that its weights cover [-1, 1].
 WEIGHT_SPREAD = 1.0
 
 
@@ -37,10 +37,10 @@ def load_detector(config: Config, path: str) -> Detector:
 
 
 def draw_detector(config: Config, seed: int, frame: Frame) -> Detector:
-    """A detector with random weights that hide nothing, in evaluation mode.
+    """A detector with random weights under which every mistake shows, in evaluation mode.
 
-    Norms and biases are neither 1 nor 0, batch norms have the statistics of the frame, so that maps have the size of
-    trained ones, and the weights of AQR differ from query to query.
+    Norms and biases are neither 1 nor 0, batch norms have the statistics of the frame, so that values are as large as
+    in a trained model, and the weights of AQR differ from query to query.
     """
     torch.manual_seed(seed)
     detector = build_detector(config.model)
@@ -57,8 +57,8 @@ def draw_detector(config: Config, seed: int, frame: Frame) -> Detector:
 def settle_norms(detector: Detector, frame: Frame) -> None:
     """Give all batch norms the statistics of a frame; they are in the branches and in the shared convolution.
 
-    In float64, then rounded, so that every machine gives the norms the same numbers. The norms alone are in training
-    mode: the sparse encoder is the one of evaluation, whether spconv is there or not.
+    Computed in float64 and then rounded, so that every machine gives the norms the same numbers. Only the norms are in
+    training mode: the sparse encoder stays in evaluation mode, in which it does not depend on spconv.
     """
     detector.double()
     norms = [module for module in detector.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -89,7 +89,7 @@ def random_frame(config: Config, *, num_points: int, num_boxes: int) -> Frame:
 
 
 def read_frame(config: Config, root: Path, token: str | None) -> tuple[Frame, str]:
-    """One frame of a nuScenes-format data set, as evaluation sees it, with the boxes of training; and its token.
+    """One frame of a nuScenes-format data set as in evaluation, with the boxes of training, and its token.
 
     Args:
         token: of the sample; None: the first frame of the configuration's val_split, or of any split.
@@ -130,7 +130,7 @@ def find_version(root: Path, wanted: str) -> str:
 
 
 def find_split(folder: Path, token: str | None, preferred: str) -> str:
-    """A split with the frame of a token; without a token, one that has frames."""
+    """A split that holds the frame of a token; without a token, one that has frames."""
     scenes = {row["token"]: row["name"] for row in read_table(folder / "scene.json")}
     if token is None:
         wanted = set(scenes.values())

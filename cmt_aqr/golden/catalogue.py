@@ -1,5 +1,5 @@
 # ruff: noqa: E501 (a table: one row a line)
-"""What every tensor of a bundle is: axes, frame, unit, meaning, and the function that makes it.
+"""Every tensor of a bundle: its axes, frame, unit and meaning, and the function that makes it.
 
 Names are ``stage/tensor``. A part that differs from one model to the next (a sample, a layer, a task) is ``*`` here.
 Shape letters: B batch, V views, N images (B * V), P points, S voxels, K tokens, Q queries (denoising rows first),
@@ -109,7 +109,7 @@ ENTRIES = (
     Entry("gradients/*", "", "loss per unit", "", "gradient of the total loss", "losses/criterion.py total_loss"),
 )  # fmt: skip
 
-# Rows of these tensors have no order of their own: they are matched by the tensors that name them.
+# The order of rows in these stages has no meaning: rows are matched by the tensors that identify them.
 ROW_NAMES = {
     "voxels": ("voxels/coords",),
     "bias": ("bias/indices",),
@@ -118,7 +118,7 @@ ROW_NAMES = {
 
 
 def describe(name: str) -> Entry | None:
-    """The entry of a tensor; None for a name that no bundle has."""
+    """The entry of a tensor; None for a name that does not occur in bundles."""
     return next((entry for entry in ENTRIES if fnmatchcase(name, entry.names)), None)
 
 
@@ -128,7 +128,7 @@ def stage_of(name: str) -> str:
 
 
 def row_names_of(name: str) -> tuple[str, ...]:
-    """Tensors that name the rows of a tensor; empty where its order counts."""
+    """Tensors that identify the rows of a tensor; empty where the order of rows has a meaning."""
     stage, _, rest = name.partition("/")
     part = rest.rpartition(".")[2]
     return tuple(key.format(part=part) for key in ROW_NAMES.get(stage, ()))

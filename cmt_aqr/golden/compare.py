@@ -16,23 +16,23 @@ from cmt_aqr.golden.bundle import BundleError, Source
 from cmt_aqr.golden.catalogue import STAGES, row_names_of, stage_of
 from cmt_aqr.golden.measure import YAW, Difference, Pairing, is_exact, measure, name_table, pair_rows, same_turn
 
-# Of the largest value of A, where no manifest gives a limit.
+# Share of A's largest value that is the limit where no manifest gives one.
 DEFAULT_LIMIT = 1e-5
 BOXES = "boxes/boxes.*"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one tensor.
+    """The result for one tensor.
 
     Attributes:
         shape: A's.
         difference: None where the shapes do not fit.
         limit: of the absolute difference; 0 for integers.
-        is_exact: integers.
-        unpaired: rows that only one side has, of tensors whose rows have names.
-        problem: in words, what is wrong beside numbers; empty where nothing is.
-        pairing: of the rows, where they have names.
+        is_exact: True for integers, which must be equal.
+        unpaired: rows that only one side has, of tensors whose rows are matched by what identifies them.
+        problem: in words, a problem other than values that differ; empty where there is none.
+        pairing: of the rows, where they are matched.
     """
 
     name: str
@@ -87,33 +87,33 @@ def compare(a: Source, b: Source, *, factor: float = 1.0) -> Comparison:
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Names by stage; inside a stage their order is kept."""
+    """Names in the order of the stages; within a stage their order is kept."""
     place = {stage: number for number, stage in enumerate(STAGES)}
     return sorted(names, key=lambda name: place.get(stage_of(name), len(place)))
 
 
 def limit_of(name: str, a: Source, b: Source, factor: float) -> float:
-    """Largest absolute difference that is no error: the manifest's, else a share of A's largest value."""
+    """Largest absolute difference that is within the limit: the manifest's, else a share of A's largest value."""
     limit = a.entry(name).get("tolerance", {}).get(b.precision)
     return factor * (DEFAULT_LIMIT * largest(a[name]) if limit is None else limit)
 
 
 class Pairings:
-    """Which rows of A and B belong together, found once for all tensors whose rows have the same names."""
+    """Which rows of A and B belong together, found once for all tensors whose rows the same tensors identify."""
 
     def __init__(self, a: Source, b: Source, factor: float) -> None:
         self._a, self._b, self._factor = a, b, factor
         self._found: dict[tuple[str, ...], Pairing] = {}
 
     def of(self, name: str) -> Pairing | None:
-        """The pairing for a tensor; None where its order counts, or the names of its rows are missing."""
+        """The pairing for a tensor; None where the order of rows has a meaning, or what identifies them is missing."""
         a, b, keys = self._a, self._b, row_names_of(name)
         if not keys or any(key not in a or key not in b for key in keys):
             return None
         if keys not in self._found:
             names = [[source[key] for key in keys] for source in (a, b)]
             if any(is_exact(key) is False for side in names for key in side):
-                names = [[key.round() for key in side] for side in names]  # integers that came as floats
+                names = [[key.round() for key in side] for side in names]  # integers that were stored as floats
             if any(x.shape[1:] != y.shape[1:] for x, y in zip(*names, strict=True)):
                 return None
             pairing = pair_rows(*map(name_table, names))
@@ -121,7 +121,7 @@ class Pairings:
         return self._found[keys]
 
     def _leave_out_ties(self, pairing: Pairing, keys: tuple[str, ...]) -> Pairing:
-        """Without boxes as good as the last one: which of them are kept is a matter of rounding."""
+        """The pairing without unpaired boxes whose score ties with the last one: rounding decides which are kept."""
         scores = f"boxes/scores.{keys[0].rpartition('.')[2]}"
         if stage_of(keys[0]) != "boxes" or scores not in self._a or scores not in self._b or not len(pairing.rows_a):
             return pairing
@@ -149,7 +149,7 @@ def compare_one(name: str, a: Source, b: Source, factor: float, pairing: Pairing
 
 
 def aligned(name: str, a: Source, b: Source, pairing: Pairing | None) -> tuple[Tensor, Tensor]:
-    """Both tensors as :func:`paired`, angles of boxes without whole turns."""
+    """Both tensors as :func:`paired`; angles of boxes that differ by whole turns are made equal."""
     left, right = paired(name, a, b, pairing)
     if fnmatchcase(name, BOXES) and left.shape == right.shape:
         right = right.clone()
@@ -158,7 +158,7 @@ def aligned(name: str, a: Source, b: Source, pairing: Pairing | None) -> tuple[T
 
 
 def paired(name: str, a: Source, b: Source, pairing: Pairing | None) -> tuple[Tensor, Tensor]:
-    """Both tensors; with a pairing the rows that have a partner, in A's order."""
+    """Both tensors; with a pairing only the rows that both have, in A's order."""
     left, right = a[name], b[name]
     return (left, right) if pairing is None else (left[pairing.rows_a], right[pairing.rows_b])
 
@@ -173,7 +173,7 @@ def largest(tensor: Tensor) -> float:
 
 
 def shape_problem(name: str, a: Tensor, b: Tensor, limit: float) -> str:
-    """The two shapes, and the order of B's axes that gives A's values where there is one."""
+    """The two shapes, and the order of B's axes that gives A's values, if there is one."""
     text = f"shape {tuple(a.shape)} in A, {tuple(b.shape)} in B"
     axes = fitting_axes(a, b, limit)
     return text if axes is None else f"{text}; the same values with --transpose {name}={','.join(map(str, axes))}"
@@ -191,7 +191,7 @@ def fitting_axes(a: Tensor, b: Tensor, limit: float) -> tuple[int, ...] | None:
 
 
 def share_within(a: Tensor, b: Tensor, limit: float) -> float:
-    """Share of the elements that agree within a limit; 0 for tensors of different shapes or none."""
+    """Share of the elements that agree within a limit; 0 for different shapes and for empty tensors."""
     if a.shape != b.shape or a.numel() == 0:
         return 0.0
     return 1 - measure(a, b, limit).past / a.numel()

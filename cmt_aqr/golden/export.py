@@ -1,6 +1,6 @@
 """Run a detector on one frame and write every stage of it: a folder of safetensors files and a manifest.
 
-inputs.safetensors, weights.safetensors, one file a precision (float64.safetensors ...), manifest.json.
+The files: inputs.safetensors, weights.safetensors, one for each precision (float64.safetensors ...), manifest.json.
 """
 
 import copy
@@ -30,7 +30,7 @@ from cmt_aqr.training.seeding import denoising_noise
 
 
 class ExportError(UserError):
-    """Something that cannot be exported."""
+    """The model or frame cannot be exported; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Choice:
     """What to export.
 
     Attributes:
-        precisions: of catalogue.PRECISIONS.
-        stages: to write; all are computed.
-        is_training: also denoising queries, losses and gradients.
-        gradients: beginnings of the names of parameters whose gradients are written.
+        precisions: some of catalogue.PRECISIONS.
+        stages: those to write; all are computed.
+        is_training: whether denoising queries, losses and gradients are computed, too.
+        gradients: prefixes of the names of parameters whose gradients are written.
         origin: of weights and frame, in words, for the manifest.
     """
 
@@ -53,7 +53,7 @@ class Choice:
 
 
 def export(config: Config, detector: Detector, frame: Frame, choice: Choice, folder: Path) -> None:
-    """Write a bundle; the folder appears whole or not at all.
+    """Write a bundle; the folder appears complete or not at all.
 
     Args:
         detector: float32, in evaluation mode.
@@ -93,7 +93,7 @@ def export(config: Config, detector: Detector, frame: Frame, choice: Choice, fol
 
 
 def check(config: Config, device: torch.device, *, is_training: bool) -> None:
-    """Raise ExportError for an attention that is not exact, or that cannot compute what is asked for."""
+    """Raise ExportError for an attention backend that is not exact, or that cannot compute what is requested."""
     backend = config.model.attention.backend
     if config.model.aqr is None or config.model.aqr.design != "bias":
         return
@@ -107,7 +107,7 @@ def check(config: Config, device: torch.device, *, is_training: bool) -> None:
 
 
 def input_tensors(config: Config, frame: Frame, choice: Choice) -> Tensors:
-    """What a port is given."""
+    """The tensors that a port starts from."""
     inputs: Tensors = {}
     if config.model.camera is not None:
         inputs |= {"inputs/images": frame.images, "inputs/lidar2img": frame.lidar2img}
@@ -125,9 +125,9 @@ def input_tensors(config: Config, frame: Frame, choice: Choice) -> Tensors:
 def run(
     config: Config, detector: Detector, frame: Frame, inputs: Tensors, choice: Choice, precision: str
 ) -> tuple[Tensors, dict[str, Any]]:
-    """All stages in one precision, and what the manifest should say of them.
+    """All stages in one precision, and the details of them for the manifest.
 
-    bf16 is autocast, as in evaluation with that precision: what the detector keeps in float32 stays so.
+    bf16 is autocast, as in evaluation with that precision: what the detector keeps in float32 stays in float32.
     """
     model = in_precision(detector, precision)
     device = model.reference_points.weight.device
@@ -154,7 +154,7 @@ def run(
 
 
 def in_precision(detector: Detector, precision: str) -> Detector:
-    """The detector; for float64 a copy, with the evaluators that compute in float64 whatever the others are."""
+    """The detector; for float64 a copy, with evaluators that can compute in float64 whatever the configuration has."""
     if precision != "float64":
         return detector
     exact = copy.deepcopy(detector).double()
@@ -166,7 +166,7 @@ def in_precision(detector: Detector, precision: str) -> Detector:
 
 
 def evaluators(detector: Detector) -> dict[str, str]:
-    """What computes the cross-attention and the sparse encoder."""
+    """Which evaluators compute the cross-attention and the sparse encoder."""
     device = detector.reference_points.weight.device
     has_bias = isinstance(detector.aqr, BiasRouter)
     found = {"attention": detector.aqr.evaluator(device) if has_bias else "dense"}

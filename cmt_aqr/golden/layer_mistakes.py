@@ -1,7 +1,7 @@
 """Mistakes inside AQR, the decoder and the heads: the layer is computed again from A's inputs, with the mistake.
 
-Functions as in mistakes.py. They look at the first differing tensor of a stage alone: what the layers before it made is
-then A's in both. Of the queries the last few are enough.
+The functions are as in mistakes.py. They only try the first tensor of a stage that differs, since up to there A's
+values are B's. A few queries, the last ones, are enough.
 """
 
 import math
@@ -34,7 +34,7 @@ PRE_NORM = "pre-norm, x + f(norm(x)): the layers are post-norm, norm(x + f(x))"
 
 
 def eps_words(eps: float) -> str:
-    """What is wrong with a layer norm's eps."""
+    """The sentence about a wrong eps of the layer norms."""
     return f"the layer norms have an eps of {EPS[eps]}; in the decoder and the weight generator it is 1e-5"
 
 
@@ -63,7 +63,7 @@ def generator(case: Case) -> Attempts:
 
 
 def other_radii(radii: dict[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
-    """Windows that reach a cell less or more than they should, in one grid or in all."""
+    """Windows that reach one cell less or more than they should, in one grid or in all."""
     for change, how in ((-1, "one cell less"), (1, "one cell more")):
         for names in [[name] for name in radii] + [list(radii)] * (len(radii) > 1):
             if all(radii[name] + change >= 0 for name in names):
@@ -73,7 +73,7 @@ def other_radii(radii: dict[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def other_scales(case: Case) -> Iterator[tuple[str, float]]:
-    """Factors on the queries that undo, or change, the division of the scores."""
+    """Factors on the queries that undo or change the division of the scores by sqrt(D)."""
     dim, heads = case.constants["hidden_dim"], case.constants["num_heads"]
     yield NO_SCALE, math.sqrt(dim / heads)
     if heads > 1:
@@ -121,7 +121,7 @@ def self_attention(case: Case, number: int, x: Tensor) -> Attempts:
 
 
 def cross_attention(case: Case, number: int, x: Tensor) -> Attempts:
-    """lse of the cross-attention, or what comes after it and its norm."""
+    """The lse of the cross-attention, or the output after it and its norm."""
     p, tokens, e = (case.a[name].double() for name in TOKENS)
     tokens = case.a["aqr/tokens"].double() if case.has("aqr/tokens") else tokens
     x, p = x[:, ROWS], p[:, ROWS]
@@ -185,7 +185,7 @@ def other_norms(case: Case, number: int) -> Iterator[tuple[str, DecoderLayer]]:
 
 
 def reference(case: Case) -> Attempts:
-    """Centre and height of the heads, relative to the reference point in another way."""
+    """Centre and height of the heads, with the reference point added in a wrong way or not at all."""
     if not case.has("queries/reference_points") or case.left.shape != case.right.shape:
         return
     axes = slice(0, 2) if case.name.endswith(".center") else slice(2, 3)

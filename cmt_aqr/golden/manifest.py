@@ -1,4 +1,4 @@
-"""The manifest of a bundle: what each tensor is, its hash, how exact it is, and the settings of the model."""
+"""The manifest of a bundle: meaning, hash and tolerance of each tensor, and the settings of the model."""
 
 import hashlib
 import json
@@ -23,10 +23,10 @@ from cmt_aqr.predictions import task_classes
 # A limit is this many times the error of a precision against float64, or this many units in the last place of float32.
 TOLERANCE_FACTOR = 10
 FLOAT32_EPS = 2.0**-23
-# float64 is 2^-29 as coarse as float32; the rest is head room.
+# The rounding unit of float64 is 2^-29 of float32's; the rest is headroom.
 FLOAT64_SHARE = 2.0**-26
-# Largest error / largest value of float32 against float64, for bundles without float64: cmt_aqr_r50_800x320 on a real
-# frame, losses and gradients of synthetic_tiny (docs/numerics.md), rounded up.
+# Largest error / largest value of float32 against float64, used for bundles without float64. Measured, and rounded up,
+# for cmt_aqr_r50_800x320 on a real frame; losses and gradients for synthetic_tiny (docs/numerics.md).
 TYPICAL = {
     "cameras": 1e-6, "positions": 1e-6, "voxels": 1e-7, "lidar": 1e-5, "images": 3e-5, "tokens": 2e-5,
     "denoising": 1e-6, "queries": 1e-6, "aqr": 3e-5, "bias": 3e-5, "decoder": 2e-4, "heads": 2e-4, "boxes": 5e-5,
@@ -43,7 +43,7 @@ MAY_DIFFER = (
 
 
 def describe_tensor(name: str, x: Tensor) -> dict[str, Any]:
-    """What the manifest says of a tensor, but for what depends on the precision."""
+    """The manifest's entry of a tensor, without what depends on the precision."""
     entry = describe(name)
     return {
         "stage": stage_of(name), "shape": list(x.shape), "axes": entry.axes, "unit": entry.unit, "frame": entry.frame,
@@ -52,7 +52,7 @@ def describe_tensor(name: str, x: Tensor) -> dict[str, Any]:
 
 
 def write(path: Path, tensors: Tensors, about: dict[str, dict], precision: str, *, prefix: str = "") -> None:
-    """Write one file, and add type and content hash of every tensor to what is known of it."""
+    """Write one file, and add dtype and content hash of every tensor to its entry in ``about``."""
     stored = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
     for name, x in stored.items():
         entry = about[prefix + name]
@@ -135,7 +135,7 @@ def grids(config: Config, detector: Detector, frame: Frame) -> list[dict[str, An
 
 
 def circumstances(origin: str, device: torch.device, *, is_training: bool) -> dict[str, Any]:
-    """Where the numbers come from, and what may be otherwise elsewhere."""
+    """How and where the numbers were computed, and what may differ elsewhere."""
     return {
         "origin": origin,
         "mode": "training: denoising queries, losses and gradients; dropout and GridMask off, batch norm with its "

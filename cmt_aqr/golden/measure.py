@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Elements converted to float64 at a time: what a cache holds.
+# Elements that are converted to float64 at a time: about what fits into a processor's cache.
 CHUNK = 2**17
 FLOAT32_BITS = 23
 # Column of a box (9) that holds its angle.
@@ -29,11 +29,11 @@ class Difference:
 
     Attributes:
         count: elements.
-        max_abs: largest absolute difference; infinite where one is not finite and the other is something else.
+        max_abs: largest absolute difference; infinite where a value is not finite and the other one is not the same.
         max_rel: max_abs / largest absolute value of A.
         ulp: max_abs in units of the last place that float32 has at the larger of both values there.
         cosine: of the angle between the tensors as vectors; 1 for two of zeros.
-        past: elements further apart than the limit; for integers, that differ.
+        past: number of elements further apart than the limit; for integers, of those that differ.
         first: the first of them in index order; None where there is none.
         worst: the element furthest apart.
     """
@@ -49,7 +49,7 @@ class Difference:
 
 
 def is_exact(tensor: Tensor) -> bool:
-    """Integers and booleans, which must be equal."""
+    """Whether a tensor holds integers or booleans, which must be equal."""
     return not tensor.is_floating_point()
 
 
@@ -57,7 +57,7 @@ def measure(a: Tensor, b: Tensor, limit: float) -> Difference:
     """Compare tensors of one shape element by element.
 
     Args:
-        limit: largest absolute difference that is no error.
+        limit: largest absolute difference that is accepted.
     """
     flat_a, flat_b = a.reshape(-1), b.reshape(-1)
     if a.dtype == b.dtype and torch.equal(flat_a, flat_b):
@@ -125,12 +125,12 @@ def _cosine(aa: float, bb: float, ab: float) -> float:
 
 @dataclass(frozen=True)
 class Pairing:
-    """Rows of A and of B with the same name.
+    """Rows of A and of B that are identified by the same numbers.
 
     Attributes:
-        rows_a, rows_b: positions, in A's order.
-        only_a, only_b: rows without a partner.
-        names_a, names_b: (rows, columns) int64.
+        rows_a, rows_b: indices of the rows that both have, in A's order.
+        only_a, only_b: indices of rows that only one side has.
+        names_a, names_b: (rows, columns) int64, the numbers that identify each row.
     """
 
     rows_a: Tensor
@@ -147,7 +147,7 @@ def name_table(keys: list[Tensor]) -> Tensor:
 
 
 def pair_rows(names_a: Tensor, names_b: Tensor) -> Pairing:
-    """Find the partner of every row; of rows with the same name, the first ones are partners."""
+    """Pair the rows of two tables; of several equal rows, the first ones are paired."""
     if torch.equal(names_a, names_b):
         everyone, nobody = torch.arange(len(names_a)), torch.zeros(0, dtype=torch.int64)
         return Pairing(everyone, everyone, nobody, nobody, names_a, names_b)
@@ -161,5 +161,5 @@ def pair_rows(names_a: Tensor, names_b: Tensor) -> Pairing:
 
 
 def same_turn(reference: Tensor, angle: Tensor) -> Tensor:
-    """The angle plus the number of whole turns that brings it nearest to the reference."""
+    """The angle plus the whole turns (radians) that bring it nearest to the reference."""
     return angle + 2 * math.pi * ((reference - angle) / (2 * math.pi)).round()

@@ -1,7 +1,7 @@
-"""Mistakes that ports make, undone or repeated.
+"""Common mistakes of ports, each undone or repeated to see whether it explains a difference.
 
-Every function here is a generator of (words, x, y): where the mistake was made, x and y agree. Either y is what the
-port has and x what A's values become by the mistake, or x is A's tensor and y the port's with the mistake undone.
+Every function here yields (words, x, y) such that x and y agree if the mistake was made: either y is the port's tensor
+and x is A's with the mistake, or x is A's tensor and y is the port's with the mistake undone.
 """
 
 import math
@@ -33,7 +33,7 @@ BOX_CODE_ORDERS = {
     "box code order: vy was read before vx": (0, 1, 2, 3, 4, 5, 6, 7, 9, 8),
 }  # fmt: skip
 SIZES = slice(3, 6)
-# View, row and column of a window that is not there.
+# View, row and column that stand for a query without a window.
 NOWHERE = torch.tensor([NO_WINDOW, 0, 0])
 
 
@@ -44,7 +44,8 @@ class Case:
     Attributes:
         name: of the tensor.
         a: the reference, with its manifest.
-        left, right: A's and B's values, rows paired where they have names, angles of boxes without whole turns.
+        left, right: A's and B's values; rows are paired where something identifies them, and whole turns between the
+            angles of boxes are removed.
         given: as ``right``, with the angles as B has them.
         rows: of A that are in ``left``; None for all.
         is_first: no tensor of the stage before this one differs.
@@ -119,7 +120,7 @@ def token_order(case: Case) -> Attempts:
 
 
 def view_order(case: Case) -> Attempts:
-    """Views in another order: every view of B is A's nearest one."""
+    """Views in another order, found by the view of B that is nearest to each of A's."""
     views = next((grid["views"] for grid in case.constants.get("grids", []) if grid["views"] > 1), 0)
     left, right = case.left, case.right
     if not views or left.shape != right.shape or left.ndim < 3:
@@ -146,7 +147,7 @@ def x_and_y(case: Case) -> Attempts:
 
 
 def embedded_x_and_y(case: Case) -> Attempts:
-    """Position embeddings whose ground part was made from a sine embedding with x first; needs A's weights."""
+    """Position embeddings whose BEV part was made from a sine embedding with x first; needs A's weights."""
     mlp = "weights/bev_embedding.mlp"
     weights = [f"{mlp}.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")]
     sine = "positions/bev_sine" if case.name.startswith("tokens/") else "queries/sine"
@@ -208,7 +209,7 @@ def _pixel_offsets(case: Case, grid: dict) -> Attempts:
 
 
 def bev_windows(case: Case) -> Attempts:
-    """BEV cells stretched over the range, or rounded instead of cut off."""
+    """BEV cells that are stretched over the range, or rounded to the nearest instead of down."""
     grid = next((grid for grid in case.constants.get("grids", []) if grid["cell_size"]), None)
     if grid is None or not case.has("queries/reference_points") or case.name != f"windows/{grid['name']}":
         return
@@ -237,7 +238,7 @@ def bev_windows(case: Case) -> Attempts:
 
 
 def camera_choice(case: Case) -> Attempts:
-    """The window of a point that several cameras see."""
+    """The window of a point that several cameras see, in the wrong one."""
     constants = case.constants
     if constants.get("camera_assignment") != "first" or not case.has("queries/reference_points", "inputs/lidar2img"):
         return
@@ -273,7 +274,7 @@ def box_code(case: Case) -> Attempts:
 
 
 def selected_codes(case: Case, part: str) -> Tensor | None:
-    """Box codes (n, 10) of A's boxes of one sample, from its heads; None where A does not hold what it takes."""
+    """Box codes (n, 10) of A's boxes of one sample, from its heads; None where A lacks a tensor for that."""
     tasks = case.constants.get("tasks", [])
     heads = [[f"heads/task{task}.{branch}" for branch in BOX_BRANCHES] for task in range(len(tasks))]
     names = [f"boxes/queries.{part}", f"boxes/labels.{part}", *(name for task in heads for name in task)]
@@ -290,16 +291,16 @@ def selected_codes(case: Case, part: str) -> Tensor | None:
 
 
 def other_angle(case: Case) -> Attempts:
-    """Yaw with the opposite sign, from the other axis, turned round, or in degrees."""
+    """Yaw with the opposite sign, measured from the other axis, off by a half or quarter turn, or in degrees."""
     left, right = case.left.double(), case.right.double()
     if left.shape != right.shape:
         return
     attempts = {
         "yaw sign: the angle is counter-clockwise about +z": -right[:, YAW],
         "yaw is measured from +y: it is 0 when the heading is +x": math.pi / 2 - right[:, YAW],
-        "yaw is turned by half a turn": right[:, YAW] + math.pi,
-        "yaw is turned by a quarter of a turn": right[:, YAW] + math.pi / 2,
-        "yaw is turned by a quarter of a turn the other way": right[:, YAW] - math.pi / 2,
+        "yaw is off by half a turn": right[:, YAW] + math.pi,
+        "yaw is off by a quarter turn": right[:, YAW] + math.pi / 2,
+        "yaw is off by a quarter turn the other way": right[:, YAW] - math.pi / 2,
         "yaw is in degrees, expected radians": case.given[:, YAW].double().deg2rad(),
     }
     for words, yaw in attempts.items():
@@ -309,7 +310,7 @@ def other_angle(case: Case) -> Attempts:
 
 
 def sigmoids(case: Case) -> Attempts:
-    """A sigmoid too many or too few."""
+    """A sigmoid that was applied twice or not at all."""
     left, right = case.left.double(), case.right.double()
     twice, missing = "sigmoid twice: the values are scores already", "sigmoid missing: these are logits"
     if case.name.endswith(".center") and case.constants:
@@ -332,7 +333,7 @@ def weight_activation(case: Case) -> Attempts:
 
 
 def log_base(case: Case) -> Attempts:
-    """Logarithms to base 2 or 10 where natural ones are meant."""
+    """Logarithms to base 2 or 10 instead of natural ones."""
     left, right = case.left.double(), case.right.double()
     for base, name in ((2.0, "2"), (10.0, "10")):
         if case.name.startswith("boxes/") and left.shape == right.shape:
@@ -356,7 +357,7 @@ def bias_limits(case: Case) -> Attempts:
 
 
 def shared_norm(case: Case) -> Attempts:
-    """A layer's output after the shared norm, which belongs to the heads alone."""
+    """A layer's output after the shared norm, which is for the heads alone."""
     layer = case.name.removeprefix("decoder/layer").partition(".")[0]
     if layer.isdecimal() and case.has("decoder/hidden") and case.name.endswith(".output"):
         words = "the shared norm was applied; the next layer is given the output without it (quirk Q7)"

@@ -12,16 +12,17 @@ from cmt_aqr.golden.catalogue import stage_of
 from cmt_aqr.golden.compare import Comparison, Row, aligned, largest, paired, share_within
 from cmt_aqr.golden.measure import is_exact, measure
 
-# Share of the elements past their limit that a mistake has to explain.
+# A mistake has to explain at least this share of the elements that are past their limit.
 EXPLAINED = 0.9
-# Of the largest value: a mistake repeated with A's rounded numbers is not exact.
+# Accepted remainder as a share of the largest value: a mistake repeated with A's rounded numbers is not exact.
 LOOSE = 2e-5
-# Of the largest difference: what is left of it must be small against it.
+# Accepted remainder as a share of the largest difference, which a mistake must explain almost fully.
 LEFT = 0.05
-# Of the mistakes of one kind that explain a difference, those count that leave at most this times the least.
+# Of several mistakes of one kind that explain a difference, those are named whose remainder is at most this many times
+# the smallest.
 CLOSE = 10
 
-# Where each mistake can show: patterns of names.
+# In which tensors each mistake can show, as patterns of names.
 PATTERNS: tuple[tuple[tuple[str, ...], Callable[[mistakes.Case], mistakes.Attempts]], ...] = (
     (("windows/*",), mistakes.bev_windows),
     (("windows/camera",), mistakes.camera_choice),
@@ -62,7 +63,7 @@ def causes_of(row: Row, a: Source, b: Source, *, is_first: bool) -> list[str]:
     """Causes that explain the difference of one tensor; a general one only where there is no specific one.
 
     Args:
-        is_first: no tensor of the stage before this one differs.
+        is_first: whether it is the first tensor of its stage that differs.
     """
     left, right = aligned(row.name, a, b, row.pairing)
     _, given = paired(row.name, a, b, row.pairing)
@@ -82,17 +83,17 @@ def causes_of(row: Row, a: Source, b: Source, *, is_first: bool) -> list[str]:
 
 
 def closest(fitting: Sequence[tuple[str, Tensor, Tensor]], limit: float) -> list[str]:
-    """Words of those mistakes of one kind that leave the least: of two values of eps both may explain a difference."""
+    """Words of the mistakes of one kind that explain most: two values of eps, say, may both explain a difference."""
     left = [measure(x, y, limit).max_abs for _, x, y in fitting]
     return [words for (words, *_), rest in zip(fitting, left, strict=True) if rest <= max(limit, CLOSE * min(left))]
 
 
 def explains(x: Tensor, y: Tensor, past: float, limit: float, apart: float) -> bool:
-    """Whether x and y agree but for a small part of what was past its limit before.
+    """Whether x and y agree, apart from a small share of the elements that were past their limit before.
 
     Args:
-        past: share of the elements that was past its limit.
-        apart: largest difference there was; infinite where there is no number for it.
+        past: share of the elements that were past their limit.
+        apart: the largest difference before; infinite where it is not a number.
     """
     loose = 0.0 if is_exact(x) and is_exact(y) else max(limit, min(LOOSE * largest(x), LEFT * apart))
     return x.shape == y.shape and 1 - share_within(x, y, loose) <= (1 - EXPLAINED) * past

@@ -24,7 +24,7 @@ def rebuild_windows(bundle: Source, rows: slice, radii: Mapping[str, int] | None
     """The windows of some of the queries that have any, (B, rows).
 
     Args:
-        radii: cells that they reach to every side, by grid; None: as in the bundle.
+        radii: name of a grid -> cells that its windows reach to every side; None: as in the bundle.
     """
     layout = rebuild_layout(bundle)
     sizes = bundle.manifest["constants"]["windows"]
@@ -35,7 +35,7 @@ def rebuild_windows(bundle: Source, rows: slice, radii: Mapping[str, int] | None
 
 
 def rebuild_bias(bundle: Source, rows: slice) -> AttentionBias | None:
-    """The bias of some queries; None in a model that has none, or where the bundle lacks the stages that make it."""
+    """The bias of some queries; None for a model without one, or where the bundle lacks the stages that make it."""
     constants = bundle.manifest["constants"]
     needed = ["aqr/weights", *(f"windows/{grid['name']}" for grid in constants["grids"])]
     if constants.get("scale") is None or any(name not in bundle for name in needed):

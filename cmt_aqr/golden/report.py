@@ -8,7 +8,7 @@ from cmt_aqr.golden.catalogue import describe, stage_of
 from cmt_aqr.golden.compare import Comparison, Row
 from cmt_aqr.golden.measure import Element
 
-# Stages of many tensors, which the table shows in one line as long as nothing is past its limit.
+# Stages of many tensors; the table sums up in one line those tensors that are within their limits.
 BRIEF_STAGES = ("inputs", "weights", "gradients")
 NUM_SHOWN = 5
 HEADINGS = ("tensor", "shape", "max abs", "max rel", "ulp", "cosine", "differ", "limit", "")
@@ -18,7 +18,7 @@ def format_report(comparison: Comparison, a: Source, b: Source, causes: dict[str
     """The whole report.
 
     Args:
-        causes: name of a tensor -> words.
+        causes: name of a tensor -> its likely causes in words.
     """
     lines = [f"A: {describe_source(a)}", f"B: {describe_source(b)}"]
     lines += [f"limits: {describe_limits(a, b, comparison.factor)}; integers are equal", ""]
@@ -40,7 +40,7 @@ def format_report(comparison: Comparison, a: Source, b: Source, causes: dict[str
 
 
 def describe_source(source: Source) -> str:
-    """Path, model and precision, and what computed it."""
+    """Path, model and precision, and which evaluators computed it."""
     about = source.manifest
     parts = [about.get("config", {}).get("name"), source.precision]
     if "versions" in about:
@@ -50,7 +50,7 @@ def describe_source(source: Source) -> str:
 
 
 def describe_limits(a: Source, b: Source, multiplier: float) -> str:
-    """Where the limits come from."""
+    """What the limits are, in words; ``multiplier``: of --factor."""
     times = "" if multiplier == 1 else f", times {multiplier:g} (--factor)"
     factor = a.manifest.get("tolerance_factor")
     if factor is None:
@@ -63,7 +63,7 @@ def describe_limits(a: Source, b: Source, multiplier: float) -> str:
 
 
 def table(comparison: Comparison) -> list[str]:
-    """One line a tensor; stages of many tensors in one line where all is well."""
+    """One line for each tensor; in stages of many tensors one line for all that are within their limits."""
     cells, brief = [HEADINGS], Counter()
     for row in comparison.rows:
         if stage_of(row.name) in BRIEF_STAGES and not row.is_past:
@@ -93,7 +93,7 @@ def table_row(row: Row) -> tuple[str, ...]:
 
 
 def markdown(comparison: Comparison, a: Source, b: Source) -> str:
-    """One line a stage as a Markdown table: the tensor that is furthest apart, and how many integers differ."""
+    """A Markdown table, one line for each stage: the tensor that is furthest apart, and how many integers differ."""
     lines = [
         f"{describe_source(a)} against {describe_source(b)}",
         "",
@@ -117,7 +117,7 @@ def markdown(comparison: Comparison, a: Source, b: Source) -> str:
 
 
 def missing(comparison: Comparison, a: Source, b: Source) -> list[str]:
-    """What only one side has, by stage where a whole stage is missing."""
+    """What only one side has; a stage that is missing as a whole is named by the stage."""
     lines = []
     compared = {stage_of(row.name) for row in comparison.rows}
     whole = Counter(stage_of(name) for name in comparison.only_a if stage_of(name) not in compared)
@@ -161,7 +161,7 @@ def first_difference(row: Row, a: Source) -> list[str]:
 
 
 def at(element: Element, row: Row) -> str:
-    """The index; with the name of its row where rows have names."""
+    """The index, with what identifies its row where rows are matched."""
     text = f" [{', '.join(map(str, element.index))}]"
     if row.pairing is None or not element.index:
         return text

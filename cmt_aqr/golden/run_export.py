@@ -13,7 +13,7 @@ from cmt_aqr.golden.export import Choice, ExportError, export
 
 
 def run_export(options: argparse.Namespace) -> int:
-    """Export and say where; returns 0."""
+    """Export and print where to; returns 0."""
     config = load_config(options.config, options.set)
     device = choose_device(options.device)
     with naming_source(options.config, options.set):
@@ -43,10 +43,10 @@ def run_export(options: argparse.Namespace) -> int:
 
 
 def make_room(folder: Path, *, overwrite: bool) -> None:
-    """Refuse to write over something; remove a bundle where that is asked for.
+    """Make sure that nothing is at OUT: an existing bundle is removed if ``overwrite``.
 
     Raises:
-        ExportError: OUT exists.
+        ExportError: OUT exists and ``overwrite`` is False.
     """
     if not folder.exists():
         return

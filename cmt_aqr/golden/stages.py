@@ -1,7 +1,9 @@
-"""The detector's own stages, one after the other, with everything they make kept under the names of the catalogue.
+"""Run the detector's own stages one after the other and keep their results under the names of the catalogue.
 
-The calls are those of ``Detector.forward``; branches and decoder are called part by part. Tensors that these calls make
-only inside, such as a sine embedding, are made once more with the same function.
+The calls are those of ``Detector.forward``; branches and decoder are called part by part. Tensors that exist only
+inside such a call, such as a sine embedding, are computed once more with the same function.
+
+``made`` is, everywhere, the dictionary that the results are added to.
 
 Shape letters: see catalogue.py.
 """
@@ -37,7 +39,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Frame:
-    """What the detector is given, B = 1 or more.
+    """The inputs of the detector, B = 1 or more.
 
     Attributes:
         images: (B, V, H, W, 3) uint8 or None.
@@ -62,7 +64,7 @@ class Frame:
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """Number of samples, B."""
         return len(self.images) if self.points is None else len(self.points)
 
     @property
@@ -138,7 +140,7 @@ def run_head(
 def keep_positions(
     detector: Detector, bev_map: Tensor | None, pv_maps: Tensor | None, cameras: Cameras | None, made: Tensors
 ) -> None:
-    """What the position embeddings of the tokens are made from; never under autocast, as in the embeddings."""
+    """Keep what the position embeddings of the tokens are made from; called without autocast, as the embeddings are."""
     like = detector.reference_points.weight
     if bev_map is not None:
         rows, cols = bev_map.shape[-2:]
@@ -154,26 +156,26 @@ def keep_positions(
 
 
 def keep_denoising(denoising: DenoisingQueries | None, made: Tensors) -> None:
-    """The denoising queries."""
+    """Keep the denoising queries."""
     if denoising is not None:
         names = ("reference_points", "attention_mask", "is_valid", "is_known", "labels")
         made |= {f"denoising/{name}": getattr(denoising, name) for name in names}
 
 
 def keep_queries(detector: Detector, queries: Queries, cameras: Cameras | None, made: Tensors) -> None:
-    """The queries, and what their position embeddings are made from; never under autocast, as in the embeddings."""
+    """Keep the queries and what their position embeddings are made from; called without autocast, as these are."""
     made["queries/reference_points"] = queries.reference_points
     points = made["queries/clamped_points"] = embedded_points(queries.reference_points)
     made["queries/sine"] = sine_embedding(points[..., :2], detector.bev_embedding.dim)
     if cameras is not None:
         pixels, is_seen = project_to_pixels(points, cameras, detector.ray_embedding.point_range)
-        # Where a view does not see a point, its pixel may be anything, and nothing reads it.
+        # Where a view does not see a point, its pixel is arbitrary and not used.
         made["queries/pixels"], made["queries/is_seen"] = pixels.where(is_seen[..., None], 0), is_seen
     made["queries/positions"] = queries.positions
 
 
 def keep_routed(routed: Routed, made: Tensors) -> None:
-    """Windows, weights, and the bias as (sample, query, token) with its values, 0 included; or the tokens of v1, v2."""
+    """Keep windows, weights and the bias as (sample, query, token) with values, 0 included; of v1, v2 the tokens."""
     if routed.windows is None:
         return
     for grid, cells in zip(routed.windows.layout.grids, routed.windows.cells, strict=True):
@@ -249,7 +251,7 @@ def run_losses(
     denoising: DenoisingQueries | None,
     made: Tensors,
 ) -> Tensor:
-    """Loss terms and the matching; returns the total loss."""
+    """Predictions -> matching and loss terms; returns the total loss."""
     padded = encode_targets(targets, dtype=predictions.tasks[0]["center"].dtype)
     made["losses/assigned"] = criterion.assign(predictions, padded)
     terms = criterion(predictions, targets, denoising)
@@ -259,7 +261,7 @@ def run_losses(
 
 
 def keep_gradients(detector: Detector, chosen: Sequence[str], made: Tensors) -> list[str]:
-    """Gradients of parameters whose names begin with one of ``chosen``, and the norms of all; returns their order."""
+    """Keep gradients of parameters whose names begin with one of ``chosen``, and norms of all; returns their order."""
     gradients = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in detector.named_parameters()

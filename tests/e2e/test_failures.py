@@ -72,7 +72,7 @@ def test_one_run_tests_all_failures(world, checkpoint, tmp_path):
     ("arguments", "settings", "sentence"),
     [
         (("--failure", "beam:4"), (), "error: --failure 'beam:4': no failure is called 'beam', expected one of beams"),
-        (("--failures", "mom"), (), "error: --failures 'mom': no suite is called so, expected one of multicorrupt"),
+        (("--failures", "mom"), (), "error: --failures 'mom': unknown suite, expected one of multicorrupt"),
         ((), ("data.drop_cameras=1",), "error: --set data.drop_cameras=1: acts in training only, test.py would test"),
     ],
 )

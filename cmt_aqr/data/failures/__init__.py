@@ -1,8 +1,8 @@
 """Failing sensors: what MultiCorrupt and nuScenes-R (with MoME's six cases) define, at test time and in training.
 
-`cases` is the table of all failures; `lidar`, `cameras`, `weather`, `calibration` and `timing` are what they do;
-`names` reads what a user writes; `panels` is what of a frame failed, for pictures; `apply` gives every file its random
-generator; `dataset` and `training` make samples. docs/failures.md shows each of them.
+`cases` is the table of all failures; `lidar`, `cameras`, `weather`, `calibration` and `timing` implement them; `names`
+parses the names that a user writes; `panels` tells pictures which sensors failed; `apply` gives every file its random
+generator; `dataset` and `training` make samples. docs/failures.md shows each failure.
 """
 
 from cmt_aqr.data.failures.cases import CASES, OUTSIDE_MRA, SUITES

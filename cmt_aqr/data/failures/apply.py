@@ -22,13 +22,13 @@ FILES_KEPT = 36
 
 
 def generator(seed: int, case: str, token: str, file: str) -> np.random.Generator:
-    """The random generator of one case in one file of one sample; the severity does not enter."""
+    """The random generator of one case in one file of one sample; it does not depend on the severity."""
     digest = hashlib.sha256("\0".join((str(seed), case, token, file)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
 class SensorFiles:
-    """Files of a split as read from disk; the latest ones stay in memory for the next failure of the same frame."""
+    """Files of a split as read from disk; the latest ones are kept in memory for the next failure of the frame."""
 
     def __init__(self, index: FrameIndex, *, num_sweeps: int | None):
         self._index = index
@@ -37,13 +37,13 @@ class SensorFiles:
         self._history: dict[str, list[int]] = {}
 
     def view(self, frame: Frame, number: int) -> np.ndarray:
-        """(H, W, 3) uint8 of one camera as on disk; black where the frame has none. Not to be changed."""
+        """(H, W, 3) uint8 of one camera as on disk; black where the frame has none. Read-only."""
         camera = frame.cameras[number]
         return self._keep(camera.file or f"black {camera.height} x {camera.width}", lambda: read_view(
             camera, self._index.dataroot))  # fmt: skip
 
     def sweeps(self, frame: Frame) -> list[np.ndarray]:
-        """Key frame and sweeps (P, 5) float32 with ring indices, each in its own frame. Not to be changed."""
+        """Key frame and sweeps (P, 5) float32 with ring indices, each in its own frame. Read-only."""
         files = (frame.lidar_file, *(sweep.file for sweep in frame.sweeps[: self._num_sweeps]))
         return [self._keep(file, lambda file=file: read_points(self._index.dataroot / file).numpy()) for file in files]
 
@@ -54,7 +54,7 @@ class SensorFiles:
         return self._history[frame.token]
 
     def find_history(self) -> None:
-        """Sort the key frames of every scene by time; before workers start, so that they share it."""
+        """Sort the key frames of every scene by time; to be called before workers start, so that they share it."""
         scenes: dict[str, list[tuple[int, int, str]]] = {}
         for number in range(len(self._index)):
             frame = self._index.frame(number)

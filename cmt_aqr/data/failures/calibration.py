@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Nominal degrees, of which the program's theta / 360 pi makes the half, and metres.
+# Nominal degrees, which the program's theta / 360 pi halves, and metres.
 ROTATION, TRANSLATION = (1.0, 5.0), (0.005, 0.010)
 
 
@@ -22,22 +22,22 @@ def disturb(
     kind: Literal["single", "all"],
     rng: np.random.Generator,
 ) -> Tensor:
-    """Turn and shift the pose of cameras on the vehicle.
+    """Rotate and shift the pose of cameras on the vehicle.
 
-    A rotation by 0.5 to 2.5 degrees (nominally 1 to 5), either way, about an axis that is uniform on the sphere, then a
-    shift of 0.5 to 1.0 cm, either way, along each axis; both in the ego frame, about its origin.
+    A rotation by 0.5 to 2.5 degrees (nominally 1 to 5), in either direction, about an axis that is uniform on the
+    sphere, then a shift of 0.5 to 1.0 cm, in either direction, along each axis; both in the ego frame.
 
     Args:
         lidar2img: (V, 4, 4) float64, LiDAR frame -> pixels.
         lidar2ego: (4, 4) float64.
         views: indices of the cameras that are disturbed.
-        kind: ``single``: each camera has a disturbance of its own; ``all``: one and the same.
+        kind: ``single``: each camera has a disturbance of its own; ``all``: all have the same.
 
     Returns:
         (V, 4, 4): lidar2img E^-1 N^-1 E with E = lidar2ego, N the disturbance.
 
-    *Source*: nuScenes-R, extrinsics noise. Its E also holds the vehicle's motion between the LiDAR's and the camera's
-    time stamp, some centimetres of which the rotation makes a millimetre.
+    *Source*: nuScenes-R, extrinsics noise. Its E also contains the vehicle's motion between the LiDAR's and the
+    camera's time stamp, some centimetres, which changes the result by about a millimetre.
     """
     result = lidar2img.clone()
     ego2lidar = torch.linalg.inv(lidar2ego)

@@ -1,8 +1,8 @@
 """Failures of cameras: pure functions of one image as on disk, of a severity and of a random generator.
 
-Images are (H, W, 3) uint8 RGB before any resize; lengths in pixels are pixels of the file, 1600 x 900 in nuScenes. A
-published program works on numbers in [0, 1] and cuts off the fraction when it writes 0..255; so do these. No function
-changes its arguments.
+Images are (H, W, 3) uint8 RGB before any resize; lengths in pixels are pixels of the file, 1600 x 900 in nuScenes. Like
+the published programs, these functions compute with numbers in [0, 1] and truncate when they convert back to 0..255.
+No function changes its arguments.
 
 *Source*: MultiCorrupt (Beemelmanns et al., 2402.11677), program `converter/img.py`; nuScenes-R (Yu et al., 2205.14951).
 """
@@ -13,10 +13,10 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-# Motion blur: taps on either side of the middle, and what the strength is multiplied by to give the sigma in taps.
+# Motion blur: taps on either side of the middle one, and sigma in taps divided by the strength.
 BLUR_RADIUS, BLUR_SIGMA = 15, 100.0
-# Dirt on the lens: how many masks there are, their size before they are turned by 90 degrees, and the exponent of
-# their opacity. The shares of a mask that are dirty lie between the two limits.
+# Dirt on the lens: number of masks, their size before they are rotated by 90 degrees, and the exponent of their
+# opacity. Between the two limits lie the shares of a mask that are dirty.
 NUM_MASKS, MASK_SIZE, MASK_EXPONENT = 16, (160, 90), 3
 DIRTY_SHARE = (0.1, 0.5)
 # RGB of dirt where it is thickest.
@@ -24,7 +24,7 @@ DIRT = (58, 46, 34)
 
 
 def brighten(image: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """The HSV value plus `amount`, clipped at 1; hue and saturation stay.
+    """The HSV value plus `amount`, clipped at 1; hue and saturation are kept.
 
     A pixel's value is its largest channel, so all channels are multiplied by (new value / value); black becomes grey.
 
@@ -43,7 +43,7 @@ def brighten(image: np.ndarray, amount: float, rng: np.random.Generator) -> np.n
 def darken(image: np.ndarray, severity: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
     """Low light: ((x - min) / (max - min))^2 s, with minimum and maximum of the image, then the sensor's noise.
 
-    Photons are counted, Poisson(10 p x) / (10 p), and N(0, 0.1 g) is added; both are clipped to [0, 1].
+    The noise is shot noise, Poisson(10 p x) / (10 p), and then N(0, 0.1 g); the result of each is clipped to [0, 1].
 
     Args:
         image: (H, W, 3).
@@ -68,7 +68,7 @@ def blacken(image: np.ndarray, level: None, rng: np.random.Generator) -> np.ndar
 
 
 def blacken_some(image: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
-    """A black image with this probability, each image by itself.
+    """A black image with this probability, drawn independently for each image.
 
     Args:
         image: (H, W, 3).
@@ -121,13 +121,14 @@ def line_blur(image: np.ndarray, weights: np.ndarray, degrees: float) -> np.ndar
 
 
 def soil(image: np.ndarray, level: None, rng: np.random.Generator) -> np.ndarray:
-    """Dirt on the lens: one of 16 masks, turned by 90 degrees and resized; alpha image + (1 - alpha) mask.
+    """Dirt on the lens: one of 16 masks, rotated by 90 degrees and resized; alpha image + (1 - alpha) mask.
 
     alpha = (mask / 255)^3, so a mask is white where the lens is clean.
 
-    *Source*: nuScenes-R, occlusion of the lens, as MoME evaluates it. Its 16 pictures of mud and dirt are not free to
-    ship: :func:`dirt_mask` makes smooth blobs that cover 10 to 50 % of the image, evenly spread over the 16 masks. The
-    coverage of the published masks is not known, so the numbers of this case cannot stand beside published ones.
+    *Source*: nuScenes-R, occlusion of the lens, as MoME evaluates it. Its 16 pictures of mud and dirt may not be
+    redistributed: :func:`dirt_mask` makes smooth blobs that cover 10 to 50 % of the image, evenly spread over the 16
+    masks. The coverage of the published masks is not known, so scores of this case cannot be compared with published
+    ones.
     """
     height, width = image.shape[:2]
     mask = np.rot90(dirt_mask(int(rng.integers(NUM_MASKS))))
@@ -138,10 +139,10 @@ def soil(image: np.ndarray, level: None, rng: np.random.Generator) -> np.ndarray
 
 @lru_cache(maxsize=NUM_MASKS)
 def dirt_mask(number: int) -> np.ndarray:
-    """Mask `number` of 16: blobs of dirt on white, (160, 90, 3) uint8, upright as on a camera turned by 90 degrees.
+    """Mask `number` of 16: blobs of dirt on white, (160, 90, 3) uint8, in portrait format, before it is rotated.
 
-    The darkest share of a smooth random surface is dirt; the share grows from 10 % to 50 % with the number. Dirty means
-    that less than half of the image shows through.
+    The darkest share of a smooth random surface is dirt; the share grows from 10 % to 50 % with the number. A pixel is
+    dirty when less than half of the image shows through.
     """
     rng = np.random.default_rng(number)
     rows, cols = MASK_SIZE
@@ -151,7 +152,7 @@ def dirt_mask(number: int) -> np.ndarray:
         surface += weight * cv2.resize(coarse, (cols, rows), interpolation=cv2.INTER_CUBIC)
     low, high = DIRTY_SHARE
     threshold = np.quantile(surface, low + (high - low) * number / (NUM_MASKS - 1))
-    # At the threshold stands the mask value whose cube is a half: what is below it is dirty.
+    # The threshold gets the mask value whose cube is a half: pixels below it are dirty.
     darkest = sum(DIRT) / 3 / 255
     half = (0.5 ** (1 / MASK_EXPONENT) - darkest) / (1 - darkest)
     clean = np.clip(half + (surface - threshold) / (0.35 * surface.std()) * (1 - half), 0, 1)[..., None]

@@ -1,7 +1,7 @@
 """The failures by name: which function each calls, its severities, and where it comes from.
 
-``CASES`` is the one table: the command line, the suites, the documentation and training read it. A further failure is
-a function beside the others and an entry here.
+``CASES`` is the only table: the command line, the suites, the documentation and training read it. A new failure is a
+function beside the others and an entry here.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,15 +20,15 @@ class Case:
     Attributes:
         source: the protocol that defines it.
         about: what fails, in a few words for tables and pictures.
-        levels: name of a severity -> its parameter, mildest first; one nameless level where there is no choice.
+        levels: name of a severity -> its parameter, mildest first; a case without severities has one, named "".
         image: (image, parameter, rng) -> image, for every camera's file.
         sweep: (points, parameter, rng) -> points, for every LiDAR file.
         points: (points, boxes, parameter, rng) -> points, for the merged points of a frame.
         calibration: see :func:`cmt_aqr.data.failures.calibration.disturb`.
         delay: (history, parameter, coin) -> key frames back, for the sensors in ``delayed``.
         delayed: ``lidar``, ``camera`` or both.
-        takes_views: the level may also name cameras: only these fail.
-        bare: levels that the name alone means; default: all.
+        takes_views: whether a level may also name the cameras that fail.
+        bare: levels that a name without a level means; default: all.
     """
 
     source: Protocol

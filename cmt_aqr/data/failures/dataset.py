@@ -1,4 +1,4 @@
-"""Failing samples: all failures of a frame one after another, each file read once."""
+"""Samples under failures: all failures of a frame one after another, so that each file is read once."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,7 +32,7 @@ class FailureDataset(Dataset[Sample]):
 
     Args:
         index: frames of the split.
-        failures: None for none.
+        failures: None stands for a clean frame.
         final_size: (height, width) of the network's images; None: cameras are not used.
         num_sweeps: previous LiDAR sweeps added to the key frame's; None: LiDAR is not used.
         seed: of all random numbers.
@@ -67,7 +67,7 @@ class FailureDataset(Dataset[Sample]):
         return clean if failure is None else self._failing_sample(frame, failure, clean)
 
     def _clean_sample(self, frame: Frame) -> Sample:
-        """The frame without a failure; kept, because a failure of one sensor leaves the other's data unchanged."""
+        """The frame without a failure; cached, because a failure of one sensor leaves the other's data unchanged."""
         if self._clean is None or self._clean[0] != frame.token:
             sample = bare_sample(frame, "all")
             if self._num_sweeps is not None:
@@ -112,8 +112,8 @@ class FailureDataset(Dataset[Sample]):
 class FailureSampler(Sampler[SampleKey]):
     """Keys of a :class:`FailureDataset` for one rank: every frame of its share under every failure.
 
-    The loader hands batch i to worker i modulo their number. The order here gives every worker whole frames, failure
-    after failure, so that it reads each file once.
+    The loader gives batch i to worker i modulo the number of workers. With the order here every worker gets whole
+    frames, failure after failure, so that it reads each file once.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class FailureSampler(Sampler[SampleKey]):
 
 
 def _interleaved(batches: list[list[int]], num_workers: int) -> list[list[int]]:
-    """Batches so that every worker's are neighbours in the list given; the last, which may be smaller, stays last."""
+    """Batches in an order that gives every worker neighbours of the given list; the last one, maybe smaller, stays."""
     share, more = divmod(len(batches), num_workers)
     sizes = [share + (worker < more) for worker in range(num_workers)]
     last = (len(batches) - 1) % num_workers

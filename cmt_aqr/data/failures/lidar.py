@@ -19,8 +19,8 @@ from torch import Tensor
 from cmt_aqr.data.gt_database import points_of_boxes
 
 NUM_RINGS = 32
-# Elevations of the beams as nuScenes-R's program states them, radians: the highest, the step down, and the half step
-# by which the border between two bins lies below a beam.
+# Elevations of the beams in nuScenes-R's program, radians: the highest beam, the step from one beam to the next below,
+# and the half step by which the border between two bins lies below a beam.
 TOP_BEAM, BEAM_STEP, BEAM_SHIFT = 0.1862, 0.023275, 0.012
 # Metres along x that a misaligned file is shifted, at every severity.
 MISALIGNMENT = 2.0
@@ -33,10 +33,10 @@ SPEED_OF_LIGHT = 299_792_458.0
 
 
 def elevation_bins(points: np.ndarray) -> np.ndarray:
-    """Which of 32 beams, counted from the top, an elevation is in.
+    """The beam, 0 to 31 counted from the top, that each point belongs to by its elevation.
 
-    Bin b reaches from b - 1 steps to b steps below the highest beam (0.1862 rad, steps of 0.023275 rad), each border
-    0.012 rad lower: it encloses the beam of its number. What lies above or below all bins is in the outermost.
+    Bin b reaches from b - 1 steps to b steps below the highest beam (0.1862 rad, steps of 0.023275 rad), with each
+    border 0.012 rad lower, so that it encloses beam b. Points above or below all bins are in the outermost ones.
 
     Args:
         points: (P, >= 3) in the sensor's frame, metres.
@@ -54,9 +54,9 @@ def elevation_bins(points: np.ndarray) -> np.ndarray:
 
 
 def rings(points: np.ndarray) -> np.ndarray:
-    """The ring index 0..31, 0 the lowest beam: column 5 of the file, or 31 - :func:`elevation_bins` without one.
+    """The ring index 0..31, 0 the lowest beam: column 5 of the file, else 31 - :func:`elevation_bins`.
 
-    A file has ring indices where the column holds nothing but whole numbers of 0..31, and more than one of them.
+    Column 5 is the ring index if all its values are whole numbers in 0..31 and they are not all the same.
     """
     column = points[:, 4] if points.shape[1] > 4 else np.zeros(len(points), np.float32)
     is_index = (column == np.floor(column)) & (column >= 0) & (column < NUM_RINGS)
@@ -78,7 +78,7 @@ def keep_beams(points: np.ndarray, num_beams: int, rng: np.random.Generator) -> 
 
 
 def keep_elevations(points: np.ndarray, bins: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """A LiDAR with fewer beams, told apart by elevation, whatever the ring index says.
+    """A LiDAR with fewer beams, which are found by elevation, not by the ring index.
 
     Args:
         points: a file (P, 5).
@@ -121,9 +121,9 @@ def shake(points: np.ndarray, strength: float, rng: np.random.Generator) -> np.n
 
 
 def misalign(points: np.ndarray, severity: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """A LiDAR that is mounted wrongly: with probability p a file is turned by R_x R_y R_z and shifted by (2, 0, 0) m.
+    """A LiDAR that is mounted wrongly: with probability p a file is rotated by R_x R_y R_z and shifted by (2, 0, 0) m.
 
-    Each rotation is by s degrees, clockwise seen against its axis, as in the program.
+    Each rotation is by -s degrees about its axis, as in the program.
 
     Args:
         points: a file (P, 5).
@@ -148,11 +148,11 @@ def misalignment_rotation(degrees: float) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def fog_echo(alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Where the echo of fog itself is strongest, and how strong, for targets at 0, 0.1, .., 200 m.
+    """Range and strength of the strongest echo of the fog itself, for targets at 0, 0.1, .., 200 m.
 
     The echo from range R is the integral over the pulse, t from 0 to 2 tau,
     sin^2(pi t / (2 tau)) exp(-2 alpha r) / r^2 xi(r) dt with r = R - c t / 2, where xi rises from 0 at 0.9 m to 1 at
-    1 m and tau is 20 ns. The receiver takes the strongest at or before the target.
+    1 m and tau is 20 ns. The receiver takes the strongest echo at or before the target.
 
     Args:
         alpha: attenuation, 1/m.
@@ -175,7 +175,7 @@ def fog_echo(alpha: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fog(points: np.ndarray, severity: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """Fog between the LiDAR and what it sees.
+    """Fog between the LiDAR and its targets.
 
     The intensity i at range r becomes round(i exp(-2 alpha r)). The fog's own echo (:func:`fog_echo`) has the intensity
     i r^2 beta / beta_0 times its strength; where that is more, the point moves along its ray to the echo's range, times
@@ -185,8 +185,8 @@ def fog(points: np.ndarray, severity: tuple[float, ...], rng: np.random.Generato
         points: a file (P, 5).
         severity: its last two numbers, alpha (1/m) and beta (1/sr): (0.02, 0.008), (0.03, 0.008), (0.06, 0.05).
 
-    *Source*: MultiCorrupt, fog on the LiDAR (after Hahner et al.). Its table of the integral is not published; here the
-    formula is evaluated. The lower end of the uniform range is at least 1 m here: the program can divide by 0.
+    *Source*: MultiCorrupt, fog on the LiDAR (after Hahner et al.). Its table of the integral is not published, so the
+    formula is evaluated here. The lower end of the uniform range is at least 1 m here; the program can divide by 0.
     """
     alpha, beta = severity[-2:]
     distance = np.linalg.norm(points[:, :3].astype(np.float64), axis=1)
@@ -196,7 +196,7 @@ def fog(points: np.ndarray, severity: tuple[float, ...], rng: np.random.Generato
     echo = strengths[entry] * points[:, 3] * distance**2 * beta / TARGET_REFLECTIVITY
     noisy = rng.uniform(np.maximum(distance - ECHO_NOISE, 1.0), distance + ECHO_NOISE)
     is_fog = echo > dimmed
-    # A point at the sensor has no direction, and its echo, with distance 0, is never the stronger one.
+    # A point at the sensor has no direction; its echo, at distance 0, is never the stronger one.
     factor = np.where(is_fog, ranges[entry] / np.maximum(distance, 1e-9) * (distance / noisy), 1.0)
     result = _moved(points, points[:, :3] * factor[:, None])
     result[:, 3] = np.where(is_fog, echo, dimmed)

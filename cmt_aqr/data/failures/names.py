@@ -1,4 +1,4 @@
-"""What a user writes, ``beams:4`` or ``view_drop:FRONT,BACK``, as failures, or one sentence on what is wrong."""
+"""Parse the failures that a user writes, such as ``beams:4`` or ``view_drop:FRONT,BACK``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Failure:
 
     @property
     def file_name(self) -> str:
-        """The name without characters that are odd in a file's name."""
+        """The name without characters that cause trouble in file names."""
         return self.name.replace(":", "_").replace(",", "-")
 
     @property
@@ -47,7 +47,7 @@ class Failure:
 
     @property
     def parameter(self) -> Any:
-        """What the case's functions are called with."""
+        """The parameter that the case's functions are called with."""
         return self.definition.levels[self.level]
 
 
@@ -56,7 +56,7 @@ def parse_failure(text: str, source: str = "--failure") -> list[Failure]:
 
     Args:
         text: as written.
-        source: begins the sentence of an error.
+        source: first words of an error's sentence.
 
     Raises:
         DataError: no such case, level or camera.
@@ -110,7 +110,7 @@ def parse_failures(texts: Sequence[str], suite: str | None = None) -> list[Failu
     """
     if suite is not None and suite not in SUITES:
         raise DataError(
-            f"--failures {suite!r}: no suite is called so, expected one of {', '.join(SUITES)}{suggest(suite, SUITES)}"
+            f"--failures {suite!r}: unknown suite, expected one of {', '.join(SUITES)}{suggest(suite, SUITES)}"
         )
     failures = [failure for text in texts for failure in parse_failure(text)]
     failures += [failure for text in SUITES.get(suite, ()) for failure in parse_failure(text, "--failures")]
@@ -124,7 +124,7 @@ def keep_applicable(failures: Sequence[Failure], sensors: Sequence[str]) -> tupl
 
 
 def name_problems(names: Sequence[str], sensors: Sequence[str], key: str = "data.failures") -> list[str]:
-    """What is wrong with the names in a configuration, one sentence each; ``sensors`` as in :func:`keep_applicable`."""
+    """Problems with the names in a configuration, one sentence each; ``sensors`` as in :func:`keep_applicable`."""
     problems = []
     for number, name in enumerate(names):
         where = f"{key}[{number}].case"
@@ -139,5 +139,5 @@ def name_problems(names: Sequence[str], sensors: Sequence[str], key: str = "data
 
 
 def affects_nothing(sensors: Sequence[str]) -> str:
-    """The end of a sentence about a failure that does nothing to a model with these sensors."""
+    """The end of a sentence about a failure that affects no sensor of a model with these sensors."""
     return f"it affects no sensor of this model, which has {' and '.join(sensors)} only"

@@ -1,4 +1,4 @@
-"""Which parts of a frame a failure has changed, for the marks in pictures."""
+"""Which sensors of a frame a failure has changed, so that pictures can mark them."""
 
 from typing import NamedTuple
 
@@ -21,9 +21,10 @@ def failed_panels(failure: Failure, data: SensorData, clean: SensorData | None) 
     """Camera, or "lidar", -> the failure, for every sensor that it changed.
 
     Args:
-        failure: whose name is given.
+        failure: its name becomes the value.
         data: of the frame under the failure.
-        clean: the same frame without; None where it is not at hand: then every sensor that the failure may affect.
+        clean: the same frame without the failure; None where it is not known: then every sensor that the failure can
+            affect is named.
     """
     name = failure.case if failure.views or not failure.level else f"{failure.case}:{failure.level}"
     sensors = failure.definition.sensors

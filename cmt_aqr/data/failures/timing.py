@@ -1,13 +1,13 @@
-"""Sensors that deliver data of earlier frames: how many key frames back the data of a frame come from.
+"""Sensors that deliver data of earlier frames: how many key frames back the data of a frame are from.
 
-Functions of the frame's history and of a coin. ``history`` are the sample tokens of the scene up to this frame, this
-one first; ``coin`` gives a number in [0, 1) that depends on a token alone, so that all frames agree on
-when it happened.
+The functions take the frame's history and a coin. ``history``: the sample tokens of the scene up to this frame, this
+one first; ``coin``: sample token -> random number in [0, 1) that depends on the token alone, so that all frames of the
+scene agree on when a failure began.
 """
 
 from collections.abc import Callable, Sequence
 
-# Frames of a run, as in the program.
+# Number of key frames that a freeze lasts, as in the program.
 RUN_LENGTH = 4
 Coin = Callable[[str], float]
 
@@ -22,13 +22,14 @@ def previous(history: Sequence[str], probability: float, coin: Coin) -> int:
 
 
 def stuck_run(history: Sequence[str], share: float, coin: Coin) -> int:
-    """Frames since the sensor froze: runs of 4 key frames begin with probability 1 - (1 - share)^(1/4), may overlap.
+    """Key frames since the sensor froze; freezes last 4 key frames and may overlap.
 
-    The sensor delivers the newest frame that lies in no run, or the first of the scene.
+    A freeze begins at a key frame with probability 1 - (1 - share)^(1/4). The sensor delivers the newest frame outside
+    all freezes, or the first one of the scene.
 
     Args:
         history: of the frame.
-        share: of all frames that lie in a run, 0.1 to 0.9.
+        share: of all frames that lie in a freeze, 0.1 to 0.9.
 
     *Source*: nuScenes-R, stuck frames, consecutive.
     """

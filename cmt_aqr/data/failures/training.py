@@ -1,4 +1,4 @@
-"""Failures in training: drawn for every sample, after objects are pasted and before anything is augmented."""
+"""Failures in training: drawn for every sample, after objects are pasted and before augmentation."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -25,11 +25,11 @@ from cmt_aqr.data.sample import Sample
 
 @dataclass(frozen=True)
 class TrainingFailures:
-    """Failures in training: each of the entries happens by itself with its probability.
+    """Failures in training: each of the entries occurs independently with its probability.
 
     Attributes:
-        choices: per entry the failures of its name, one of which is drawn, and the probability. Merged points are
-            split into sweeps again; their ring indices are lost, so rings are told apart by elevation.
+        choices: for each entry the failures of its name, one of which is drawn, and the probability. Merged points are
+            split into sweeps again; their ring indices are lost, so the beam of a point is found by its elevation.
         files: of the split, for sensors that deliver data of earlier frames.
         num_sweeps: previous LiDAR sweeps added to the key frame's.
     """
@@ -50,7 +50,7 @@ class TrainingFailures:
             rng: of this sample.
         """
         for failures, probability in self.choices:
-            # All is drawn whether it is used or not, so that a probability does not change later draws.
+            # Everything is drawn whether it is used or not, so that a probability does not change later draws.
             happens, which, seed = rng.random() < probability, rng.integers(len(failures)), int(rng.integers(2**63))
             if happens:
                 views = None if views is None else list(views)
@@ -85,7 +85,7 @@ class TrainingFailures:
 def training_failures(
     entries: Sequence[tuple[str, float]], index: FrameIndex, *, num_sweeps: int
 ) -> TrainingFailures | None:
-    """From (name, probability) of a configuration; None where there are none.
+    """Failures from the entries (name, probability) of a configuration; None without entries.
 
     Raises:
         DataError: see :func:`cmt_aqr.data.failures.names.parse_failure`.

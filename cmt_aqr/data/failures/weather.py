@@ -14,18 +14,18 @@ import numpy as np
 
 from cmt_aqr.data.failures.cameras import blur_weights, line_blur
 
-# Haze: how much the height of the random surface falls from one level of detail to the next, and the shares of the two
-# further surfaces that thin and thicken it.
+# Haze: by how much the height of the random surface falls from one level of detail to the next, and the weights of the
+# two other surfaces, which thin and thicken it.
 DECAY, THINNING, THICKENING = 1.7, 0.8, 0.5
-# Grey of the air, and the rectangle of the picture that is near: rows and columns as shares of height and width.
+# Grey of the air, and the part of the image that counts as near: rows and columns as shares of height and width.
 AIR = 0.5
 NEAR_ROWS, NEAR_COLS = (0.65, 0.99), (0.1, 0.85)
-# Factor on an image in snow, besides its severity's own.
+# Factor on an image in snow, in addition to that of the severity.
 SNOW_BRIGHTNESS = 0.9
 
 
 def fog(image: np.ndarray, severity: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """Haze of uneven thickness, then air between the camera and what is far.
+    """Haze of uneven thickness, then fog that grows with the distance from the camera.
 
     Haze: (x + h surface) m / (m + h), with m the image's largest value and the surface a plasma fractal in [0, 1] times
     (1 - 0.8 fractal) times (1 + 0.5 fractal), three different fractals. Air: x t + 0.5 (1 - t) with t = exp(-beta d),
@@ -54,7 +54,7 @@ def fog(image: np.ndarray, severity: tuple[float, ...], rng: np.random.Generator
 
 
 def distance_to_road(height: int, width: int) -> np.ndarray:
-    """(height, width) float32: pixels to the rectangle in the picture's lower middle, 0 inside."""
+    """(height, width) float32: distance in pixels to the rectangle at the lower middle of the image, 0 inside."""
     rows, cols = np.arange(height), np.arange(width)
     top, bottom = (int(height * share) for share in NEAR_ROWS)
     left, right = (int(width * share) for share in NEAR_COLS)
@@ -93,18 +93,18 @@ def plasma_fractal(size: int, rng: np.random.Generator) -> np.ndarray:
 def snow(
     image: np.ndarray, severity: tuple[float, float, float, int, float, float], rng: np.random.Generator
 ) -> np.ndarray:
-    """Falling flakes before a paler image.
+    """Falling flakes in front of a paler image.
 
     Flakes: noise N(mean, 0.3) for every pixel, its middle magnified by `zoom`, 0 where below `threshold`, blurred along
     a line of 2 `radius` + 1 taps (:func:`cmt_aqr.data.failures.cameras.line_blur`) at -135 to -45 degrees. Image:
-    0.9 (c x + (1 - c) max(x, 1.5 grey + 0.5)), plus the flakes, plus the flakes turned by 180 degrees.
+    0.9 (c x + (1 - c) max(x, 1.5 grey + 0.5)), plus the flakes, plus the flakes rotated by 180 degrees.
 
     Args:
         image: (H, W, 3).
         severity: mean, zoom, threshold, radius, sigma (taps), c: (0.3, 5, 0.9, 7, 7, 0.9),
             (0.4, 4, 0.85, 8, 8, 0.85), (0.5, 3, 0.8, 10, 10, 0.8).
 
-    *Source*: MultiCorrupt, snow of the cameras. OpenCV magnifies here, SciPy there.
+    *Source*: MultiCorrupt, snow of the cameras. OpenCV magnifies the noise here, SciPy does there.
     """
     mean, zoom, threshold, radius, sigma, clearness = severity
     height, width = image.shape[:2]
