@@ -112,9 +112,9 @@ INTRODUCTION = """\
 # Configuration
 
 Every key of a file in `configs/`. Files are complete: all keys are in every file, and there are no defaults. A block
-that may be null is switched off by null. The last column names what holds the same value in the configuration files of
-[CMT](https://github.com/junjie18/CMT) (mmdetection3d); `(= 10)` is a default of its code that no file sets. Rules
-across keys are in `cmt_aqr/config_checks.py` and `config_data_checks.py`.
+that may be null is switched off by null. The last column names the key with the same meaning in the configuration files
+of [CMT](https://github.com/junjie18/CMT) (mmdetection3d); `(= 10)` is a default of its code that no file sets. Rules
+that involve several keys are in `cmt_aqr/config_checks.py` and `config_data_checks.py`.
 
 This page is generated from the comments in `cmt_aqr/config.py` and the names in `cmt_aqr/tools/config_doc.py`: change
 them there, then run `python -m cmt_aqr.tools.configs doc`.

@@ -224,8 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 INTRODUCTION = """\
 # Failing sensors
 
-What happens to a detector when a sensor fails, in the definitions of MultiCorrupt (Beemelmanns et al., 2402.11677)
-and of nuScenes-R (Yu et al., 2205.14951), six cases of which MoME (CVPR 2025) reports:
+How a detector copes with failing sensors, as MultiCorrupt (Beemelmanns et al., 2402.11677) and nuScenes-R (Yu et al.,
+2205.14951) define them; MoME (CVPR 2025) reports six cases of the latter:
 
 ```bash
 python test.py CONFIG --checkpoint C --failure beams:4 --failure view_drop:FRONT,BACK
